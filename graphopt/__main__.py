@@ -1,0 +1,8 @@
+"""`python -m graphopt` is the `graphopt` command."""
+
+from __future__ import annotations
+
+from graphopt.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Every Softmax, and every standard Attention node, that is attention: recognized by what it computes.
+
+Anchored at the Softmax: the scores must be a product of two activations and the probabilities must feed a product with a third (scores.py).
+Then the axes are traced to where they come from (layout.py): the contraction must run over the features, the rows over the sequence,
+and the heads must be a piece of the feature axis (or an axis of their own). Equal sizes prove nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from graphopt.analysis.layout import Dim, Group, Step, Tracer, View, merged, size_of
+from graphopt.analysis.scores import MaskTerm, probabilities_of, scores_of
+from graphopt.core import Analysis, Context
+from graphopt.graph import all_nodes, attr, static_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A value of the graph, the permutation that gives the wanted axis order, and the shape that joins heads and features (or None)."""
+
+    step: Step
+    perm: tuple[int, ...]
+    shape: tuple[int, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """Query, key or value: where its batch, heads, rows and features come from. `repeat` = query heads that share one of its heads."""
+
+    view: View
+    batch: Group
+    heads: Group
+    rows: Group
+    dim: Group
+    repeat: int = 1
+
+    def packed(self) -> Choice | None:
+        """A value of shape [batch, rows, heads * head_dim]; [batch, rows, heads, head_dim] is one after a free Reshape."""
+        exact = self._in_order((self.batch, self.rows, (*self.heads, *self.dim)))
+        apart = self._in_order((self.batch, self.rows, self.heads, self.dim))
+        width = size_of((*self.heads, *self.dim))
+        if exact is None and apart is not None and isinstance(width, int):
+            return dataclasses.replace(apart, shape=(0, 0, width))
+        return exact or self._permuted((self.batch, self.rows, (*self.heads, *self.dim)))
+
+    def split(self) -> Choice | None:
+        """A value of shape [batch, heads, rows, head_dim]."""
+        wanted = (self.batch, self.heads, self.rows, self.dim)
+        return self._in_order(wanted) or self._permuted(wanted)
+
+    def _in_order(self, wanted: tuple[Group, ...]) -> Choice | None:
+        target = [merged(g) for g in wanted]
+        return next((Choice(s, tuple(range(len(target)))) for s in self.view.steps if [merged(g) for g in s.axes] == target), None)
+
+    def _permuted(self, wanted: tuple[Group, ...]) -> Choice | None:
+        found = self.view.find(wanted)
+        return None if found is None else Choice(*found)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionFacts:
+    """One attention: softmax(scale * q k^T + mask terms) v.
+
+    `anchor` is the Softmax or Attention node; `nodes` are all nodes from the product of query and key to `output`,
+    the product with the value, of the axes [batch, heads, rows, value_dim] in `output_axes` terms.
+    `guarded`: rows that end as NaN are set to zero. `probabilities` [batch, heads, rows, keys] is what meets the value.
+    """
+
+    anchor: ir.Node
+    nodes: tuple[ir.Node, ...]
+    output: ir.Value
+    q: Operand
+    k: Operand
+    v: Operand
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    terms: tuple[MaskTerm, ...] = ()
+    softcap: float = 0.0
+    masked_before_cap: bool = False
+    guarded: bool = False
+    probabilities: ir.Value | None = None
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return {
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "value_dim": self.value_dim,
+            "scale": self.scale,
+            "mask": [t.value.name for t in self.terms],
+        }
+
+
+class NotAttention(Exception):
+    """Why a candidate is not attention, or not one that can be expressed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Attentions(Analysis[Mapping[ir.Node, "AttentionFacts | str"]]):
+    """Anchor node -> facts, or the reason why it is not attention."""
+
+    def compute(self, model: ir.Model, ctx: Context) -> Mapping[ir.Node, AttentionFacts | str]:
+        tracer = Tracer()
+        anchors = [n for n in all_nodes(model) if n.domain == "" and n.op_type in ("Softmax", "Attention")]
+        return {n: _facts(n, tracer) for n in anchors}
+
+
+def _facts(node: ir.Node, tracer: Tracer) -> AttentionFacts | str:
+    try:
+        return _from_softmax(node, tracer) if node.op_type == "Softmax" else _from_operator(node, tracer)
+    except NotAttention as reason:
+        return str(reason)
+
+
+def _from_softmax(softmax: ir.Node, tracer: Tracer) -> AttentionFacts:
+    scores = scores_of(softmax)
+    if isinstance(scores, str):
+        raise NotAttention(scores)
+    probabilities = probabilities_of(softmax)
+    if isinstance(probabilities, str):
+        raise NotAttention(probabilities)
+    q = _operand("query", scores.product.inputs[0], tracer)
+    k = _operand("key", scores.product.inputs[1], tracer, transposed=True)
+    v = _operand("value", probabilities.product.inputs[1], tracer)
+    nodes = tuple(dict.fromkeys((*scores.nodes, *probabilities.nodes)))
+    return _checked(
+        AttentionFacts(
+            softmax, nodes, probabilities.product.outputs[0], q, k, v, _count("query", q.heads), 0, 0, 0, scores.scale, scores.terms,
+            scores.softcap, scores.masked_before_cap, probabilities.guarded, probabilities.value,
+        )
+    )  # fmt: skip
+
+
+def _from_operator(node: ir.Node, tracer: Tracer) -> AttentionFacts:
+    """The facts of a standard Attention node whose inputs are 4-D [batch, heads, rows, head_dim]; the 3-D form needs no tracing."""
+    inputs = [*node.inputs, *(None,) * 6]
+    if any(v is not None for v in inputs[4:6]) or sum(bool(v.uses()) for v in node.outputs[1:]):
+        raise NotAttention("it already is an Attention node with a key/value cache")
+    if attr(node, "q_num_heads"):
+        raise NotAttention("it already is an Attention node")
+    q, k, v = (_operand(name, value, tracer) for name, value in zip(("query", "key", "value"), inputs[:3], strict=True))
+    head_dim = static_dim(node.inputs[0], 3)
+    scale = attr(node, "scale") or (head_dim**-0.5 if head_dim else 0.0)
+    if not scale or attr(node, "is_causal", 0) or attr(node, "softcap", 0.0) or attr(node, "softmax_precision"):
+        raise NotAttention("it already is an Attention node")
+    mask = inputs[3]
+    terms = () if mask is None else (MaskTerm(mask, "keep" if mask.dtype == ir.DataType.BOOL else "add", 4, 1.0, float("-inf")),)
+    return _checked(AttentionFacts(node, (node,), node.outputs[0], q, k, v, _count("query", q.heads), 0, 0, 0, scale, terms))
+
+
+def _operand(name: str, value: ir.Value | None, tracer: Tracer, transposed: bool = False) -> Operand:
+    view = None if value is None else tracer.view(value)
+    if view is None or len(view.axes) < 3:
+        raise NotAttention(f"the shape of the {name} is unknown or has less than 3 axes")
+    *lead, rows, dim = view.axes
+    if transposed:
+        rows, dim = dim, rows
+    batch, heads = _batch_and_heads(lead, dim)
+    repeats = [a for a in heads if a.axis < 0]
+    heads = tuple(a for a in heads if a.axis >= 0)
+    operand = Operand(view, batch, heads, rows, dim, _count(name, tuple(repeats)))
+    _check_provenance(name, operand, lead, repeats)
+    return operand
+
+
+def _batch_and_heads(lead: list[Group], dim: Group) -> tuple[Group, Group]:
+    """Split the leading axes: [batch, heads...] as they stand, or one merged axis (batch * heads)."""
+    if len(lead) > 1:
+        return lead[0], tuple(a for g in lead[1:] for a in g)
+    group = lead[0]
+    if len(group) > 1:
+        return group[:-1], group[-1:]
+    own = group and dim and group[0].axis == dim[0].axis
+    return ((), group) if own else (group, ())
+
+
+def _check_provenance(name: str, o: Operand, lead: list[Group], repeats: list[Any]) -> None:
+    """Heads may be cut from the feature axis, never from the sequence; rows never from the features."""
+    features = {a.axis for a in o.dim}
+    rows = {a.axis for a in o.rows}
+    if rows & features:
+        raise NotAttention(f"the rows of the {name} are cut from its feature axis (root `{o.view.root.name}`)")
+    if {a.axis for a in o.batch} & features:
+        raise NotAttention(f"the batch of the {name} is cut from its feature axis (root `{o.view.root.name}`)")
+    if any(a.axis in rows and a.axis not in {b.axis for b in o.batch} for a in o.heads):
+        raise NotAttention(f"the heads of the {name} are cut from its sequence axis (root `{o.view.root.name}`)")
+    flat = [a for g in lead for a in g]
+    if repeats and flat and flat[-len(repeats) :] != repeats:
+        raise NotAttention(f"the heads of the {name} are tiled as a whole, not each repeated")
+
+
+def _count(name: str, group: Group) -> int:
+    size = size_of(group)
+    if not isinstance(size, int):
+        raise NotAttention(f"the number of heads of the {name} is not a constant ({size})")
+    return size
+
+
+def _checked(f: AttentionFacts) -> AttentionFacts:
+    """Compare the three operands and fill in the sizes."""
+    kv_heads, value_heads = _count("key", f.k.heads), _count("value", f.v.heads)
+    if kv_heads != value_heads:
+        raise NotAttention(f"key and value have {kv_heads} and {value_heads} heads")
+    if f.heads % kv_heads or (f.k.repeat * kv_heads != f.heads and kv_heads not in (1, f.heads)):
+        raise NotAttention(f"{f.heads} query heads do not share {kv_heads} key heads evenly")
+    sizes: list[Dim] = [size_of(o.batch) for o in (f.q, f.k, f.v)]
+    if not sizes[0] == sizes[1] == sizes[2]:
+        raise NotAttention(f"query, key and value have different batches ({', '.join(map(str, sizes))})")
+    head_dim, value_dim = size_of(f.q.dim), size_of(f.v.dim)
+    if not isinstance(head_dim, int) or not isinstance(value_dim, int):
+        raise NotAttention(f"the head size is not a constant ({head_dim}, {value_dim})")
+    return dataclasses.replace(f, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim)

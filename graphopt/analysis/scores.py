@@ -1,0 +1,195 @@
+"""From a Softmax back to the product of query and key, and forward to the product with the value.
+
+Elementwise operators on the way are collected by algebra: scalar factors multiply, mask terms keep the factor that stands above them,
+a soft cap keeps its place. No order of operators is expected; an operator that does not fit ends the walk with its reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.graph import attr, constant, consumers, is_constant, producer, rank, same_dim, scalar
+
+_REGROUPING = ("Reshape", "Squeeze", "Unsqueeze", "Identity")
+_DEPTH = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskTerm:
+    """One term of the mask, as it stands between the scores and the softmax.
+
+    kind "add": `value` (times `factor`) is added to the scores; "keep": scores stay where the boolean `value` is true and become `fill`
+    elsewhere; "drop": the other way round. `fill` is already multiplied by the factor above it. `scores_rank` is the rank of the scores there.
+    """
+
+    value: ir.Value
+    kind: Literal["add", "keep", "drop"]
+    scores_rank: int
+    factor: float = 1.0
+    fill: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """softmax(scale * (query @ key) + terms), with scale * ... -> softcap * tanh(scale * ... / softcap) where softcap is not 0."""
+
+    product: ir.Node
+    nodes: tuple[ir.Node, ...]
+    scale: float = 1.0
+    terms: tuple[MaskTerm, ...] = ()
+    softcap: float = 0.0
+    masked_before_cap: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Probabilities:
+    """From the softmax to the product with the value: the nodes on the way, and whether NaN rows are set to zero."""
+
+    product: ir.Node
+    nodes: tuple[ir.Node, ...]
+    guarded: bool
+    value: ir.Value
+
+
+def scores_of(softmax: ir.Node) -> Scores | str:
+    """What a Softmax normalizes, or why it is not the scores of an attention."""
+    source = softmax.inputs[0]
+    last = (rank(source) or 0) - 1
+    if source is None or last < 1:
+        return "the rank of its input is unknown"
+    if attr(softmax, "axis", -1) not in (-1, last):
+        return f"it normalizes axis {attr(softmax, 'axis', -1)}, not the last"
+    return _walk(source, 1.0, _DEPTH)
+
+
+def _walk(value: ir.Value, factor: float, depth: int) -> Scores | str:
+    """Read upwards; `factor` is what the value is multiplied by until the softmax."""
+    node = producer(value)
+    if node is None or depth == 0:
+        return f"its input `{value.name}` does not come from a product of query and key"
+    if node.op_type == "MatMul":
+        return _product(node, factor)
+    if node.op_type in _REGROUPING and keeps_matrices(node):
+        return _through(node, node.inputs[0], factor, depth)
+    if node.op_type in ("Mul", "Div"):
+        return _factor(node, factor, depth)
+    if node.op_type in ("Add", "Sub"):
+        return _additive(node, factor, depth)
+    if node.op_type == "Where":
+        return _where(node, factor, depth)
+    if node.op_type == "Tanh":
+        return _capped(node, factor, depth)
+    return f"unexpected {node.op_type} `{node.name}` between the scores and the softmax"
+
+
+def _product(node: ir.Node, factor: float) -> Scores | str:
+    if any(is_constant(v) for v in node.inputs):
+        return f"its input `{node.outputs[0].name}` is a product with a constant weight"
+    return Scores(node, (node,), factor)
+
+
+def keeps_matrices(node: ir.Node) -> bool:
+    """True if an operator that keeps the order of elements only regroups the axes before the last two."""
+    a, b = node.inputs[0], node.outputs[0]
+    if a is None or a.shape is None or b.shape is None or len(a.shape) < 2 or len(b.shape) < 2:
+        return False
+    return same_dim(a.shape[-1], b.shape[-1]) and same_dim(a.shape[-2], b.shape[-2])
+
+
+def _through(node: ir.Node, source: ir.Value | None, factor: float, depth: int) -> Scores | str:
+    if source is None:
+        return f"{node.op_type} `{node.name}` has no input"
+    below = _walk(source, factor, depth - 1)
+    return below if isinstance(below, str) else dataclasses.replace(below, nodes=(*below.nodes, node))
+
+
+def _factor(node: ir.Node, factor: float, depth: int) -> Scores | str:
+    a, b = node.inputs
+    if (c := scalar(b)) is not None and float(c) != 0.0:
+        return _through(node, a, factor * (float(c) if node.op_type == "Mul" else 1 / float(c)), depth)
+    if node.op_type == "Mul" and (c := scalar(a)) is not None:
+        return _through(node, b, factor * float(c), depth)
+    return f"{node.op_type} `{node.name}` scales the scores by something that is not a constant number"
+
+
+def _additive(node: ir.Node, factor: float, depth: int) -> Scores | str:
+    reasons = []
+    for k, (side, other) in enumerate((node.inputs, node.inputs[::-1])):
+        if side is None or other is None or (k == 1 and node.op_type == "Sub"):
+            continue
+        below = _through(node, side, factor, depth)
+        if isinstance(below, str):
+            reasons.append(below)
+            continue
+        sign = -1.0 if node.op_type == "Sub" else 1.0
+        term = MaskTerm(other, "add", rank(side) or 0, factor * sign)
+        return _with_term(below, term)
+    return reasons[0] if reasons else f"{node.op_type} `{node.name}` has no input"
+
+
+def _where(node: ir.Node, factor: float, depth: int) -> Scores | str:
+    condition, x, y = node.inputs
+    for scores, fill, kind in ((x, scalar(y), "keep"), (y, scalar(x), "drop")):
+        if fill is None or scores is None or condition is None:
+            continue
+        below = _through(node, scores, factor, depth)
+        if isinstance(below, str):
+            return below
+        if float(fill) * factor > -1e9:  # exp(fill - max) must vanish beside any ordinary score, whatever is added to it
+            return f"Where `{node.name}` fills the scores with {float(fill):g}, which is not low enough for a mask"
+        return _with_term(below, MaskTerm(condition, kind, rank(scores) or 0, 1.0, float(fill) * factor))  # type: ignore[arg-type]
+    return f"Where `{node.name}` does not choose between the scores and a constant"
+
+
+def _with_term(below: Scores, term: MaskTerm) -> Scores:
+    return dataclasses.replace(below, terms=(*below.terms, term))
+
+
+def _capped(node: ir.Node, factor: float, depth: int) -> Scores | str:
+    """factor * tanh(s * x): a soft cap of `factor`, whose inner scale s counts as factor * s."""
+    below = _through(node, node.inputs[0], 1.0, depth)
+    if isinstance(below, str):
+        return below
+    if below.softcap:
+        return f"a second Tanh `{node.name}` between the scores and the softmax"
+    return dataclasses.replace(below, scale=below.scale * factor, softcap=factor, masked_before_cap=bool(below.terms))
+
+
+def probabilities_of(softmax: ir.Node) -> Probabilities | str:
+    """Where the output of a Softmax goes, or why that is not the product with the value."""
+    value, nodes, guarded = softmax.outputs[0], [softmax], False
+    for _ in range(_DEPTH):
+        readers = consumers(value)
+        guard = _nan_guard(value, readers)
+        if guard is not None:
+            nodes += guard
+            value, guarded = guard[-1].outputs[0], True
+            continue
+        product = next((n for n in readers if n.op_type == "MatMul" and n.inputs[0] is value), None)
+        if product is not None:
+            return Probabilities(product, (*nodes, product), guarded, value)
+        regrouped = [n for n in readers if n.op_type in _REGROUPING and keeps_matrices(n)]
+        if len(regrouped) != 1:
+            break
+        readers = regrouped
+        nodes.append(readers[0])
+        value = readers[0].outputs[0]
+    found = ", ".join(f"{n.op_type} `{n.name}`" for n in consumers(value)) or "nothing"
+    return f"its probabilities do not feed a product with the value (found {found})"
+
+
+def _nan_guard(value: ir.Value, readers: list[ir.Node]) -> list[ir.Node] | None:
+    """Where(IsNaN(p), 0, p): rows without any key become zero."""
+    test = next((n for n in readers if n.op_type == "IsNaN"), None)
+    if test is None:
+        return None
+    for node in consumers(test.outputs[0]):
+        if node.op_type == "Where" and node.inputs[0] is test.outputs[0] and node.inputs[2] is value:
+            zero = constant(node.inputs[1])
+            if zero is not None and not np.any(zero):
+                return [test, node]
+    return None

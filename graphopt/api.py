@@ -1,0 +1,248 @@
+"""`optimize`: load, run the passes, lower for the target, and report. The caller's object or file is never changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from time import perf_counter as clock
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from graphopt import frontend, instruments, measure, reading, registry, save
+from graphopt.core import Budget, Context, Pass, Target
+from graphopt.errors import GraphoptError, LoadError, PipelineError, SampleError
+from graphopt.fuel import Fuel
+from graphopt.instruments import Observer
+from graphopt.loss import NO_SAMPLES, Loss, Metric, model_bytes
+from graphopt.normalize import normalize
+from graphopt.opset import Rise
+from graphopt.options import near
+from graphopt.pipeline import Instrument, PassManager, PassRecord, parse, render
+from graphopt.remarks import Remark, Remarks
+from graphopt.report import Report, Size, megabytes
+from graphopt.result import Result
+from graphopt.samples import Samples
+from graphopt.transaction import TransactionManager
+
+if TYPE_CHECKING:
+    from graphopt.frontend import Source
+
+Progress = Callable[[str, float], None]
+
+
+def optimize(
+    source: Source,
+    pipeline: str | None = None,
+    *,
+    level: int = 1,
+    target: str | Target = "cpu",
+    samples: Any = None,
+    tokenizer: Any = None,
+    metric: Metric | None = None,
+    max_loss: float | None = None,
+    require: Sequence[str] = (),
+    plugins: Sequence[str] = (),
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    input_shapes: Mapping[str, Sequence[int | str]] | None = None,
+    task: str | None = None,
+    with_past: bool = False,
+    verify_each: bool = False,
+    check_numerics: bool = False,
+    time: bool = False,
+    print_changed: bool = False,
+    dump: str | Path | None = None,
+    fuel: int | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Load a model, run a pipeline over it, and lower it for a target.
+
+    Args:
+        source: what `graphopt.load` takes; it is not changed. The next options down to `with_past` that `load` has mean the same here.
+        pipeline: passes as text, such as `canonicalize, fuse-attention`, or `@FILE`; by default those of `level` for the target.
+        level: 0 = normal form, 1 = exact passes, 2 = also dynamic int8, 3 = also compression that needs samples.
+        target: text such as `cpu{threads=2}`, or a Target.
+        samples: what `Samples.load` takes; `tokenizer` is for text (by default the one of a Hugging Face folder).
+        metric: from a session to a number, larger for better models; judges lossy passes instead of the distance of the outputs.
+        max_loss: the loss that all passes together may cost, as a fraction (0.01 = 1 %): the relative fall of the metric, or the relative L2
+            distance of the outputs. A lossy pass that goes over it is weakened or undone.
+        require: names of passes that must change something.
+        plugins: files or modules that bring passes or targets.
+        verify_each, check_numerics, time, print_changed, dump: instruments (see docs/cli.md); `dump` is a folder.
+        fuel: how many changes may happen at most, for bisecting.
+        progress: called with what is done now and the fraction of all steps.
+
+    Raises:
+        PipelineError: the pipeline or target text is wrong, or a required pass is not in it.
+        LoadError: the source cannot be read.
+        PassError: a pass raised; it names the pass, its place and the cause.
+        SampleError: a lossy pass has a budget, and there is neither a metric nor a sample.
+        GraphoptError: a required pass changed nothing.
+    """
+    plan = _Plan.make(pipeline, level, target, tuple(plugins), tuple(require))
+    tell = progress or (lambda text, done: None)
+    tell("load", 0.0)
+    remarks, start = Remarks(), clock()
+    original, model = load_both(
+        source,
+        example_inputs=example_inputs,
+        example_kwargs=example_kwargs,
+        dynamic_shapes=dynamic_shapes,
+        input_shapes=input_shapes,
+        task=task,
+        with_past=with_past,
+        remarks=remarks,
+    )
+    records = [PassRecord("load", 0, clock() - start, list(remarks))]
+    file = Path(source) if isinstance(source, (str, os.PathLike)) and Path(source).is_file() and not input_shapes else None
+    fed = _samples(samples, tokenizer, model, source)
+    loss = Loss(plan.target, original, fed, metric)
+    snapshot = _Snapshot(len(plan.passes) + 1, len(plan.passes) + len(plan.lowerings), tell)
+    ctx = Context(
+        model, target=plan.target, samples=fed, remarks=remarks, fuel=Fuel(fuel), original=original,
+        budget=None if max_loss is None else Budget(max_loss),
+    )  # fmt: skip
+    watchers = [*_instruments(verify_each, check_numerics, time, print_changed, dump), snapshot]
+    records += _manager(plan, watchers, loss, max_loss).run(model, ctx)
+    _require(plan.required, records)
+    changed = any(record.changes for record in records)
+    lowered = model if changed else original
+    report = _report(plan, original, lowered, file, records, loss)
+    tell("done", 1.0)
+    return Result(lowered, snapshot.graph or model, original, plan.target, report, fed, file)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What will run, parsed before anything is loaded."""
+
+    target: Target
+    passes: tuple[Pass, ...]
+    lowerings: tuple[Pass, ...]
+    required: tuple[str, ...]
+
+    @classmethod
+    def make(cls, text: str | None, level: int, target: str | Target, plugins: tuple[str, ...], required: tuple[str, ...]) -> _Plan:
+        where = parse_target(target, plugins) if isinstance(target, str) else target
+        classes = registry.passes(plugins)
+        passes: list[Pass] = parse(where.pipeline(level) if text is None else text, classes)
+        lowerings = tuple(where.lowerings())
+        names = {step.name for step in (*passes, *lowerings)}
+        for name in required:
+            if name not in names:
+                known = f"it has {', '.join(sorted(names)) or 'no pass'}"
+                raise PipelineError(f"{name} is required and is not in the pipeline `{render(passes)}`{near(name, names)}; {known}")
+        return cls(where, tuple(passes), lowerings, required)
+
+
+def parse_target(text: str, plugins: tuple[str, ...] = ()) -> Target:
+    """A target from its text.
+
+    Raises:
+        PipelineError: unknown name or option, or not exactly one target.
+    """
+    found: list[Target] = parse(text, registry.targets(plugins), "target")
+    if len(found) != 1:
+        raise PipelineError(f"expected one target such as cpu or cpu{{threads=2}}, found `{text}`")
+    return found[0]
+
+
+class _Snapshot(Observer):
+    """Keeps the graph as it was before the first lowering, and tells how far the run is."""
+
+    def __init__(self, first_lowering: int, total: int, tell: Progress) -> None:
+        self.first, self.total, self.tell = first_lowering, max(1, total), tell
+        self.graph: ir.Model | None = None
+
+    def before(self, step: Pass, position: int, model: ir.Model, ctx: Context) -> None:
+        self.tell(f"{position}/{self.total} {step}", (position - 1) / self.total)
+        if position == self.first and self.graph is None:
+            self.graph = model.clone()
+
+
+def load_both(
+    source: Source,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    input_shapes: Mapping[str, Sequence[int | str]] | None = None,
+    task: str | None = None,
+    with_past: bool = False,
+    remarks: Remarks,
+) -> tuple[ir.Model, ir.Model]:
+    """The input as it came (with `input_shapes` bound), and its normal form; arguments as for `graphopt.load`."""
+    original, name, files = frontend._read(source, example_inputs, example_kwargs, dynamic_shapes, task, with_past, remarks)
+    frontend._remember(original, name, files)
+    model, _, _ = reading.from_model(original)
+    try:
+        if input_shapes:
+            frontend.override_shapes(original, input_shapes)
+            frontend.override_shapes(model, input_shapes)
+        normalize(model, remarks)
+    except LoadError as error:
+        raise LoadError(f"{name}: {error}") from None
+    return original, model
+
+
+def _samples(data: Any, tokenizer: Any, model: ir.Model, source: Any) -> Samples | None:
+    if data is None:
+        return None
+    if tokenizer is None and isinstance(source, (str, os.PathLike)):
+        beside = Path(source) / "tokenizer.json"
+        tokenizer = beside if beside.is_file() else None
+    return Samples.load(data, model, tokenizer=tokenizer)
+
+
+def _instruments(verify_each: bool, check_numerics: bool, time: bool, print_changed: bool, dump: str | Path | None) -> list[Instrument]:
+    chosen: list[Instrument] = []
+    if verify_each:
+        chosen.append(instruments.VerifyEach())
+    if check_numerics:
+        chosen.append(instruments.CheckNumerics())
+    if time:
+        chosen.append(instruments.Time())
+    if print_changed:
+        chosen.append(instruments.PrintChanged())
+    if dump is not None:
+        chosen.append(instruments.Dump(dump))
+    return chosen
+
+
+def _manager(plan: _Plan, watchers: Sequence[Instrument], loss: Loss, max_loss: float | None) -> PassManager:
+    steps = [*plan.passes, *plan.lowerings]
+    lossy = [step for step in plan.passes if not step.exact]
+    if max_loss is None or not lossy:
+        return PassManager(steps, watchers)
+    if not loss.known:
+        raise SampleError(f"max-loss needs something to judge {lossy[0].name} by: {NO_SAMPLES}")
+    return TransactionManager(steps, watchers, loss=loss.of_graph, max_loss=max_loss)
+
+
+def _require(names: Sequence[str], records: Sequence[PassRecord]) -> None:
+    """Every named pass must have changed something; the error has the first reason that it gave."""
+    for name in names:
+        own = [record for record in records if record.name.partition("{")[0] == name]
+        if not any(record.changes for record in own):
+            missed = [remark for record in own for remark in record.remarks if remark.kind == "missed"]
+            why = f": {missed[0].message} (at `{missed[0].node}`)" if missed else "; no candidate was found"
+            raise GraphoptError(f"{name} is required and changed nothing{why}")
+
+
+def _report(plan: _Plan, original: ir.Model, lowered: ir.Model, file: Path | None, records: list[PassRecord], loss: Loss) -> Report:
+    before = Size.of(original, model_bytes(original) if file is None else measure.size(file))
+    after: Size = before
+    rises: Sequence[Rise] = ()
+    if lowered is not original:
+        finished, rises = save.finish(lowered, getattr(plan.target, "opset", None))
+        after = Size.of(finished, model_bytes(finished))
+    if after.bytes > before.bytes:
+        larger = f"the output has {after.bytes - before.bytes} bytes more than the input ({megabytes(before.bytes)})"
+        records.append(PassRecord("save", 0, 0.0, [Remark("warning", "save", "", larger)]))
+    described = {"name": str(plan.target)} | plan.target.report(lowered)
+    judged = loss.report(lambda: plan.target.session(lowered))
+    return Report(render(plan.passes), described, before, after, records, judged, rises=[rise.as_dict() for rise in rises])

@@ -1,0 +1,144 @@
+"""The three things that graphopt is made of: passes change a graph, analyses tell facts about it, targets lower it."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.errors import SampleError
+from graphopt.fuel import Fuel
+from graphopt.options import Configurable
+from graphopt.remarks import Remarks
+
+if TYPE_CHECKING:
+    from graphopt.samples import Samples
+
+Facts = TypeVar("Facts")
+Array = np.ndarray[Any, Any]
+
+
+class Pass(Configurable, ABC):
+    """One change of a graph. A subclass is a frozen dataclass whose fields are its options.
+
+    `exact` is False for a pass that may change the numbers beyond rounding (quantization, pruning, low rank).
+    `preserves` lists the analyses whose facts are still true after the pass changed something.
+    """
+
+    exact: ClassVar[bool] = True
+    preserves: ClassVar[frozenset[type]] = frozenset()
+
+    @abstractmethod
+    def run(self, model: ir.Model, ctx: Context) -> int:
+        """Change `model` in place; return how many changes were made (0 = untouched)."""
+
+    def weaker(self) -> Self | None:
+        """A milder setting of the same pass, or None if it can only be undone."""
+        return None
+
+
+class Analysis(ABC, Generic[Facts]):
+    """Read-only facts about a graph. A subclass is a frozen dataclass; the Context caches its facts by value."""
+
+    @abstractmethod
+    def compute(self, model: ir.Model, ctx: Context) -> Facts: ...
+
+
+class Context:
+    """What a pass is given besides the graph. An explicit argument, never global."""
+
+    def __init__(
+        self,
+        model: ir.Model,
+        *,
+        target: Target | None = None,
+        samples: Samples | None = None,
+        remarks: Remarks | None = None,
+        fuel: Fuel | None = None,
+        budget: Budget | None = None,
+        original: ir.Model | None = None,
+    ) -> None:
+        self.model, self.target, self.samples, self.budget = model, target, samples, budget
+        self.original = model if original is None else original
+        self.remarks = Remarks() if remarks is None else remarks
+        self.fuel = Fuel() if fuel is None else fuel
+        self._facts: dict[Any, Any] = {}
+
+    def get(self, analysis: Analysis[Facts]) -> Facts:
+        """The facts of an analysis about the current graph; computed once until the graph changes."""
+        if analysis not in self._facts:
+            self._facts[analysis] = analysis.compute(self.model, self)
+        facts: Facts = self._facts[analysis]
+        return facts
+
+    def invalidate(self, keep: frozenset[type] = frozenset()) -> None:
+        """Drop the facts of every analysis but those of the types in `keep`."""
+        self._facts = {a: f for a, f in self._facts.items() if type(a) in keep}
+
+    def require_samples(self) -> Samples:
+        """The user's samples.
+
+        Raises:
+            SampleError: there are none; the text names the flag to add.
+        """
+        if self.samples is None:
+            raise SampleError(f"{self.remarks.current} needs samples of the model's inputs; add --samples DATA (or samples=... in Python)")
+        return self.samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """The one loss budget for all lossy passes: the relative fall of the metric, or the relative L2 distance of the outputs."""
+
+    max_loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """What a target wrote: the files (the first is the one to load) and their size together, in bytes."""
+
+    files: tuple[Path, ...]
+    nbytes: int
+
+
+class Session(Protocol):
+    """A model that runs: named arrays in, named arrays out."""
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]: ...
+
+
+class Target(Configurable, ABC):
+    """A runtime with one way of running a model; `cpu{threads=2}` parses exactly like a pass."""
+
+    @abstractmethod
+    def pipeline(self, level: int) -> str:
+        """What -O0 .. -O3 mean here, as pipeline text."""
+
+    @abstractmethod
+    def lowerings(self) -> Sequence[Pass]:
+        """Ordinary passes that spell the graph as this target runs it best; every debugging tool works on them too."""
+
+    @abstractmethod
+    def supports(self, node: ir.Node) -> bool:
+        """True if the runtime has a kernel for this node."""
+
+    @abstractmethod
+    def save(self, model: ir.Model, path: Path) -> Artifact:
+        """Write the lowered model, whole or not at all."""
+
+    @abstractmethod
+    def session(self, model: ir.Model) -> Session:
+        """Run the lowered model here.
+
+        Raises:
+            TargetError: the runtime is not on this machine.
+        """
+
+    def report(self, model: ir.Model) -> dict[str, Any]:
+        """What this target has to say about the lowered model (JSON values)."""
+        return {}

@@ -1,0 +1,156 @@
+"""How far apart two sets of outputs are. NaN equals NaN only where the baseline has it; another shape or dtype is infinitely far."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from graphopt.core import Array
+
+# max |d| <= tolerance * (1 + max |baseline|), by the dtype of the output; anything that is no float must be equal
+TOLERANCE = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 1e-5, "float64": 1e-9}
+_FILL = 1e3  # so many times larger than (1 +) the smaller elements: a fill such as "minus infinity", which is no scale for the others
+
+
+@dataclasses.dataclass(frozen=True)
+class Distance:
+    """Between a baseline and another array.
+
+    Attributes:
+        max_abs: max |d|, in units of the output.
+        relative: max |d| / (1 + max |baseline|).
+        l2: ||d|| / ||baseline||.
+        cosine: mean cosine of the rows (last axis); `cosine_min`: the smallest.
+    """
+
+    max_abs: float
+    relative: float
+    l2: float
+    cosine: float
+    cosine_min: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The worst element of the first output that differs by more than its bound; `reason` instead, where arrays cannot be compared."""
+
+    output: str
+    index: tuple[int, ...] = ()
+    expected: object = None
+    found: object = None
+    error: float = math.inf
+    bound: float = 0.0
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"output `{self.output}` {self.reason}"
+        place = f" at {list(self.index)}" if self.index else ""
+        return f"output `{self.output}`{place} is {self.found}, expected {self.expected}: off by {self.error:.3g}, allowed {self.bound:.3g}"
+
+
+def distance(base: Array, other: Array) -> Distance:
+    """The distance of `other` from the baseline `base`."""
+    base, other = np.asarray(base), np.asarray(other)
+    if base.shape != other.shape or base.dtype != other.dtype:
+        return Distance(math.inf, math.inf, math.inf, -1.0, -1.0)
+    errors = _errors(base, other)
+    if base.size == 0 or base.dtype.kind in "OUS":
+        worst = float(errors.max(initial=0.0))
+        return Distance(worst, worst, worst, 1.0 - bool(worst), 1.0 - bool(worst))
+    numbers = _finite(base)
+    worst = float(errors.max())
+    cosines = _cosines(numbers, _finite(other))
+    return Distance(
+        worst, worst / (1 + float(np.abs(numbers).max())), _ratio(_norm(errors), _norm(numbers)), float(cosines.mean()), float(cosines.min())
+    )
+
+
+def relative_l2(base: Iterable[Mapping[str, Array]], other: Iterable[Mapping[str, Array]]) -> float:
+    """||d|| / ||baseline|| over all batches, of the output where it is largest; inf where outputs cannot be compared."""
+    squares: dict[str, list[float]] = {}
+    for expected, found in zip(base, other, strict=True):
+        for name, array in expected.items():
+            if name not in found or found[name].shape != array.shape:
+                return math.inf
+            total = squares.setdefault(name, [0.0, 0.0])
+            total[0] += _norm(_errors(array, found[name])) ** 2
+            total[1] += _norm(_finite(array)) ** 2 if array.dtype.kind not in "OUS" else 0.0
+    return max((_ratio(math.sqrt(d), math.sqrt(b)) for d, b in squares.values()), default=0.0)
+
+
+def compare_outputs(base: Mapping[str, Array], other: Mapping[str, Array], tolerance: float | None = None) -> Difference | None:
+    """The first output of `other` that is not the baseline's, or None.
+
+    Floats may differ by `tolerance` * (1 + max |baseline|), by default TOLERANCE of the dtype. The maximum leaves out fills (elements
+    a thousand times larger than the others), each of which is measured against itself: a mask of -3e38 excuses nothing.
+    """
+    for name, expected in base.items():
+        if name not in other:
+            return Difference(name, reason="is missing")
+        found = _compare(name, np.asarray(expected), np.asarray(other[name]), tolerance)
+        if found is not None:
+            return found
+    extra = [name for name in other if name not in base]
+    return Difference(extra[0], reason="is new; the baseline has no such output") if extra else None
+
+
+def _compare(name: str, base: Array, other: Array, tolerance: float | None) -> Difference | None:
+    if base.dtype != other.dtype or base.shape != other.shape:
+        return Difference(name, reason=f"is {other.dtype}{list(other.shape)}, expected {base.dtype}{list(base.shape)}")
+    errors = _errors(base, other)
+    relative = TOLERANCE.get(base.dtype.name, 0.0) if tolerance is None else tolerance
+    bounds = relative * (1 + _scale(base)) if base.dtype.name in TOLERANCE else np.zeros(base.shape)
+    over = errors > bounds
+    if not over.any():
+        return None
+    worst = np.unravel_index(int(np.argmax(np.where(over, errors / (bounds + 1e-300), -1.0))), base.shape)
+    index = tuple(int(i) for i in worst)
+    return Difference(name, index, base[index], other[index], float(errors[index]), float(bounds[index]))
+
+
+def _errors(base: Array, other: Array) -> Array:
+    """|other - base| as float64; 0 where both are the same infinity or NaN, inf where only one is."""
+    if base.dtype.kind in "OUS":
+        return np.where(base == other, 0.0, math.inf)
+    with np.errstate(invalid="ignore", over="ignore"):
+        a, b = base.astype(np.float64), other.astype(np.float64)
+        errors = np.abs(b - a)
+        same = (base == other) | (np.isnan(a) & np.isnan(b))
+    if base.dtype.kind in "iu":
+        errors = np.maximum(errors, 1.0)  # float64 cannot tell large neighbours apart; `same` can
+    return np.where(same, 0.0, np.where(np.isnan(errors), math.inf, errors))
+
+
+def _scale(base: Array) -> Array:
+    """For each element, the magnitude that its error is measured by: the largest that is no fill, or its own."""
+    numbers = np.abs(_finite(base))
+    present = numbers[numbers > 0]
+    if present.size == 0:
+        return numbers
+    ceiling = _FILL * (1 + float(np.quantile(present, 0.1)))
+    largest = float(numbers.max(initial=0.0, where=numbers <= ceiling))
+    return np.maximum(numbers, largest)
+
+
+def _finite(array: Array) -> Array:
+    return np.nan_to_num(array.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _norm(array: Array) -> float:
+    return float(np.sqrt(np.square(array).sum()))
+
+
+def _ratio(error: float, scale: float) -> float:
+    return error / scale if scale else (math.inf if error else 0.0)
+
+
+def _cosines(a: Array, b: Array) -> Array:
+    a, b = (x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1) for x in (a, b))
+    lengths = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    product = lengths[0] * lengths[1]
+    cosines = (a * b).sum(1) / np.where(product > 0, product, 1.0)
+    return np.where((lengths[0] == 0) & (lengths[1] == 0), 1.0, cosines)

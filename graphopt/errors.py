@@ -1,0 +1,46 @@
+"""Every error a user can meet. One line each: what was expected, what was found, where, and what to do next."""
+
+from __future__ import annotations
+
+
+class GraphoptError(Exception):
+    """Base of all errors that graphopt raises on purpose; the command line prints it as one line."""
+
+
+class LoadError(GraphoptError):
+    """The source could not be turned into a graph."""
+
+
+class SaveError(GraphoptError):
+    """The artifact could not be written; nothing was left behind."""
+
+
+class PipelineError(GraphoptError):
+    """A pipeline, pass or target text that does not parse, or names what does not exist."""
+
+
+class VerifyError(GraphoptError):
+    """A graph breaks the normal form, or computes other numbers than the one it came from."""
+
+
+class TargetError(GraphoptError):
+    """A target cannot express or run the graph."""
+
+
+class SampleError(GraphoptError):
+    """Samples are missing, or do not fit the inputs of the model."""
+
+
+class PassError(GraphoptError):
+    """A pass raised. The input of the pipeline is untouched.
+
+    Attributes:
+        pass_text: the pass as pipeline text.
+        position: its place in the pipeline, from 1.
+        cause: the exception that it raised.
+    """
+
+    def __init__(self, pass_text: str, position: int, cause: BaseException) -> None:
+        self.pass_text, self.position, self.cause = pass_text, position, cause
+        what = str(cause) if isinstance(cause, GraphoptError) else f"{type(cause).__name__}: {cause}"
+        super().__init__(f"pass {position} `{pass_text}` failed: {what}")

@@ -1,0 +1,138 @@
+"""Small questions about an `onnx_ir` graph that every pass asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """True for an initializer that no caller can override (an initializer that is also a graph input has only a default)."""
+    return value is not None and value.const_value is not None and not value.is_graph_input()
+
+
+def constant(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
+    """The contents of a constant, or None. Reads the data: ask `is_constant` where only the fact matters."""
+    if value is None or not is_constant(value):
+        return None
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
+def scalar(value: ir.Value | None) -> float | int | bool | None:
+    """The one element of a constant of size 1 (any rank), or None."""
+    if value is None or value.const_value is None or value.const_value.size != 1:
+        return None
+    array = constant(value)
+    return None if array is None else array.reshape(()).item()
+
+
+def attr(node: ir.Node, name: str, default: Any = None) -> Any:
+    """The value of an attribute, or `default` where the node does not spell it."""
+    found = node.attributes.get(name)
+    return default if found is None else found.value
+
+
+def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """The standard-domain node that makes `value`, if it is one of `op_types` (any, if none is named)."""
+    node = None if value is None else value.producer()
+    if node is None or node.domain not in ("", "ai.onnx"):
+        return None
+    return node if not op_types or node.op_type in op_types else None
+
+
+def consumers(value: ir.Value) -> list[ir.Node]:
+    """The distinct nodes that read `value`, in the order of use."""
+    return list(dict.fromkeys(use.node for use in value.uses()))
+
+
+def used_once(value: ir.Value) -> bool:
+    return len(value.uses()) == 1 and not value.is_graph_output()
+
+
+def enclosed(path: Sequence[ir.Node], side: Iterable[ir.Node]) -> tuple[ir.Node, ...]:
+    """The nodes of a match: `path`, and those of `side` that nothing else needs (the others stay in the graph). The path comes last, in order."""
+    inside = {n for n in side if n.graph is path[0].graph}.union(path)
+    while True:
+        needed = [n for n in inside.difference(path) if any(v.is_graph_output() or any(u.node not in inside for u in v.uses()) for v in n.outputs)]
+        if not needed:
+            return (*inside.difference(path), *path)
+        inside.difference_update(needed)
+
+
+def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """Every node of the main graph and of every subgraph, outer before inner."""
+    yield from ir.traversal.RecursiveGraphIterator(model.graph)
+
+
+def graphs(model: ir.Model) -> Iterator[ir.Graph]:
+    """The main graph and every subgraph."""
+    yield model.graph
+    yield from model.graph.subgraphs()
+
+
+def rank(value: ir.Value | None) -> int | None:
+    return None if value is None or value.shape is None else len(value.shape)
+
+
+def static_dim(value: ir.Value | None, axis: int) -> int | None:
+    """The size of one axis where it is a known integer."""
+    if value is None or value.shape is None or not -len(value.shape) <= axis < len(value.shape):
+        return None
+    size = value.shape[axis]
+    return size if isinstance(size, int) else None
+
+
+def same_dim(a: object, b: object) -> bool:
+    """True if two dimensions are proved equal; an unknown dimension equals nothing."""
+    if isinstance(a, int) or isinstance(b, int):
+        return a == b
+    return getattr(a, "value", None) is not None and a == b
+
+
+def same_shape(a: ir.Value, b: ir.Value) -> bool:
+    if a.shape is None or b.shape is None or len(a.shape) != len(b.shape):
+        return False
+    return all(same_dim(x, y) for x, y in zip(a.shape, b.shape, strict=True))
+
+
+def shape_text(value: ir.Value) -> str:
+    kind = "?" if value.dtype is None else value.dtype.name.lower()
+    return f"{kind}[{','.join(str(d) for d in value.shape)}]" if value.shape is not None else f"{kind}[?]"
+
+
+def parameters(model: ir.Model) -> int:
+    """Number of stored weight elements, each initializer counted once."""
+    return sum(v.const_value.size for g in graphs(model) for v in g.initializers.values() if v.const_value is not None)
+
+
+def nbytes(model: ir.Model) -> int:
+    """Bytes of stored weights."""
+    return sum(v.const_value.nbytes for g in graphs(model) for v in g.initializers.values() if v.const_value is not None)
+
+
+class Names:
+    """Fresh names for one model: values and nodes never collide with what is there."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.taken: set[str] = set()
+        self._last: dict[str, int] = {}  # hint -> the last number tried: a thousand equal hints stay linear
+        for graph in graphs(model):
+            self.taken.update(graph.initializers)
+            self.taken.update(v.name for v in graph.inputs if v.name)
+            for node in graph:
+                self.taken.update(v.name for v in node.outputs if v.name)
+                if node.name:
+                    self.taken.add(node.name)
+
+    def fresh(self, hint: str) -> str:
+        name, k = hint, self._last.get(hint, 0)
+        while name in self.taken:
+            k += 1
+            name = f"{hint}_{k}"
+        self._last[hint] = k
+        self.taken.add(name)
+        return name

@@ -1,0 +1,107 @@
+"""What an optimization costs: how far the outputs moved on the samples, or how far the user's metric fell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from graphopt.core import Array, Context, Session, Target
+from graphopt.distance import relative_l2
+from graphopt.errors import GraphoptError, SampleError
+from graphopt.pipeline import PassManager
+from graphopt.report import Measured
+from graphopt.samples import Samples
+
+Metric = Callable[[Session], float]
+NO_SAMPLES = "no samples; add --samples DATA, or --metric M (samples=... or metric=... in Python)"
+
+
+class Loss:
+    """The loss of a model against `original`, as a fraction: 0.01 is 1 %.
+
+    With a metric (larger is better): its relative fall, negative where it rose. Without: ||outputs - original outputs|| / ||original outputs||
+    over all samples, of the output where it is largest.
+    """
+
+    def __init__(self, target: Target, original: ir.Model, samples: Samples | None, metric: Metric | None) -> None:
+        self.target, self.original, self.samples, self.metric = target, original, samples, metric
+        self._outputs: list[dict[str, Array]] | None = None
+        self._score: float | None = None
+
+    @property
+    def known(self) -> bool:
+        return self.samples is not None or self.metric is not None
+
+    @property
+    def how(self) -> str:
+        return "relative fall of the metric" if self.metric is not None else "relative L2 distance of the outputs on the samples"
+
+    def of(self, session: Session) -> float:
+        """The loss of what this session runs.
+
+        Raises:
+            SampleError: there is neither a metric nor a sample.
+            GraphoptError: the metric of the original is not a positive number.
+        """
+        if self.metric is not None:
+            return self._fall(self.metric, session)
+        if self.samples is None:
+            raise SampleError(NO_SAMPLES)
+        if self._outputs is None:
+            self._outputs = self._run(self.target.session(self.original), self.samples)
+        return relative_l2(self._outputs, self._run(session, self.samples))
+
+    def of_graph(self, model: ir.Model) -> float:
+        """The loss of a graph before lowering, as the target will run it."""
+        copy = model.clone()
+        ctx = Context(copy, target=self.target, samples=self.samples, original=self.original)
+        PassManager(self.target.lowerings()).run(copy, ctx)
+        return self.of(self.target.session(copy))
+
+    def report(self, session: Callable[[], Session]) -> Measured:
+        """The loss for the report, or why there is none."""
+        if not self.known:
+            return Measured(None, NO_SAMPLES)
+        try:
+            return Measured(self.of(session()), None, self.how)
+        except GraphoptError as error:
+            return Measured(None, str(error))
+
+    def _fall(self, metric: Metric, session: Session) -> float:
+        if self._score is None:
+            self._score = float(metric(self.target.session(self.original)))
+        if not self._score > 0:
+            raise GraphoptError(f"the metric of the original is {self._score:g}; a relative fall needs a positive number, larger for better models")
+        return (self._score - float(metric(session))) / self._score
+
+    @staticmethod
+    def _run(session: Session, samples: Samples) -> list[dict[str, Array]]:
+        return [session.run(feed) for feed in samples]
+
+
+def model_bytes(model: ir.Model) -> int:
+    """Bytes of the model as a file with its weights; above 1 GB those of the weights alone."""
+    from graphopt.graph import nbytes
+    from graphopt.run import to_proto
+
+    weights = nbytes(model)
+    return weights if weights > 10**9 else int(to_proto(model).ByteSize())
+
+
+def load_metric(text: str) -> Metric:
+    """A metric from `FILE.py:function` or `module:function`.
+
+    Raises:
+        GraphoptError: there is no such function.
+    """
+    place, _, name = text.rpartition(":")
+    if not place or not name:
+        raise GraphoptError(f"a metric is FILE.py:FUNCTION or MODULE:FUNCTION, found `{text}`")
+    from graphopt.registry import load_plugin
+
+    found = getattr(load_plugin(place), name, None)
+    if not callable(found):
+        raise GraphoptError(f"{place} has no function `{name}`")
+    metric: Metric = found
+    return metric

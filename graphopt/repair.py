@@ -1,0 +1,56 @@
+"""Repairs at the front door: what exporters write that no runtime runs, each with a remark."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.graph import Names, all_nodes, rank, same_dim
+from graphopt.remarks import Remarks
+from graphopt.shapes import infer_nodes
+
+
+def repair(model: ir.Model, remarks: Remarks) -> int:
+    """Repair `model` in place; returns how many nodes were mended.
+
+    RotaryEmbedding whose caches have batch 1: ONNX and its runtimes ask for the batch of x (torch 2.13 exports every rotary model so, and
+    none of them runs for a batch above 1). The caches are expanded.
+    """
+    names = Names(model)
+    expanded: dict[tuple[ir.Value, str], ir.Value] = {}
+    mended = 0
+    for node in [n for n in all_nodes(model) if n.domain == "" and n.op_type == "RotaryEmbedding"]:
+        x = node.inputs[0]
+        if x is None or x.shape is None or (len(node.inputs) > 3 and node.inputs[3] is not None):
+            continue
+        caches = node.inputs[1:3]
+        if any(rank(c) != 3 or c is None or c.shape is None or c.shape[0] != 1 or same_dim(c.shape[0], x.shape[0]) for c in caches):
+            continue
+        for index, cache in enumerate(caches, start=1):
+            assert cache is not None
+            key = (cache, str(x.shape[0]))
+            if key not in expanded:
+                expanded[key] = _expand(model, node, cache, x, names)
+            node.replace_input_with(index, expanded[key])
+        mended += 1
+        remarks.warning(node.name or "", "its cos and sin caches have batch 1, which runtimes refuse for larger batches; they are expanded to the batch of x")
+    if mended:
+        model.graph.sort()
+    return mended
+
+
+def _expand(model: ir.Model, before: ir.Node, cache: ir.Value, x: ir.Value, names: Names) -> ir.Value:
+    ones = ir.tensor(np.array([1, 1], np.int64), name=names.fresh("ones"))
+    tail = ir.Value(name=ones.name, type=ir.TensorType(ones.dtype), shape=ir.Shape([2]), const_value=ones)
+    model.graph.register_initializer(tail)
+    batch = ir.node("Shape", [x], {"start": 0, "end": 1})
+    shape = ir.node("Concat", [batch.outputs[0], tail], {"axis": 0})
+    expand = ir.node("Expand", [cache, shape.outputs[0]])
+    for node in (batch, shape, expand):
+        node.name = names.fresh(f"{before.name}/{node.op_type}")
+        node.outputs[0].name = names.fresh(f"{node.name}_output_0")
+    graph = before.graph
+    assert graph is not None
+    graph.insert_before(before, [batch, shape, expand])
+    infer_nodes(model, [batch, shape, expand])
+    return expand.outputs[0]

@@ -1,0 +1,310 @@
+"""The one rewrite driver: match everything on an untouched graph, then splice.
+
+A pass author writes `match` (pure) and `build`. The driver owns the rest: the leak check, the dtype and shape guard, names, provenance,
+remarks, fuel, and the remapping of values that an earlier splice replaced inside matches that are not applied yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt import shapes
+from graphopt.core import Array, Context, Pass
+from graphopt.graph import Names, all_nodes, graphs, shape_text
+
+_ROUNDS = 8  # rewrites that undo each other stop here
+ORIGINS = "graphopt.origins"  # node.meta: the names of the input's nodes that this node stands for
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """What to replace: `nodes` disappear, and each of `outputs` (made by them) gets a replacement. Subclasses add facts."""
+
+    nodes: tuple[ir.Node, ...]
+    outputs: tuple[ir.Value, ...]
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What the `applied` remark says about this match (JSON values)."""
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Miss:
+    """A near miss: it looked right, but must not be rewritten. `hint` tells the user what would help."""
+
+    node: ir.Node
+    reason: str
+    hint: str = ""
+
+
+M = TypeVar("M", bound=Match)
+
+
+class Builder:
+    """Records new nodes: `op.Add(a, b)`, `op.Split(x, axis=-1, num_outputs=3, _outputs=3)`, `op.const(array, "scale")`."""
+
+    def __init__(self, names: Names, memo: dict[Any, ir.Value]) -> None:
+        self.nodes: list[ir.Node] = []
+        self.initializers: list[ir.Value] = []
+        self.made: dict[Any, ir.Value] = {}  # joins the memo if the splice succeeds
+        self._names, self._memo = names, memo
+
+    def __getattr__(self, op_type: str) -> Callable[..., Any]:
+        if op_type.startswith("_"):
+            raise AttributeError(op_type)
+        return lambda *inputs, **options: self.node(op_type, inputs, **options)
+
+    def node(self, op_type: str, inputs: Sequence[ir.Value | None], *, _domain: str = "", _outputs: int = 1, **attributes: Any) -> Any:
+        """Add a node; returns its output, or a tuple of them where `_outputs` > 1."""
+        given = {k: v for k, v in attributes.items() if v is not None}
+        node = ir.node(op_type, inputs, given, domain=_domain, num_outputs=_outputs)
+        self.nodes.append(node)
+        return node.outputs[0] if _outputs == 1 else node.outputs
+
+    def const(self, array: Array, name: str = "const") -> ir.Value:
+        """An initializer; equal small ones are stored once."""
+        if array.nbytes > 1024:
+            return self._initializer(np.ascontiguousarray(array), name)
+        return self.shared((array.dtype.str, array.shape, array.tobytes()), lambda: self._initializer(array, name))
+
+    def shared(self, key: Any, build: Callable[[], ir.Value]) -> ir.Value:
+        """What `build` makes, made once for all matches that ask with an equal `key` (name the values it reads in the key)."""
+        if key in self._memo:
+            return self._memo[key]
+        if key not in self.made:
+            self.made[key] = build()
+        return self.made[key]
+
+    def _initializer(self, array: Array, name: str) -> ir.Value:
+        fresh = self._names.fresh(name)
+        tensor = ir.tensor(array, name=fresh)
+        value = ir.Value(name=fresh, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+        self.initializers.append(value)
+        return value
+
+
+class RewritePass(Pass, Generic[M]):
+    """A local rewrite, anchored at op types; `"com.microsoft::Gelu"` names another domain."""
+
+    anchors: ClassVar[frozenset[str]]
+
+    @abstractmethod
+    def match(self, node: ir.Node, ctx: Context) -> M | Miss | None:
+        """Pure. None = not even close; Miss = a near miss with its reason."""
+
+    @abstractmethod
+    def build(self, op: Builder, m: M) -> Sequence[ir.Value]:
+        """Replacements for `m.outputs`, in order."""
+
+    def run(self, model: ir.Model, ctx: Context) -> int:
+        total, driver = 0, Driver(model, ctx)
+        for _ in range(_ROUNDS):
+            applied, misses = driver.round(self)
+            total += applied
+            if not applied:
+                break
+            driver.clean()
+            ctx.invalidate(self.preserves)
+        else:
+            ctx.remarks.warning("", f"{self.name} still changes the graph after {_ROUNDS} rounds; stopped there")
+        for miss in misses:
+            ctx.remarks.missed(miss.node.name or "", miss.reason + (f"; {miss.hint}" if miss.hint else ""))
+        return total
+
+
+class Driver:
+    """The one place where a graph changes: guard, fuel, names, provenance. Rewrites and canonical spelling both go through `apply`."""
+
+    def __init__(self, model: ir.Model, ctx: Context) -> None:
+        self.model, self.ctx, self.names = model, ctx, Names(model)
+        self.memo: dict[Any, ir.Value] = {}
+
+    def round(self, rule: RewritePass[Any]) -> tuple[int, list[Miss]]:
+        """Match everything, then splice what does not overlap."""
+        found: list[tuple[ir.Node, Any]] = []
+        misses: list[Miss] = []
+        for node in all_nodes(self.model):
+            if _anchor(node) not in rule.anchors:
+                continue
+            got = rule.match(node, self.ctx)
+            if isinstance(got, Match):
+                leak = _leak(got)
+                got = got if leak is None else Miss(node, f"`{leak.name}` inside the match is also used outside")
+            if isinstance(got, Miss):
+                misses.append(got)
+            elif got is not None:
+                found.append((node, got))
+        taken: set[ir.Node] = set()
+        replaced: dict[ir.Value, ir.Value] = {}
+        applied = 0
+        for node, match in found:
+            if not taken.isdisjoint(match.nodes):
+                continue
+            op, name = self.builder(), match.outputs[0].name or ""
+            current = remap(match, replaced)
+            outcome = self.apply(op, list(rule.build(op, current)), current, node, replaced)
+            if isinstance(outcome, Miss):
+                misses.append(outcome)
+                continue
+            if outcome is None:
+                break  # out of fuel
+            self.ctx.remarks.applied(name, rule_text(match, outcome), **dict(match.facts))
+            taken.update(match.nodes)
+            applied += 1
+        return applied, misses
+
+    def builder(self) -> Builder:
+        return Builder(self.names, self.memo)
+
+    def apply(
+        self, op: Builder, new: Sequence[ir.Value], match: Match, anchor: ir.Node, replaced: dict[ir.Value, ir.Value]
+    ) -> Sequence[ir.Node] | Miss | None:
+        """Guard what was built (`new` stands for `match.outputs`) and put it in place.
+
+        Returns:
+            the new nodes; a Miss if the guard refuses; None if out of fuel. In the last two cases nothing changed.
+        """
+        shapes.infer_nodes(self.model, op.nodes)
+        complaint = _mismatch(match.outputs, new)
+        if complaint is not None:
+            return Miss(anchor, complaint)
+        if not self.ctx.fuel.burn():
+            return None
+        graph = anchor.graph
+        assert graph is not None
+        names = [v.name for v in match.outputs]
+        self._adopt(op, match, anchor)
+        graph.insert_after(match.nodes[-1], op.nodes)
+        for old, value, name in zip(match.outputs, new, names, strict=True):
+            made_here = value.producer() in op.nodes and value not in replaced.values()
+            if not made_here and not (old.is_graph_output() and can_rename(value, graph)):
+                if not old.is_graph_output():
+                    old.replace_all_uses_with(value)
+                    replaced[old] = value
+                    continue
+                keep = ir.node("Identity", [value])  # both names are public
+                keep.name = self.names.fresh(f"{name}/Identity")
+                graph.insert_after(op.nodes[-1] if op.nodes else match.nodes[-1], keep)
+                value = keep.outputs[0]
+            _carry(old, value)
+            old.replace_all_uses_with(value, replace_graph_outputs=True)
+            old.name, value.name = None, name
+            replaced[old] = value
+        graph.remove(match.nodes, safe=True)
+        return op.nodes
+
+    def _adopt(self, op: Builder, match: Match, anchor: ir.Node) -> None:
+        """Names and provenance for new nodes; initializers go to the main graph."""
+        origins: frozenset[str] = frozenset().union(*(n.meta.get(ORIGINS, frozenset((n.name or "",))) for n in match.nodes))
+        base = anchor.name or match.outputs[0].name or "node"
+        for node in op.nodes:
+            node.name = self.names.fresh(f"{base}/{node.op_type}")
+            node.meta[ORIGINS] = origins
+            for k, value in enumerate(node.outputs):
+                if value.name == "":  # an optional output that is not there
+                    continue
+                value.name = self.names.fresh(f"{node.name}_output_{k}")
+        for value in op.initializers:
+            self.model.graph.register_initializer(value)
+        self.memo.update(op.made)
+
+    def clean(self) -> None:
+        """Dead nodes and weights out, topological order back. What the memo holds may be dead now."""
+        self.memo.clear()
+        remove_dead(self.model)
+        for graph in graphs(self.model):
+            graph.sort()
+
+
+def can_rename(value: ir.Value, graph: ir.Graph | ir.Function) -> bool:
+    """True if `value` may take the name of an output of `graph`: made in the same graph, and not public itself."""
+    node = value.producer()
+    return node is not None and node.graph is graph and not value.is_graph_output()
+
+
+def rule_text(match: Match, new: Sequence[ir.Node]) -> str:
+    made = ", ".join(n.op_type for n in new) or "nothing"
+    return f"{len(match.nodes)} nodes -> {made}"
+
+
+def remove_dead(model: ir.Model) -> int:
+    """Remove nodes and initializers that nothing reads; inputs stay, also overridable ones. Returns how many nodes went."""
+    removed = 0
+    for graph in reversed(list(graphs(model))):
+        for node in reversed(graph):
+            if any(v.uses() or v.is_graph_output() for v in node.outputs):
+                continue
+            graph.remove(node, safe=True)
+            removed += 1
+    for graph in graphs(model):
+        for name, value in list(graph.initializers.items()):
+            if not value.uses() and not value.is_graph_input() and not value.is_graph_output():
+                del graph.initializers[name]
+    return removed
+
+
+def remap(thing: Any, replaced: Mapping[ir.Value, ir.Value]) -> Any:
+    """`thing` with every replaced value in it exchanged, through tuples, lists, dicts and dataclasses."""
+    if not replaced:
+        return thing
+    if isinstance(thing, ir.Value):
+        while thing in replaced:
+            thing = replaced[thing]
+        return thing
+    if isinstance(thing, (tuple, list)):
+        return type(thing)(remap(x, replaced) for x in thing)
+    if isinstance(thing, dict):
+        return {k: remap(x, replaced) for k, x in thing.items()}
+    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+        fields = {f.name: remap(getattr(thing, f.name), replaced) for f in dataclasses.fields(thing) if f.init}
+        return dataclasses.replace(thing, **fields)
+    return thing
+
+
+def _anchor(node: ir.Node) -> str:
+    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
+
+
+def _leak(match: Match) -> ir.Value | None:
+    """A value inside the match that something outside reads; a graph output and a capture by a subgraph count."""
+    inside = set(match.nodes)
+    for node in match.nodes:
+        for value in node.outputs:
+            if value in match.outputs:
+                continue
+            if value.is_graph_output() or any(u.node not in inside for u in value.uses()):
+                return value
+    return None
+
+
+def _mismatch(old: Sequence[ir.Value], new: Sequence[ir.Value]) -> str | None:
+    for a, b in zip(old, new, strict=True):
+        if a.dtype is not None and b.dtype is not None and a.dtype != b.dtype:
+            return f"`{a.name}` is {shape_text(a)} but its replacement is {shape_text(b)}"
+        if a.shape is None or b.shape is None:
+            continue
+        if len(a.shape) != len(b.shape) or any(_clash(x, y) for x, y in zip(a.shape, b.shape, strict=True)):
+            return f"`{a.name}` is {shape_text(a)} but its replacement is {shape_text(b)}"
+    return None
+
+
+def _clash(x: object, y: object) -> bool:
+    """True unless two dimensions are equal or one of them is unknown."""
+    return not (x == y or shapes.is_opaque(x) or shapes.is_opaque(y))
+
+
+def _carry(old: ir.Value, new: ir.Value) -> None:
+    """The replacement keeps what the graph knows and its author said about the old value."""
+    new.type = old.type if old.type is not None else new.type
+    if old.shape is not None:
+        new.shape = old.shape
+    new.doc_string = old.doc_string
+    new.metadata_props.update(old.metadata_props)
+    new.meta.update(old.meta)

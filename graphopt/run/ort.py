@@ -1,0 +1,120 @@
+"""Run a model by ONNX Runtime."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.core import Array
+from graphopt.errors import TargetError
+from graphopt.run import Dim, Feeds, Port, check_feeds, fits_protobuf, one_line, to_proto, write
+
+if TYPE_CHECKING:
+    import onnx
+
+_DTYPES = {
+    "float": "float32", "double": "float64", "float16": "float16", "string": "object", "bool": "bool",
+    "int8": "int8", "int16": "int16", "int32": "int32", "int64": "int64",
+    "uint8": "uint8", "uint16": "uint16", "uint32": "uint32", "uint64": "uint64",
+}  # fmt: skip
+_SILENT = 4  # only fatal messages: every error comes back as an exception, and is one line there
+
+
+class OrtSession:
+    """A loaded model. `inputs` are what `run` must be fed; an overridable initializer may be fed as well."""
+
+    def __init__(self, inference: Any, keep: object = None) -> None:
+        self._inference, self._keep = inference, keep
+        self.inputs = tuple(_port(x) for x in inference.get_inputs())
+        self.outputs = tuple(_port(x) for x in inference.get_outputs())
+        self._overridable = tuple(_port(x) for x in inference.get_overridable_initializers())
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """The outputs by name, in order.
+
+        Raises:
+            TargetError: an input is missing or unknown, or the runtime failed; one line.
+        """
+        defaults = {p.name for p in self._overridable}
+        check_feeds({k: v for k, v in feeds.items() if k not in defaults}, self.inputs)
+        names = [port.name for port in self.outputs]
+        try:
+            arrays = self._inference.run(names, dict(feeds))
+        except Exception as error:
+            raise TargetError(f"onnxruntime failed to run the model: {one_line(error)}") from error
+        return dict(zip(names, arrays, strict=True))
+
+
+def session(
+    model: ir.Model | onnx.ModelProto | bytes | str | os.PathLike[str],
+    *,
+    threads: int = 1,
+    optimize: bool = True,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    spinning: bool = False,
+) -> OrtSession:
+    """Load a model.
+
+    Args:
+        model: a graph, a ModelProto, its bytes, or a file. A graph above the protobuf limit goes through a temporary file.
+        threads: intra-op threads; 0 lets the runtime choose.
+        optimize: False = ORT_DISABLE_ALL, the only setting whose numbers are a baseline.
+        providers: execution providers, best first.
+        spinning: whether idle threads spin; off, many sessions can live side by side.
+
+    Raises:
+        TargetError: the runtime is not installed, lacks a provider, or refuses the model; one line.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise TargetError(f"onnxruntime cannot be imported ({error}); pip install onnxruntime") from error
+    absent = sorted(set(providers) - set(onnxruntime.get_available_providers()))
+    if absent:
+        raise TargetError(f"this onnxruntime has no {', '.join(absent)}; it has {', '.join(onnxruntime.get_available_providers())}")
+    levels = onnxruntime.GraphOptimizationLevel
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    options.log_severity_level = _SILENT
+    source, keep = _loadable(model)
+    try:
+        return OrtSession(onnxruntime.InferenceSession(source, options, providers=list(providers)), keep)
+    except Exception as error:
+        what = f"{os.fspath(source)}" if isinstance(source, str) else "the model"
+        raise TargetError(f"onnxruntime cannot load {what}: {one_line(error)}") from error
+
+
+def _loadable(model: Any) -> tuple[str | bytes, object]:
+    """What InferenceSession takes, and what must live as long as the session does."""
+    if isinstance(model, bytes):
+        return model, None
+    if isinstance(model, (str, os.PathLike)):
+        path = Path(model)
+        if not path.is_file():
+            raise TargetError(f"{path} is not a file; give a saved .onnx model")
+        return str(path), None
+    if not isinstance(model, ir.Model):
+        if model.ByteSize() < 2**31 - 1:
+            return model.SerializeToString(), None
+        model = ir.from_proto(model)
+    if fits_protobuf(model):
+        return to_proto(model).SerializeToString(), None
+    folder = tempfile.TemporaryDirectory(prefix="graphopt-")
+    path = Path(folder.name, "model.onnx")
+    write(model, path)
+    return str(path), folder
+
+
+def _port(described: Any) -> Port:
+    kind = str(described.type)
+    inner = kind[len("tensor(") : -1] if kind.startswith("tensor(") else ""
+    dims: tuple[Dim, ...] = tuple(described.shape or ())
+    return Port(described.name, np.dtype(_DTYPES[inner]) if inner in _DTYPES else None, dims)

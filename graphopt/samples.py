@@ -1,0 +1,291 @@
+"""What a model is fed: named batches, from files, Python objects or text, checked against the inputs of the model; and a typed random fallback."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.core import Array, Session
+from graphopt.errors import GraphoptError, SampleError
+from graphopt.feeds import random_feed
+from graphopt.sizes import Bindings, dim_at, fed_inputs, fits, limits, size_of, symbols
+
+Batch = dict[str, Array]
+_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # what a tokenizer can give; a model takes those that it has
+
+
+class Samples:
+    """Batches (name -> array), in order, as often as you iterate.
+
+    `Samples(batches)` takes dicts as they are; `Samples.load` reads any source and checks it against a model.
+    `optional` names are dropped by `fit` where the model has no such input.
+    """
+
+    def __init__(self, batches: Iterable[Mapping[str, Any]], *, optional: Iterable[str] = ()) -> None:
+        self._batches = [_named(batch, f"batch {k}") for k, batch in enumerate(batches, start=1)]
+        self._optional = frozenset(optional)
+        if not self._batches:
+            raise SampleError("samples gave 0 batches: the source is empty, or a generator that was used before")
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (dict(batch) for batch in self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @classmethod
+    def load(
+        cls, data: Any, model: ir.Model, *, tokenizer: Any = None, batch: int = 8, max_length: int | None = None, limit: int | None = None
+    ) -> Samples:
+        """Read samples of any kind and fit them to `model`.
+
+        Args:
+            data: Samples; a .npz file (one batch) or a folder of them; one dict of arrays; an iterable (list, generator, DataLoader) of
+                dicts, of tuples in the order of the inputs, or of text lines; or a text file, one sample a line.
+            tokenizer: for text, a `tokenizers.Tokenizer` or its tokenizer.json.
+            batch: lines of text in one batch.
+            max_length: tokens of a text, at most; by default what the tokenizer and the position table of the model allow, 128 at most.
+            limit: batches, at most.
+
+        Raises:
+            SampleError: nothing there, or something that does not fit an input; one line that names it.
+        """
+        if isinstance(data, Samples):
+            return data.fit(model)
+        if isinstance(data, (str, os.PathLike)):
+            data = _read(Path(data))
+        if isinstance(data, Mapping):
+            data = [data]
+        if not isinstance(data, Iterable):
+            raise SampleError(f"samples must be a path or an iterable of batches, found {type(data).__name__}")
+        items = itertools.islice(data, limit) if limit is not None else iter(data)
+        first = next(items, None)
+        if isinstance(first, str):
+            texts = [first, *map(str, items)]
+            bound = min(limits(model).values(), default=128)
+            return cls(_encode(texts, tokenizer, batch, max_length or min(128, bound)), optional=_TEXT_INPUTS).fit(model)
+        if first is None:
+            return cls(())
+        names = [str(v.name) for v in fed_inputs(model)]
+        return cls(_by_name(x, names, k) for k, x in enumerate(itertools.chain([first], items), start=1)).fit(model)
+
+    def fit(self, model: ir.Model) -> Samples:
+        """The same samples with every array of the dtype that the model declares.
+
+        int32 and int64, and float widths, are exchanged where no value changes.
+
+        Raises:
+            SampleError: an input is missing or unknown, or has another dtype, rank or size than the model declares.
+        """
+        fitted = (_fit(batch, model, self._optional, f"batch {k}") for k, batch in enumerate(self._batches, start=1))
+        return Samples(fitted, optional=self._optional)
+
+
+def random_samples(model: ir.Model, sizes: Sequence[Bindings] | None = None, *, seed: int = 0) -> Samples:
+    """Typed random samples: ids inside the tables that they index, 0/1 masks with holes and padding, seeded normal floats.
+
+    Args:
+        sizes: for each batch, a size for every symbol of the inputs; by default three batches in which every symbol has at least two
+            sizes, all symbols differ, and the first axis is also 1.
+
+    Raises:
+        SampleError: an input has no shape, or a symbol no size.
+    """
+    sizes = sizes if sizes is not None else next(_proposals(model))
+    try:
+        return Samples(random_feed(model, bindings, seed=seed, turn=turn) for turn, bindings in enumerate(sizes))
+    except ValueError as error:
+        raise SampleError(f"cannot make up samples: {error}; add --samples DATA (or samples=... in Python)") from error
+
+
+def runnable_samples(model: ir.Model, session: Session, *, seed: int = 0) -> Samples:
+    """Random samples that `session` accepts: if all sizes different fails, axes share sizes, and then everything is larger.
+
+    Raises:
+        SampleError: no proposal runs; the text has the reason of the first.
+    """
+    reason: GraphoptError | None = None
+    for sizes in _proposals(model):
+        samples = random_samples(model, sizes, seed=seed)
+        try:
+            for feed in samples:
+                session.run(feed)
+        except GraphoptError as error:
+            reason = reason or error
+            continue
+        return samples
+    raise SampleError(f"the model runs on none of the made-up samples ({reason}); add --samples DATA (or samples=... in Python)")
+
+
+def default_shapes(model: ir.Model) -> list[dict[str, int]]:
+    """Sizes to time a model at: (batch, length) of (1,16), (1,128), (8,64), (32,128), as far as it has such axes, within its position table."""
+    bound, axes = limits(model), symbols(model)
+    rows = [
+        {name: batch if axis == 0 else min(length, bound.get(name, length)) for name, axis in axes.items()}
+        for batch, length in ((1, 16), (1, 128), (8, 64), (32, 128))
+    ]
+    return [row for k, row in enumerate(rows) if row not in rows[:k]]
+
+
+def _proposals(model: ir.Model) -> Iterator[list[dict[str, int]]]:
+    """Sizes for three batches, the most telling first."""
+    axes, bound = symbols(model), limits(model)
+    for factor in (1, 8):
+        for distinct in (True, False):
+            rows = [_sizes(axes, turn, factor, distinct, bound) for turn in range(3)]
+            for _ in range(6):
+                if all(fits(model, row) for row in rows):
+                    break
+                rows = [{name: size * 3 if axes[name] else size for name, size in row.items()} for row in rows]
+            yield rows if axes else rows[:2]
+
+
+def _sizes(axes: Mapping[str, int], turn: int, factor: int, distinct: bool, bound: Mapping[str, int]) -> dict[str, int]:
+    """One size for every symbol. Symbols of the first axis are batches and stay small."""
+    batches, lengths = ((2, 3, 1), (4, 2, 3), (5, 6, 2)), ((5, 8, 6), (7, 9, 10), (11, 4, 13), (6, 12, 7), (9, 5, 4))
+    sizes, count = {}, {True: 0, False: 0}
+    for name, axis in axes.items():
+        first = axis == 0
+        table = batches if first else lengths
+        column = count[first] % len(table) if distinct else 0
+        count[first] += 1
+        size = table[column][turn] * (1 if first else factor)
+        sizes[name] = min(size, bound.get(name, size))
+    return sizes
+
+
+def _read(path: Path) -> list[Batch] | list[str]:
+    if path.is_dir():
+        files = sorted(path.glob("*.npz"))
+        if not files:
+            raise SampleError(f"{path} has no .npz file; each one is a batch with an array for every input")
+        return [_read_npz(file) for file in files]
+    if not path.is_file():
+        raise SampleError(f"{path} does not exist; give a .npz file, a folder of them, or a text file")
+    if path.suffix == ".npz":
+        return [_read_npz(path)]
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise SampleError(f"{path} is neither .npz nor text; give a .npz file, a folder of them, or a text file") from error
+
+
+def _read_npz(path: Path) -> Batch:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
+        raise SampleError(f"{path} cannot be read as a .npz file of plain arrays: {error}") from error
+
+
+def _encode(texts: Sequence[str], tokenizer: Any, batch: int, max_length: int) -> Iterator[Batch]:
+    """Batches of tokens, each padded to its longest text."""
+    if tokenizer is None:
+        raise SampleError("text samples need a tokenizer; add --tokenizer tokenizer.json (or tokenizer=... in Python)")
+    if isinstance(tokenizer, (str, os.PathLike)):
+        from tokenizers import Tokenizer
+
+        try:
+            tokenizer = Tokenizer.from_file(os.fspath(tokenizer))
+        except Exception as error:
+            raise SampleError(f"{os.fspath(tokenizer)} is no tokenizer.json: {error}") from error
+    tokenizer = type(tokenizer).from_str(tokenizer.to_str())  # the caller's stays as it is
+    padding = {k: v for k, v in (tokenizer.padding or {}).items() if k in ("direction", "pad_id", "pad_type_id", "pad_token")}
+    tokenizer.enable_padding(**padding)
+    tokenizer.enable_truncation(max_length)
+    for start in range(0, len(texts), batch):
+        rows = tokenizer.encode_batch(list(texts[start : start + batch]))
+        ids = np.array([row.ids for row in rows], np.int64)
+        mask = np.array([row.attention_mask for row in rows], np.int64)
+        types = np.array([row.type_ids for row in rows], np.int64)
+        yield dict(zip(_TEXT_INPUTS, (ids, mask, types, np.maximum(mask.cumsum(1) - 1, 0)), strict=True))
+
+
+def _by_name(item: Any, names: Sequence[str], number: int) -> Mapping[str, Any]:
+    """A batch as a mapping; a tuple or a bare array is taken in the order of the inputs."""
+    if isinstance(item, Mapping):
+        return item
+    parts = list(item) if isinstance(item, (tuple, list)) else [item]
+    if len(parts) != len(names):
+        raise SampleError(f"samples, batch {number}: a tuple of {len(parts)}; the model needs {len(names)}: {', '.join(names)}")
+    return dict(zip(names, parts, strict=True))
+
+
+def _named(batch: Mapping[str, Any], where: str) -> Batch:
+    if not isinstance(batch, Mapping):
+        raise SampleError(f"samples, {where}: expected a dict of arrays, found {type(batch).__name__}")
+    return {str(name): _array(value, f"{where}: input `{name}`") for name, value in batch.items()}
+
+
+def _array(value: Any, where: str) -> Array:
+    if hasattr(value, "detach"):  # a torch tensor
+        value = value.detach().cpu().numpy()
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise SampleError(f"samples, {where} is ragged; pad its rows to one length") from error
+    if array.dtype.kind in "US":
+        return array.astype(object)
+    if array.dtype.kind == "O" and not all(isinstance(x, str) for x in array.flat):
+        raise SampleError(f"samples, {where} is not an array of numbers or strings, found {type(value).__name__}")
+    return array
+
+
+def _fit(batch: Batch, model: ir.Model, optional: frozenset[str], where: str) -> Batch:
+    inputs = {str(v.name): v for v in model.graph.inputs}
+    needed = [str(v.name) for v in fed_inputs(model)]
+    missing = [name for name in needed if name not in batch]
+    if missing:
+        raise SampleError(f"samples, {where}: input {', '.join(f'`{m}`' for m in missing)} missing; the model needs {', '.join(needed)}")
+    extra = sorted(set(batch) - set(inputs) - optional)
+    if extra:
+        raise SampleError(f"samples, {where}: the model has no input {', '.join(f'`{e}`' for e in extra)}; it needs {', '.join(needed) or 'none'}")
+    bindings: dict[str, int] = {}
+    out = {}
+    for name, value in inputs.items():
+        if name in batch:
+            out[name] = _cast(batch[name], value, f"{where}: input `{name}`")
+            _check_shape(out[name], value, bindings, f"{where}: input `{name}`")
+    return out
+
+
+def _cast(array: Array, value: ir.Value, where: str) -> Array:
+    if value.dtype is None:
+        return array
+    want = np.dtype(object) if value.dtype == ir.DataType.STRING else value.dtype.numpy()
+    if array.dtype == want:
+        return array
+    floats = value.dtype.is_floating_point() and array.dtype.kind == "f"
+    if not floats and not (array.dtype.kind in "iu" and want.kind in "iu"):
+        raise SampleError(f"samples, {where} must be {want.name}, found {array.dtype.name}")
+    with np.errstate(over="ignore"):
+        cast = array.astype(want)
+    if not np.array_equal(cast.astype(array.dtype), array, equal_nan=floats):
+        raise SampleError(
+            f"samples, {where} must be {want.name}; as {want.name} its {array.dtype.name} values would change, so convert them yourself"
+        )
+    return cast
+
+
+def _check_shape(array: Array, value: ir.Value, bindings: dict[str, int], where: str) -> None:
+    """Rank and static sizes; one symbol has one size in the whole batch."""
+    if value.shape is None:
+        return
+    found, declared = list(array.shape), str(value.shape)
+    if array.ndim != len(value.shape):
+        raise SampleError(f"samples, {where} must have {len(value.shape)} axes {declared}, found {array.ndim}: {found}")
+    for axis, size in enumerate(found):
+        dim = dim_at(value, axis)
+        expected = size_of(dim, bindings)
+        if expected is None and isinstance(dim, str):
+            bindings[dim] = size
+        elif expected != size:
+            bound = "" if dim == expected else f" with {dim} = {expected}"
+            raise SampleError(f"samples, {where} must be {declared}{bound}, found {found}")

@@ -1,0 +1,103 @@
+"""What the command line prints on a terminal: tables of a report, an inspection, a benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from graphopt.console import table
+from graphopt.report import Report, megabytes, plural, rise_text
+
+if TYPE_CHECKING:
+    from graphopt.demo import Demo
+    from graphopt.inspect import Inspection
+    from graphopt.measure import Timings
+
+_SHOWN = 12  # kinds of remark, at most, before the list is cut
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Sizes, latency, what each pass did, and why candidates were declined."""
+    a, b = report.input, report.output
+    larger = f"{b.bytes / max(1, a.bytes):.2f}x larger"
+    rows = [
+        ("size", megabytes(a.bytes), megabytes(b.bytes), f"{report.compression_ratio:.2f}x smaller" if b.bytes <= a.bytes else larger),
+        ("nodes", a.nodes, b.nodes, ""),
+        ("parameters", f"{a.parameters:,}", f"{b.parameters:,}", ""),
+        ("opset", a.opset, b.opset, ""),
+        ("IR version", a.ir_version, b.ir_version, ""),
+    ]
+    console.print(table("", ["model", "input", "output", ""], rows))
+    if report.latency:
+        timings = [(t.shape, f"{t.input_ms:.2f}", f"{t.output_ms:.2f}", f"{t.speed_up:.2f}x") for t in report.latency]
+        timings.append(("geometric mean", "", "", report.speed_up.text("{:.2f}x")))
+        console.print(table("latency in ms", ["shape", "input", "output", "speed-up"], timings))
+    else:
+        console.print(f"speed-up {report.speed_up.text('{:.2f}x')}", markup=False)
+    console.print(f"loss {report.loss.text('{:.3g}')}" + (f" ({report.loss.how})" if report.loss.how else ""), markup=False)
+    for rise in report.rises:
+        console.print(rise_text(rise), markup=False)
+    passes = [(r.name, r.changes, f"{r.seconds:.2f}", sum(x.kind == "missed" for x in r.remarks) or "") for r in report.passes]
+    console.print(table(plural(report.changes, "change"), ["pass", "changes", "seconds", "missed"], passes))
+    _print_grouped(report, "missed", console)
+    _print_grouped(report, "warning", console)
+
+
+def _print_grouped(report: Report, kind: str, console: Console) -> None:
+    found = report.grouped(kind)
+    for line in found[:_SHOWN]:
+        console.print(line, markup=False)
+    if len(found) > _SHOWN:
+        console.print(f"... and {len(found) - _SHOWN} more reasons: --remarks all")
+
+
+def print_inspection(found: Inspection, console: Console) -> None:
+    facts: Mapping[str, Any] = found.as_dict()
+    rows: list[tuple[object, ...]] = [
+        (key.replace("_", " "), megabytes(facts[key]) if key == "bytes" else facts[key])
+        for key in ("nodes", "parameters", "bytes", "opset", "ir_version")
+    ]
+    console.print(table("", ["model", found.source], [*rows, ("producer", found.producer or "not named")]))
+    console.print(table("inputs and outputs", ["", "name", "type"], [("in", *p) for p in found.inputs] + [("out", *p) for p in found.outputs]))
+    counts = sorted(((name, count) for name, count in found.ops.items()), key=lambda item: (-item[1], item[0]))
+    console.print(table("operators", ["operator", "count"], counts))
+    if found.blocks:
+        columns = ("node", "heads", "kv_heads", "head_dim", "scale", "mask")
+        console.print(table("attention", columns, [[_cell(block[c]) for c in columns] for block in found.blocks]))
+    if found.declined:
+        console.print(table("not attention", ["node", "reason"], [(d["node"], d["reason"]) for d in found.declined]))
+    if not found.blocks and not found.declined:
+        console.print("no attention found")
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else "" if value is None else str(value)
+
+
+def print_remarks(report: Report, kind: str) -> None:
+    """One remark a line, on stdout."""
+    for record in report.passes:
+        for remark in record.remarks:
+            if kind in ("all", remark.kind):
+                print(remark)
+
+
+def print_timings(timings: Timings, console: Console) -> None:
+    rows = [(name, *(f"{t * 1e3:.2f}" for t in seconds), f"{timings.speedup(name):.2f}x") for name, seconds in timings.seconds.items()]
+    console.print(table("median latency in ms", ["model", *timings.shapes, "speed-up"], rows))
+
+
+def print_demo(found: Demo, console: Console) -> None:
+    rows = [
+        (r.name, f"{r.bytes / 1e6:.1f}", *(f"{t:.1f}" for t in r.milliseconds), f"{r.speed_up:.2f}x", f"{r.pearson:.4f}", f"{r.cosine:.4f}")
+        for r in found.rows
+    ]
+    title = f"all-MiniLM-L6-v2, median ms at batch x tokens, {found.threads} thread, target {found.target}"
+    console.print(table(title, ["model", "MB", *found.shapes, "speed-up", "Pearson", "cosine"], rows))
+    console.print("speed-up: geometric mean over the shapes, against the plain export; timed in interleaved rounds")
+    console.print("Pearson: cosine similarity of embeddings against human similarity, Lee documents; cosine: to the plain export's embeddings")
+    console.print(f"{found.seconds:.0f} s in all")

@@ -1,0 +1,248 @@
+"""quantize: 8-bit weights and activations, written as DequantizeLinear around multiplies that stay what they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analysis.linear import Embedding, Linear, StoredOperands
+from graphopt.core import Context
+from graphopt.errors import PipelineError
+from graphopt.graph import all_nodes, constant, consumers, is_constant
+from graphopt.options import near
+from graphopt.rewrite import ORIGINS, Builder, Match, Miss, RewritePass
+
+from ._coding import Array, Coded, encode
+
+_MODES, _BITS = ("dynamic",), (8,)
+_LONGEST_SUM = 2**31 // (255 * 128)  # products of 8-bit numbers that a 32-bit sum is sure to hold
+_WORTH = 4096  # bytes; a table that saves less is not worth the nodes that decode it
+_DOMINATED = 0.25  # relative error of a channel beside its largest weight, above which one input row rules its scale
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeMatch(Match):
+    """`source`: the stored float constant, `coded`: what replaces it; `transposed`: the multiply wants its last two axes exchanged."""
+
+    source: ir.Value
+    coded: Coded
+    transposed: bool = False
+    tied: str = ""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        told = {
+            "name": self.nodes[0].name,
+            "op": self.nodes[0].op_type,
+            "weight": self.source.name,
+            "shape": list(self.coded.codes.shape),
+            "axis": self.coded.axis,
+            "worst_error": round(self.coded.worst, 6),
+            "worst_channel": self.coded.channel,
+            "error_without_largest": round(self.coded.rest, 6),
+        }
+        return {**told, "tied_to": self.tied} if self.tied else told
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantize(RewritePass[QuantizeMatch]):
+    """Dynamic 8-bit quantization: the scale of a weight is stored, that of an activation is measured at run time.
+
+    A stored weight [in, out] becomes int8 with one scale for each output feature, an embedding table int8 with one for each row. The multiply
+    stays a MatMul or Gemm between DequantizeLinear nodes; the target turns that into integer arithmetic. One activation is quantized
+    once for all its readers; a weight with several readers, also one that is the transpose of an embedding table, is stored once.
+
+    Args:
+        mode: `dynamic`.
+        per_channel: one scale for each output feature; False: one for the whole weight. Embedding tables always have one for each row.
+        symmetric: codes in [-127, 127] around zero; False: an int8 zero point as well.
+        bits: 8.
+        embeddings: also the tables that Gather reads rows of.
+        include: only the nodes whose name (here or in the input model) fits one of these patterns (`*`, `?`, `[abc]`).
+        exclude: not the nodes whose name fits one of these.
+
+    Raises:
+        PipelineError: a mode or width that does not exist; when it runs: a pattern that fits no node.
+    """
+
+    mode: str = "dynamic"
+    per_channel: bool = True
+    symmetric: bool = True
+    bits: int = 8
+    embeddings: bool = True
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    exact: ClassVar[bool] = False
+    anchors: ClassVar[frozenset[str]] = frozenset({"MatMul", "Gemm", "Gather"})
+
+    def __post_init__(self) -> None:
+        for key, value, known in (("mode", self.mode, _MODES), ("bits", self.bits, _BITS)):
+            if value not in known:
+                error = PipelineError(f"quantize: option `{key}` expects {' or '.join(map(str, known))} in this version, found `{value}`")
+                error.bad_key = key  # type: ignore[attr-defined]
+                raise error
+
+    def weaker(self) -> Self | None:
+        if not self.per_channel:
+            return dataclasses.replace(self, per_channel=True)
+        return dataclasses.replace(self, embeddings=False) if self.embeddings else None
+
+    def run(self, model: ir.Model, ctx: Context) -> int:
+        _check_patterns(model, (*self.include, *self.exclude))
+        done = sum(x.quantized for x in ctx.get(StoredOperands(casts=True)).values())
+        mark = len(ctx.remarks)
+        changes = super().run(model, ctx)
+        _warn_of_rulers(ctx, mark)
+        if not changes:
+            why = f"{done} weights are quantized already" if done else "no MatMul, Gemm or Gather reads a stored weight that fits"
+            ctx.remarks.missed("", f"nothing to quantize: {why}")
+        return changes
+
+    def match(self, node: ir.Node, ctx: Context) -> QuantizeMatch | Miss | None:
+        operand = ctx.get(StoredOperands(casts=True)).get(node)
+        if operand is None:
+            return None if node.op_type == "Gather" else Miss(node, f"stays float: {_why_no_linear(node)}")
+        if operand.quantized:
+            return None
+        reason = self._unfit(operand, ctx)
+        if reason is not None:
+            return Miss(node, f"stays float: {reason}")
+        found = self._match_table(operand) if isinstance(operand, Embedding) else self._match_linear(operand, ctx)
+        array = found.source.const_value
+        assert array is not None
+        if found.coded.nbytes >= array.nbytes:
+            return Miss(node, f"stays float: codes and scales of {found.coded.nbytes} bytes are no smaller than the weight, {array.nbytes} bytes")
+        return found
+
+    def build(self, op: Builder, m: QuantizeMatch) -> Sequence[ir.Value]:
+        node, graph = m.nodes[0], m.nodes[0].graph
+        weight = _decoded(op, m, graph)
+        if node.op_type == "Gather":
+            return [op.Gather(weight, node.inputs[1], axis=0)]
+        x = node.inputs[0]
+        assert x is not None
+        x = op.shared(("activation", x, graph), lambda: op.DequantizeLinear(*op.DynamicQuantizeLinear(x, _outputs=3)))
+        if node.op_type == "Gemm":
+            kept = {name: a.value for name, a in node.attributes.items() if name != "transB"}
+            return [op.Gemm(x, weight, *node.inputs[2:], transB=int(m.transposed), **kept)]
+        if m.transposed:
+            rank = m.coded.codes.ndim
+            order = [*range(rank - 2), rank - 1, rank - 2]
+            weight = op.shared(("transposed", m.source, m.coded.axis, graph), lambda: op.Transpose(_decoded(op, m, graph), perm=order))
+        return [op.MatMul(x, weight)]
+
+    def _match_table(self, e: Embedding) -> QuantizeMatch:
+        return QuantizeMatch((e.node,), (e.node.outputs[0],), e.table, encode(_numbers(e.table), 0, symmetric=self.symmetric))
+
+    def _match_linear(self, linear: Linear, ctx: Context) -> QuantizeMatch:
+        nodes, outputs = (linear.node,), (linear.node.outputs[0],)
+        tied = self._tied(linear, ctx)
+        if tied is not None:  # the row scales of the table are the channel scales of the multiply
+            return QuantizeMatch(nodes, outputs, tied.table, encode(_numbers(tied.table), 0, symmetric=self.symmetric), True, tied.node.name or "")
+        symmetric = self.symmetric or bool(linear.batch)  # runtimes fail on a zero point for each channel of a batch of matrices
+        coded = encode(_numbers(linear.weight), linear.channel_axis, per_channel=self.per_channel, symmetric=symmetric)
+        return QuantizeMatch(nodes, outputs, linear.weight, coded, linear.transposed)
+
+    def _tied(self, linear: Linear, ctx: Context) -> Embedding | None:
+        """An embedding that will be quantized and whose table is the transpose of this weight, as another constant."""
+        if linear.transposed or linear.batch:
+            return None
+        tables = (e for e in ctx.get(StoredOperands(casts=True)).values() if isinstance(e, Embedding) and not e.quantized)
+        fitting = (e for e in tables if (e.rows, e.width) == (linear.out_features, linear.in_features) and self._unfit(e, ctx) is None)
+        return next((e for e in fitting if np.array_equal(_numbers(e.table).T, _numbers(linear.weight))), None)
+
+    def _unfit(self, operand: Linear | Embedding, ctx: Context) -> str | None:
+        """Why this operand must stay float."""
+        names = {operand.node.name or "", *operand.node.meta.get(ORIGINS, ())}
+        if self.include and not any(_fits(n, self.include) for n in names):
+            return f"not among include={'+'.join(self.include)}"
+        if any(_fits(n, self.exclude) for n in names):
+            return f"excluded by exclude={'+'.join(self.exclude)}"
+        if isinstance(operand, Embedding) and not self.embeddings:
+            return "embeddings=false"
+        return _unfit_table(operand) if isinstance(operand, Embedding) else _unfit_linear(operand)
+
+
+def _decoded(op: Builder, m: QuantizeMatch, graph: object) -> ir.Value:
+    """The DequantizeLinear of a weight: its codes are stored once in the model, the node stands once in each graph that reads them."""
+    name, coded = m.source.name or "weight", m.coded
+    key = (m.source, coded.axis)
+    codes = op.shared(("codes", *key), lambda: op.const(coded.codes, f"{name}_int8"))
+    scale = op.shared(("scale", *key), lambda: op.const(coded.scale, f"{name}_scale"))
+    zero = coded.zero_point
+    parts = [codes, scale] if zero is None else [codes, scale, op.shared(("zero", *key), lambda: op.const(zero, f"{name}_zero_point"))]
+    value: ir.Value = op.shared(("decoded", *key, graph), lambda: op.DequantizeLinear(*parts, axis=coded.axis))
+    return value
+
+
+def _unfit_linear(linear: Linear) -> str | None:
+    weight = linear.weight
+    assert weight.const_value is not None
+    if linear.x.dtype != ir.DataType.FLOAT:
+        return f"its input is {linear.x.dtype}, not FLOAT"
+    if is_constant(linear.x):
+        return "both operands are stored; canonicalize folds them"
+    if weight.const_value.size == 0:
+        return f"the weight {list(weight.const_value.shape)} is empty"
+    if linear.in_features > _LONGEST_SUM:
+        return f"a sum over {linear.in_features} products of 8-bit numbers may leave 32 bits; the limit is {_LONGEST_SUM}"
+    return _not_finite(weight)
+
+
+def _unfit_table(e: Embedding) -> str | None:
+    if e.node.outputs[0].dtype != ir.DataType.FLOAT:
+        return f"its rows are {e.node.outputs[0].dtype}, not FLOAT"
+    saved = 4 * e.rows * e.width - e.rows * (e.width + 4)
+    if saved < _WORTH:
+        return f"the table [{e.rows},{e.width}] would shrink by {max(saved, 0)} bytes only"
+    floats = [n.name for n in consumers(e.table) if n.op_type not in ("Gather", "MatMul", "Gemm", "Transpose", "Identity", "Cast")]
+    if floats:
+        return f"`{floats[0]}` reads the float table too, which would be stored twice"
+    return _not_finite(e.table)
+
+
+def _not_finite(value: ir.Value) -> str | None:
+    return None if np.isfinite(_numbers(value)).all() else f"`{value.name}` holds numbers that are not finite"
+
+
+def _numbers(value: ir.Value) -> Array:
+    array = constant(value)
+    assert array is not None, f"`{value.name}` is not a constant"
+    return array
+
+
+def _why_no_linear(node: ir.Node) -> str:
+    left, right = node.inputs[0], node.inputs[1]
+    if right is not None and right.const_value is not None:
+        return "a caller may override its weight" if right.is_graph_input() else "its weight is a vector"
+    if is_constant(left):
+        return "its stored operand stands on the left"
+    return "both operands are computed at run time"
+
+
+def _fits(name: str, patterns: Iterable[str]) -> bool:
+    return any(name == p or fnmatch.fnmatchcase(name, p) for p in patterns)
+
+
+def _check_patterns(model: ir.Model, patterns: Sequence[str]) -> None:
+    if not patterns:
+        return
+    nodes = [n for n in all_nodes(model) if n.op_type in Quantize.anchors]
+    names = {name for n in nodes for name in ((n.name or ""), *n.meta.get(ORIGINS, ()))}
+    for pattern in patterns:
+        if not any(_fits(name, (pattern,)) for name in names):
+            raise PipelineError(f"`{pattern}` fits the name of no MatMul, Gemm or Gather{near(pattern, names)}")
+
+
+def _warn_of_rulers(ctx: Context, mark: int) -> None:
+    """One scale for each output cannot help where one input row is much larger than the others: they round to nothing."""
+    for remark in ctx.remarks.since(mark):
+        facts = remark.facts
+        if remark.kind == "applied" and facts["op"] != "Gather" and facts["error_without_largest"] > _DOMINATED:
+            text = f"one input row of `{facts['weight']}` rules the scales: without it, a channel is {facts['error_without_largest']:.0%} off"
+            ctx.remarks.warning(remark.node, text, **facts)

@@ -1,0 +1,1 @@
+"""One file = one target; the only folder where vendor operators are named."""

@@ -1,0 +1,255 @@
+"""How quantized pieces are spelled for ONNX Runtime's CPU provider; every spelling is an ordinary rewrite pass.
+
+Measured for MiniLM on a CPU with AVX512-VNNI, one thread (docs/benchmarks.md): DynamicQuantizeMatMul with the bias inside; where several
+multiplies read one activation, DynamicQuantizeLinear once and MatMulIntegerToFloat for each, which also beats one wide multiply and a
+Split; int8 weights (uint8 ones take 2.3 times as long); rows of a table are gathered as codes and decoded by Cast and Mul (a blocked
+DequantizeLinear takes 4 times as long). The runtime fuses the standard spelling, MatMulInteger, Cast, Mul, Add, into the same kernels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analysis.linear import Embedding, Linear, StoredOperands, stored
+from graphopt.core import Context, Pass
+from graphopt.graph import all_nodes, constant, consumers, producer
+from graphopt.rewrite import Builder, Match, Miss, RewritePass
+
+_VENDOR = "com.microsoft"
+_EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
+_INTEGER = ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")  # the weight is their second input
+_UNSPELLED = "it was left as DequantizeLinear, and the runtime does not fuse it"
+
+
+def integer_lowerings(*, vendor: bool) -> list[Pass]:
+    """The passes that turn DequantizeLinear around a multiply or a lookup into integer arithmetic; `vendor`: with operators of the runtime."""
+    return [SpellQuantizedTable(), SpellIntegerMatmul(vendor=vendor)]
+
+
+@dataclasses.dataclass(frozen=True)
+class TableMatch(Match):
+    embedding: Embedding
+
+
+@dataclasses.dataclass(frozen=True)
+class SpellQuantizedTable(RewritePass[TableMatch]):
+    """Gather(DequantizeLinear(table)) decodes the whole table at every run; gather codes and scales instead, and decode the rows."""
+
+    anchors: ClassVar[frozenset[str]] = frozenset({"Gather"})
+
+    def match(self, node: ir.Node, ctx: Context) -> TableMatch | Miss | None:
+        e = ctx.get(StoredOperands()).get(node)
+        if not isinstance(e, Embedding) or e.grid is None:
+            return None
+        if e.grid.block or e.grid.axis not in (0, None):
+            return Miss(node, "the table has no one scale for each row, so it is decoded as a whole")
+        return TableMatch((node,), (node.outputs[0],), e)
+
+    def build(self, op: Builder, m: TableMatch) -> Sequence[ir.Value]:
+        e, grid, dtype = m.embedding, m.embedding.grid, m.outputs[0].dtype
+        assert grid is not None
+        rows = op.Gather(e.table, e.ids, axis=0)
+        if grid.axis is None:
+            return [op.DequantizeLinear(*_trim((rows, grid.scale, grid.zero_point)))]
+        decoded = op.Cast(rows, to=dtype)
+        if grid.zero_point is not None:
+            decoded = op.Sub(decoded, op.Cast(_of_row(op, m, grid.zero_point), to=dtype))
+        return [op.Mul(decoded, _of_row(op, m, grid.scale))]
+
+
+def _of_row(op: Builder, m: TableMatch, per_row: ir.Value) -> ir.Value:
+    """What belongs to the gathered rows, shape [..., 1]; the runtime evaluates the Unsqueeze of the constant when it loads the model."""
+    graph = m.nodes[0].graph
+    column = op.shared(("column", per_row, graph), lambda: op.Unsqueeze(per_row, op.const(np.array([1], np.int64), "axes")))
+    value: ir.Value = op.Gather(column, m.embedding.ids, axis=0)
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulMatch(Match):
+    """`codes`, `x_scale`, `x_zero`: the quantized activation; `x`: what it was made from; `shared`: whether others read it as well."""
+
+    linear: Linear
+    x: ir.Value
+    codes: ir.Value
+    x_scale: ir.Value
+    x_zero: ir.Value
+    shared: bool
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return {"weight": self.linear.weight.name, "shared_activation": self.shared, "bias_inside": self.linear.bias is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class SpellIntegerMatmul(RewritePass[MatmulMatch]):
+    """MatMul or Gemm of a dynamically quantized activation and an int8 weight -> one integer multiply, with the bias inside."""
+
+    vendor: bool = True
+    anchors: ClassVar[frozenset[str]] = frozenset({"MatMul", "Gemm"})
+
+    def run(self, model: ir.Model, ctx: Context) -> int:
+        changes = super().run(model, ctx)
+        if changes and self.vendor:
+            model.opset_imports.setdefault(_VENDOR, 1)
+        return changes
+
+    def match(self, node: ir.Node, ctx: Context) -> MatmulMatch | Miss | None:
+        linear = ctx.get(StoredOperands()).get(node)
+        if not isinstance(linear, Linear) or linear.grid is None:
+            return None
+        reason = why_float(linear)
+        if reason is not None:
+            return Miss(node, f"`{linear.weight.name}` is multiplied as float: {reason}")
+        decode = producer(linear.x, "DequantizeLinear")
+        dynamic = None if decode is None else producer(decode.inputs[0], "DynamicQuantizeLinear")
+        assert decode is not None
+        assert dynamic is not None
+        (codes, scale, zero), x = dynamic.outputs, dynamic.inputs[0]
+        assert x is not None
+        shared = len(consumers(linear.x)) > 1 or len(consumers(codes)) > 1 or linear.trans_x
+        nodes = (node,) if linear.bias_node is None else (node, linear.bias_node)
+        return MatmulMatch(nodes, (linear.output,), linear, x, codes, scale, zero, shared)
+
+    def build(self, op: Builder, m: MatmulMatch) -> Sequence[ir.Value]:
+        linear, grid = m.linear, m.linear.grid
+        assert grid is not None
+        weight, scale = _weight(op, m), _scaled(op, grid.scale, linear.alpha)
+        bias = None if linear.bias is None else _bias(op, linear)
+        codes = op.Transpose(m.codes, perm=[1, 0]) if linear.trans_x else m.codes
+        if not self.vendor:
+            product = _standard(op, m, codes, weight, scale)
+            out = product if bias is None else op.Add(product, bias)
+        elif m.shared:
+            inputs = (codes, weight, m.x_scale, scale, m.x_zero, grid.zero_point, bias)
+            out = op.node("MatMulIntegerToFloat", _trim(inputs), _domain=_VENDOR)
+        else:
+            out = op.node("DynamicQuantizeMatMul", _trim((m.x, weight, scale, grid.zero_point, bias)), _domain=_VENDOR)
+        if linear.addend is None:
+            return [out]
+        return [op.Add(out, _scaled(op, linear.addend, linear.beta))]
+
+
+def why_float(linear: Linear) -> str | None:
+    """Why a multiply with a quantized weight cannot be an integer one, or None if it can."""
+    grid = linear.grid
+    assert grid is not None
+    decode = producer(linear.x, "DequantizeLinear")
+    dynamic = None if decode is None else producer(decode.inputs[0], "DynamicQuantizeLinear")
+    if decode is None or dynamic is None or tuple(decode.inputs) != tuple(dynamic.outputs):
+        return "its input is not quantized at run time (weight-only)"
+    if grid.block or grid.axis not in (None, linear.channel_axis):
+        return "its scales do not run along the output features"
+    if linear.weight.dtype not in _EIGHT_BITS:
+        return f"it is stored as {linear.weight.dtype}"
+    if linear.batch and grid.zero_point is not None:
+        return "it is batched and has a zero point"
+    return None
+
+
+def _weight(op: Builder, m: MatmulMatch) -> ir.Value:
+    """The codes as [..., in, out]; exchanged in place where nothing else reads them, else by a Transpose that the runtime folds at load."""
+    weight = m.linear.weight
+    if not m.linear.transposed:
+        return weight
+    decoded = m.linear.path[0].outputs[0]
+    if len(weight.uses()) == 1 and len(consumers(decoded)) == 1 and not decoded.is_graph_output():
+        array = constant(weight)
+        assert array is not None
+        return op.const(np.ascontiguousarray(np.swapaxes(array, -1, -2)), weight.name or "weight")
+    rank = len(m.linear.batch) + 2
+    perm = [*range(rank - 2), rank - 1, rank - 2]
+    value: ir.Value = op.shared(("codes", weight, m.nodes[0].graph), lambda: op.Transpose(weight, perm=perm))
+    return value
+
+
+def _scaled(op: Builder, value: ir.Value, factor: float) -> ir.Value:
+    if factor == 1.0:
+        return value
+    array = constant(value)
+    if array is None:
+        scaled: ir.Value = op.Mul(value, op.const(np.array(factor, np.float32), "factor"))
+        return scaled
+    return op.const((array * np.float32(factor)).astype(array.dtype), f"{value.name}_scaled")
+
+
+def _bias(op: Builder, linear: Linear) -> ir.Value:
+    """The bias as [out], beta included."""
+    bias = linear.bias
+    assert bias is not None
+    assert bias.const_value is not None
+    if linear.beta == 1.0 and tuple(bias.const_value.shape.numpy()) == (linear.out_features,):
+        return bias
+    array = np.asarray(constant(bias))
+    spread = np.broadcast_to(array.reshape(-1) * np.asarray(linear.beta, array.dtype), (linear.out_features,))
+    return op.const(np.ascontiguousarray(spread), f"{bias.name}_vector")
+
+
+def _standard(op: Builder, m: MatmulMatch, codes: ir.Value, weight: ir.Value, scale: ir.Value) -> ir.Value:
+    grid = m.linear.grid
+    assert grid is not None
+    total = op.MatMulInteger(*_trim((codes, weight, m.x_zero, grid.zero_point)))
+    value: ir.Value = op.Mul(op.Cast(total, to=ir.DataType.FLOAT), op.Mul(m.x_scale, scale))
+    return value
+
+
+def _trim(inputs: Sequence[ir.Value | None]) -> Sequence[ir.Value | None]:
+    keep = len(inputs)
+    while keep and inputs[keep - 1] is None:
+        keep -= 1
+    return inputs[:keep]
+
+
+def integer_report(model: ir.Model) -> dict[str, Any]:
+    """Which stored integer weights of a lowered graph are multiplied as integers, which as floats and why, and which are tables of rows.
+
+    A multiply that still stands between DequantizeLinear nodes counts as what the installed runtime makes of it when it loads the model.
+    """
+    integer: dict[str, None] = {}
+    tables: dict[str, None] = {}
+    floats: dict[str, str] = {}
+    operands = Context(model).get(StoredOperands())
+    for node in all_nodes(model):
+        if node.op_type in _INTEGER and (weight := stored(node.inputs[1])) is not None:
+            integer[weight.value.name or ""] = None
+        elif node.op_type == "Gather" and (table := stored(node.inputs[0])) is not None and table.value.dtype in _EIGHT_BITS:
+            tables[table.value.name or ""] = None
+        elif node.op_type == "DequantizeLinear" and (weight := stored(node.outputs[0])) is not None:
+            floats[weight.value.name or ""] = _why_decoded(node, operands)
+    if any(reason == _UNSPELLED for reason in floats.values()):
+        fused = _fused_at_load(model)
+        integer.update(dict.fromkeys(name for name in floats if name in fused))
+    told = [{"name": name, "reason": reason} for name, reason in floats.items() if name not in integer and name not in tables]
+    return {"integer": list(integer), "float": told, "tables": list(tables)}
+
+
+def _why_decoded(decode: ir.Node, operands: Mapping[ir.Node, Linear | Embedding]) -> str:
+    for node in operands:
+        operand = operands[node]
+        if isinstance(operand, Linear) and decode in operand.path:
+            return why_float(operand) or _UNSPELLED
+    readers = consumers(decode.outputs[0])
+    return f"a {readers[0].op_type} reads it" if readers else "it is an output of the graph"
+
+
+def _fused_at_load(model: ir.Model) -> set[str]:
+    """The weights of the integer multiplies in the graph that the runtime makes of the model."""
+    import onnx
+    import onnxruntime
+
+    from graphopt.run import to_proto
+
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath, options.log_severity_level = str(Path(folder, "fused.onnx")), 4
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        onnxruntime.InferenceSession(to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+        fused = onnx.load(options.optimized_model_filepath, load_external_data=False)
+    return {node.input[1] for node in fused.graph.node if node.op_type in _INTEGER}

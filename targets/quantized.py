@@ -1,0 +1,33 @@
+"""Integer inference on the CPU provider of ONNX Runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from graphopt.errors import PipelineError
+
+from ._ort import EXACT, FUSE, CpuProvider, level_text
+
+# Integer projections stay apart: they share one quantized activation, and three narrow multiplies are quicker than a wide one and a Split.
+_LEVELS = ("", EXACT, f"{FUSE}, canonicalize, quantize{{mode=dynamic}}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized(CpuProvider):
+    """Integer arithmetic for every quantized multiply, and a report of which stored weights really compute in integers.
+
+    Args:
+        vendor: False writes MatMulInteger, Cast and Mul, which any runtime knows and ONNX Runtime fuses when it loads the model.
+        vnni: the CPU adds products of 8-bit numbers in 32 bits (AVX-VNNI, AVX512-VNNI, ARM dot product), so that all 8 bits are safe to use.
+    """
+
+    vnni: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.vnni:
+            error = PipelineError("quantized: vnni=false needs weights of 7 bits, which quantize does not make in this version; leave it out")
+            error.bad_key = "vnni"  # type: ignore[attr-defined]
+            raise error
+
+    def pipeline(self, level: int) -> str:
+        return level_text(self.name, level, _LEVELS)

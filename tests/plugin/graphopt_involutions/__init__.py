@@ -1,0 +1,1 @@
+"""Passes that remove operations which undo each other."""

