@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import sys
 import warnings
@@ -51,8 +52,9 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also options and
 
 def main() -> None:
     """Entry point of the `graphopt` script."""
-    if not sys.warnoptions:
+    if not sys.warnoptions and not os.environ.get("GRAPHOPT_TRACEBACK"):
         warnings.simplefilter("ignore")  # of exporters and runtimes; what a user must know is a remark
+        logging.disable(logging.WARNING)
     app()
 
 

@@ -50,7 +50,8 @@ def export_folder(folder: Path, task: str | None, with_past: bool, remarks: Rema
     torch, transformers = require_torch(), _require_transformers()
     with quiet(), _no_progress(transformers):
         model = _load(transformers, torch, folder, config, task, remarks)
-        model.config.use_cache = False
+        for config_of in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+            config_of.use_cache = False  # encoder and decoder may have configs of their own
         inputs, lengths = _example(torch, model, folder)
         names = {name: {0: "batch"} | ({1: lengths[name]} if name in lengths else {}) for name in inputs}
         if with_past:

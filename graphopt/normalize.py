@@ -142,6 +142,10 @@ def lift_constants(model: ir.Model) -> None:
                 _move(value, graph, model.graph, names)
         for node in [n for n in graph if n.op_type == "Constant" and n.domain == ""]:
             _to_initializer(node, graph, model.graph, names)
+    for value in model.graph.initializers.values():  # a file may name a weight in value_info without saying its type
+        tensor = value.const_value
+        if tensor is not None and value.type is None:
+            value.type, value.shape = ir.TensorType(tensor.dtype), _frozen(tensor.shape)
 
 
 def _move(value: ir.Value, graph: ir.Graph, main: ir.Graph, names: Names) -> None:

@@ -61,7 +61,7 @@ def from_model(source: ir.Model) -> Loaded:
     try:
         model = source.clone()
     except RuntimeError as error:
-        raise LoadError(f"{name} cannot be copied: {_root_line(error)}; sort it with model.graph.sort()") from None
+        raise LoadError(f"{name} cannot be copied: {_root_line(error)}; pass onnx_ir.to_proto(model) instead") from None
     keeper = _Keeper(name, None, shared=True)
     _map_tensors(model, keeper)
     return model, name, sorted(keeper.files)

@@ -205,6 +205,7 @@ class Driver:
         origins: frozenset[str] = frozenset().union(*(n.meta.get(ORIGINS, frozenset((n.name or "",))) for n in match.nodes))
         base = anchor.name or match.outputs[0].name or "node"
         for node in op.nodes:
+            self.model.opset_imports.setdefault(node.domain, 1)
             node.name = self.names.fresh(f"{base}/{node.op_type}")
             node.meta[ORIGINS] = origins
             for k, value in enumerate(node.outputs):

@@ -21,9 +21,8 @@ _SHOWN = 12  # kinds of remark, at most, before the list is cut
 def print_report(report: Report, console: Console) -> None:
     """Sizes, latency, what each pass did, and why candidates were declined."""
     a, b = report.input, report.output
-    larger = f"{b.bytes / max(1, a.bytes):.2f}x larger"
     rows = [
-        ("size", megabytes(a.bytes), megabytes(b.bytes), f"{report.compression_ratio:.2f}x smaller" if b.bytes <= a.bytes else larger),
+        ("size", megabytes(a.bytes), megabytes(b.bytes), _ratio(a.bytes, b.bytes)),
         ("nodes", a.nodes, b.nodes, ""),
         ("parameters", f"{a.parameters:,}", f"{b.parameters:,}", ""),
         ("opset", a.opset, b.opset, ""),
@@ -45,6 +44,14 @@ def print_report(report: Report, console: Console) -> None:
     _print_grouped(report, "warning", console)
 
 
+def _ratio(before: int, after: int) -> str:
+    if before == after:
+        return ""
+    if abs(after - before) < before / 200:
+        return f"{after - before:+,} bytes"
+    return f"{before / max(1, after):.2f}x smaller" if after < before else f"{after / max(1, before):.2f}x larger"
+
+
 def _print_grouped(report: Report, kind: str, console: Console) -> None:
     found = report.grouped(kind)
     for line in found[:_SHOWN]:
@@ -56,7 +63,7 @@ def _print_grouped(report: Report, kind: str, console: Console) -> None:
 def print_inspection(found: Inspection, console: Console) -> None:
     facts: Mapping[str, Any] = found.as_dict()
     rows: list[tuple[object, ...]] = [
-        (key.replace("_", " "), megabytes(facts[key]) if key == "bytes" else facts[key])
+        (key.replace("_", " "), megabytes(facts[key]) if key == "bytes" else f"{facts[key]:,}")
         for key in ("nodes", "parameters", "bytes", "opset", "ir_version")
     ]
     console.print(table("", ["model", found.source], [*rows, ("producer", found.producer or "not named")]))

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from graphopt.core import Context, Pass
 from graphopt.fold import Folder, known_integers
-from graphopt.graph import graphs, is_constant
+from graphopt.graph import all_nodes, graphs, is_constant
 from graphopt.inline import decided_ifs
 from graphopt.rewrite import Builder, Driver, Match, Miss, remove_dead
 from graphopt.shapes import infer_shapes
@@ -92,7 +92,8 @@ class _Work:
             for node in graph:  # new nodes stand behind the one that they replace, and are visited next
                 if not self.dry:
                     self.visit(node)
-        if not self.dry:
+        decided = any(n.op_type == "If" and n.domain == "" and is_constant(n.inputs[0]) for n in all_nodes(self.model))
+        if decided and not self.dry and self.ctx.fuel.burn():
             self.note("decided Ifs replaced by the branch that runs", decided_ifs(self.model))
         self.driver.clean()
         return self.total > before

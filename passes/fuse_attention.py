@@ -12,6 +12,7 @@ import onnx_ir as ir
 from graphopt import shapes
 from graphopt.analysis.attention import AttentionFacts, Attentions, Choice
 from graphopt.analysis.layout import Group, Tracer, merged
+from graphopt.analysis.masks import MaskReader, Masks
 from graphopt.analysis.scores import MaskTerm
 from graphopt.core import Context
 from graphopt.graph import constant, consumers, producer, rank, scalar, static_dim
@@ -51,6 +52,7 @@ class FuseAttention(RewritePass[AttentionMatch]):
         facts = ctx.get(Attentions())[node]
         if isinstance(facts, str):
             return Miss(node, f"not fused: {facts}") if node.op_type == "Softmax" else None
+        facts = dataclasses.replace(facts, terms=tuple(t for t in facts.terms if not _idle(t, ctx.get(MaskReader()))))
         reason = _inexpressible(facts)
         if reason is not None:
             return Miss(node, f"not fused: {reason}")
@@ -90,6 +92,14 @@ class FuseAttention(RewritePass[AttentionMatch]):
         if m.shape is not None:
             out = op.Reshape(out, op.const(np.array(m.shape, np.int64), "shape"))
         return [out, *made[3:]]
+
+
+def _idle(term: MaskTerm, masks: Masks) -> bool:
+    """A mask that hides nothing."""
+    if term.kind == "keep":
+        return masks.always(term.value)
+    node = producer(term.value, "Where") if term.kind == "add" else None
+    return node is not None and scalar(node.inputs[1]) == 0.0 and node.inputs[0] is not None and masks.always(node.inputs[0])
 
 
 def _inexpressible(f: AttentionFacts) -> str | None:

@@ -20,9 +20,11 @@ from graphopt.remarks import Remarks
 from graphopt.shapes import declared_shape, infer_shapes
 
 _SMALL = 4096  # bytes; larger weights stay here: what onnxsim is given is the structure, small whatever the model weighs
-# onnxsim imports torch, and has crashed on valid graphs: it runs in a process of its own.
+# onnxsim has crashed on valid graphs: it runs in a process of its own. What it uses torch for is not needed here, and costs seconds.
 _WORKER = """
-import sys, onnx, onnxsim
+import sys
+sys.modules["torch"] = None
+import onnx, onnxsim
 model, _ = onnxsim.simplify(onnx.load(sys.argv[1]), tensor_size_threshold=sys.argv[3] + "B", include_subgraph=True, certify=False)
 onnx.save(model, sys.argv[2])
 """

@@ -95,12 +95,6 @@ class SpellIntegerMatmul(RewritePass[MatmulMatch]):
     vendor: bool = True
     anchors: ClassVar[frozenset[str]] = frozenset({"MatMul", "Gemm"})
 
-    def run(self, model: ir.Model, ctx: Context) -> int:
-        changes = super().run(model, ctx)
-        if changes and self.vendor:
-            model.opset_imports.setdefault(_VENDOR, 1)
-        return changes
-
     def match(self, node: ir.Node, ctx: Context) -> MatmulMatch | Miss | None:
         linear = ctx.get(StoredOperands()).get(node)
         if not isinstance(linear, Linear) or linear.grid is None:

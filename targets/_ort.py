@@ -16,8 +16,10 @@ from graphopt.errors import TargetError
 from ._integer import integer_lowerings, integer_report
 from ._spell import SpellResidual
 
-FUSE = "canonicalize, fuse-norm, fuse-activation, fuse-attention"
+FUSE = "canonicalize, simplify-masks, fuse-norm, fuse-activation, fuse-rotary, fuse-attention"
 EXACT = f"{FUSE}, merge-projections, canonicalize"
+# Integer projections stay apart: they share one quantized activation, and three narrow multiplies are quicker than a wide one and a Split.
+LEVELS = ("", EXACT, f"{FUSE}, canonicalize, quantize{{mode=dynamic}}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,10 +6,7 @@ import dataclasses
 
 from graphopt.errors import PipelineError
 
-from ._ort import EXACT, FUSE, CpuProvider, level_text
-
-# Integer projections stay apart: they share one quantized activation, and three narrow multiplies are quicker than a wide one and a Split.
-_LEVELS = ("", EXACT, f"{FUSE}, canonicalize, quantize{{mode=dynamic}}")
+from ._ort import LEVELS, CpuProvider, level_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,4 +27,4 @@ class Quantized(CpuProvider):
             raise error
 
     def pipeline(self, level: int) -> str:
-        return level_text(self.name, level, _LEVELS)
+        return level_text(self.name, level, LEVELS)

@@ -11,7 +11,8 @@ A `.test` file holds cases. `//` starts a comment line. A case is a title line, 
     (float[B,S,8] x) => (float[B,S,8] y) <float[8] gamma, float[8] ones> { ... }
 
 Instead of `--- after`: `--- unchanged` (the last pass changes nothing; such a case must say why, by `missed: text` if the pass says it, else
-by `why: text`), or `--- ops` with the exact number of nodes by type (`LayerNormalization 1, Add 2`; types that are not named are free; `Gemm 0` forbids).
+by `why: text`), or `--- ops` with the exact number of nodes by type (`LayerNormalization 1, Add 2`; types that are not named are free;
+`Gemm 0` forbids).
 Options: `pipeline`, `why`, `applied` / `missed` / `warning` (a text that such a remark must hold; repeatable), `sizes` (`B=2 S=0, B=1 S=4`
 instead of two default sizes for every symbol), `ort-broken` (the runtime's own optimizer computes this input wrongly, so that only its
 unoptimized numbers are compared), `ir` and `opset` (of the graph before). A weight that is declared without values gets seeded random ones,

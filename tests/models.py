@@ -61,7 +61,7 @@ def _export(folder: Path, route: str, path: Path) -> None:
     attention, _, exporter = route.partition("_")
     encoder = AutoModel.from_pretrained(folder, attn_implementation=attention, local_files_only=True).eval()
 
-    class Hidden(torch.nn.Module):
+    class Hidden(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.model = encoder

@@ -22,7 +22,23 @@ ROWS = [
     {"options"},
     {"remarks", "fuel"},
     {"core"},
-    {"graph", "shapes", "analysis", "text", "run", "spelling", "convert", "respell", "fold", "opset", "inline", "notices", "reading", "normalize"}
+    {
+        "graph",
+        "shapes",
+        "analysis",
+        "text",
+        "run",
+        "spelling",
+        "convert",
+        "respell",
+        "fold",
+        "opset",
+        "inline",
+        "repair",
+        "notices",
+        "reading",
+        "normalize",
+    }
     | {"sizes", "feeds", "samples", "distance", "measure", "interface", "verify", "save"},
     {"rewrite"},
     {"pipeline"},
@@ -78,7 +94,7 @@ def test_dependency_direction() -> None:
     wrong = []
     for path in modules("graphopt"):
         here = place(path)
-        if here == "__init__":
+        if here not in ROW:  # the test above says so
             continue
         for name, line in imports(parse(path)):
             parts = name.split(".")

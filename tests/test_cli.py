@@ -101,7 +101,8 @@ def test_samples_metric_and_budget(block: Path) -> None:
         np.savez(samples / f"{k}.npz", **feed)
     plugin.write_text(LOSSY)
     judge.write_text(
-        "import numpy as np\n\ndef metric(session):\n    return float(np.abs(session.run({'x': np.ones((1, 2, 8), np.float32)})['y']).mean())\n"
+        "import numpy as np\n\ndef metric(session):\n    feeds = {'x': np.ones((1, 2, 8), np.float32)}\n"
+        "    return float(np.abs(session.run(feeds)['y']).mean())\n"
     )
     shift = ("--pipeline", "shift-weights{by=0.4}", "--plugin", plugin, "--max-loss", "0.05", "--json")
     by_distance = json.loads(optimize(block, *shift, "--samples", samples).stdout)

@@ -259,7 +259,7 @@ def test_bad_folders(tmp_path: Path) -> None:
     broken.mkdir()
     shutil.copy(tmp_path / "config.json", broken)
     config = json.loads((tmp_path / "config.json").read_text())
-    cases = [
+    cases: list[tuple[Path, dict[str, Any], str]] = [
         (tmp_path, {"task": "text-clasification"}, "no task `text-clasification`; did you mean `text-classification`"),
         (tmp_path, {"with_past": True}, "keeps no key/value cache"),
         (broken, {}, "transformers cannot load the model"),

@@ -14,7 +14,7 @@ import pytest
 from models import FOREIGN, MINILM_ROUTES, Array, assert_same, foreign, minilm, parse, run, text_feeds  # type: ignore[import-not-found]
 
 from graphopt.errors import LoadError
-from graphopt.frontend import load, parse_shape
+from graphopt.frontend import load
 from graphopt.graph import all_nodes, graphs
 from graphopt.remarks import Remarks
 from graphopt.save import save, to_proto
@@ -265,39 +265,6 @@ def test_unknown_operators_are_left_alone_and_named() -> None:
     assert "[N,4]" in found["c"].message
     assert [n.op_type for n in model.graph] == ["Relu", "Foo", "Gelu", "Exp", "Add"]
     assert {(o.domain, o.version) for o in to_proto(model).opset_import} == {("", 17), ("my", 1), ("com.microsoft", 1)}
-
-
-# ---- input shapes -------------------------------------------------------------------------------------------------------------------------
-
-
-def test_input_shapes_bind_symbols_everywhere() -> None:
-    text = '<ir_version: 8, opset_import: ["" : 17]> g (float[b,4] x, float[b,4] z) => (float[b,4] y) { y = Add (x, z) }'
-    model = load(parse(text), input_shapes=dict([parse_shape("x:8,4")]))
-    assert [str(v.shape) for v in (*model.graph.inputs, *model.graph.outputs)] == ["[8,4]"] * 3
-    for kept in ("x:0,4", "x:-1,4", "x:b,4"):
-        proto = to_proto(load(parse(text), input_shapes=dict([parse_shape(kept)])))
-        dims = proto.graph.input[0].type.tensor_type.shape.dim
-        assert (dims[0].dim_param, dims[1].dim_value) == ("b", 4)
-        assert dims[0].WhichOneof("value") == "dim_param"
-    renamed = load(parse(text), input_shapes=dict([parse_shape("x:n,4")]))
-    assert [str(v.shape) for v in (*renamed.graph.inputs, *renamed.graph.outputs)] == ["[n,4]"] * 3
-
-
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [
-        ("nope:1,4", "no input `nope`.*inputs: x, z"),
-        ("x:1,4,4", "has 2 axes.*not 3"),
-        ("x:1", "has 2 axes.*not 1"),
-        ("x:1,5", "axis 1.*fixed at 4"),
-        ("x", "no input shape"),
-        ("x:1,", "no input shape"),
-    ],
-)
-def test_wrong_input_shapes(shape: str, message: str) -> None:
-    text = '<ir_version: 8, opset_import: ["" : 17]> g (float[b,4] x, float[b,4] z) => (float[b,4] y) { y = Add (x, z) }'
-    with pytest.raises(LoadError, match=message):
-        load(parse(text), input_shapes=dict([parse_shape(shape)]))
 
 
 # ---- errors: one line that names the source, what was found and what to do ------------------------------------------------------------------

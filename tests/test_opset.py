@@ -14,8 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from graphopt.errors import LoadError, TargetError
 from graphopt.frontend import load
-from graphopt.opset import WORKING, lower
+from graphopt.opset import lower
 from graphopt.save import finish, to_proto
+from graphopt.spelling import WORKING
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 3, 4)).astype(np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,12 @@ def test_external_data_above_the_limit_through_one_function(tmp_path: Path, monk
     monkeypatch.setattr(saving, "PROTOBUF_LIMIT", 2**20)
     sizes = []
     original = saving.serialize
-    monkeypatch.setattr(saving, "serialize", lambda proto: sizes.append(proto.ByteSize()) or original(proto))
+
+    def counted(proto: onnx.ModelProto) -> bytes:
+        sizes.append(proto.ByteSize())
+        return original(proto)
+
+    monkeypatch.setattr(saving, "serialize", counted)
     proto = wide(layers=3)
     info = save(load(proto), tmp_path / "out.onnx")
     assert [f.name for f in info.files] == ["out.onnx", "out.onnx.data"]
@@ -101,11 +107,14 @@ def test_a_failure_leaves_everything_as_it_was(error: type[BaseException], exist
     def fail(*_: object) -> None:
         raise error("stop")
 
-    steps = [(saving, "serialize", fail), (saving, "_append", fail)]
     moves = os.replace
-    for number in range(4 if existing else 2):
+
+    def failing_move(number: int) -> Callable[[Any, Any], None]:
         counter = iter(range(100))
-        steps.append((os, "replace", lambda a, b, number=number, counter=counter: fail() if next(counter) == number else moves(a, b)))
+        return lambda a, b: fail() if next(counter) == number else moves(a, b)
+
+    steps: list[tuple[Any, str, Callable[..., None]]] = [(saving, "serialize", fail), (saving, "_append", fail)]
+    steps += [(os, "replace", failing_move(number)) for number in range(4 if existing else 2)]
     for owner, name, replacement in steps:
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, replacement)

