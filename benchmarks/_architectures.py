@@ -51,6 +51,13 @@ _WHISPER = {k: v for k, v in _SEQ2SEQ.items() if k != "max_position_embeddings"}
     "num_mel_bins": MELS, "max_source_positions": 32, "max_target_positions": 32,
 }  # fmt: skip
 _NO_CACHE = {"use_cache": False}
+_FALCON = {"new_decoder_architecture": False, "alibi": False}
+_MLA = {
+    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 24, "first_k_dense_replace": 2,
+    "num_key_value_heads": HEADS,
+}  # fmt: skip
+_OWN_KEYS = {"vocab_size": VOCABULARY, "hidden_size": WIDTH}
+_OWN_KEYS_2 = {"vocab_size": VOCABULARY, "d_model": WIDTH}
 
 
 def _text(name: str, over: dict[str, Any] | None = None, blocks: int = LAYERS, **options: Any) -> Architecture:
@@ -71,6 +78,10 @@ def _image(name: str, model: str = "", over: dict[str, Any] | None = None, base:
     return Architecture(f"{name}Config", model or f"{name}Model", base | (over or {}), "image", blocks)
 
 
+def _wave(name: str, over: dict[str, Any] | None = None, kind: str = "wave") -> Architecture:
+    return Architecture(f"{name}Config", f"{name}Model", _WAVE | (over or {}), kind, LAYERS)
+
+
 def _module(kind: str, blocks: int) -> Architecture:
     return Architecture("", "", {}, kind, blocks, implementation="sdpa")
 
@@ -79,11 +90,9 @@ ZOO: dict[str, Architecture] = {
     # the architectures of the first comparison with the peers
     "bert": _text("Bert"),
     "roberta": _text("Roberta"),
-    "distilbert": Architecture(
-        "DistilBertConfig", "DistilBertModel",
-        {"vocab_size": VOCABULARY, "dim": WIDTH, "n_layers": LAYERS, "n_heads": HEADS, "hidden_dim": 2 * WIDTH, "max_position_embeddings": 64},
-        "text", LAYERS,
-    ),
+    "distilbert": Architecture("DistilBertConfig", "DistilBertModel", {
+        "vocab_size": VOCABULARY, "dim": WIDTH, "n_layers": LAYERS, "n_heads": HEADS, "hidden_dim": 2 * WIDTH, "max_position_embeddings": 64},
+        "text", LAYERS),
     "albert": _text("Albert", {"embedding_size": 32}),
     "electra": _text("Electra", {"embedding_size": 32}),
     "gpt2": _decoder("GPT2", base=_GPT, model="GPT2LMHeadModel"),
@@ -97,7 +106,7 @@ ZOO: dict[str, Architecture] = {
     "t5": _seq2seq("T5", "T5ForConditionalGeneration", base=_T5_FULL),
     "bart": _seq2seq("Bart", "BartForConditionalGeneration"),
     "whisper": _seq2seq("Whisper", "WhisperForConditionalGeneration", base=_WHISPER, kind="audio"),
-    "wav2vec2": Architecture("Wav2Vec2Config", "Wav2Vec2Model", _WAVE, "wave", LAYERS),
+    "wav2vec2": _wave("Wav2Vec2"),
     "vit": _image("ViT", "ViTForImageClassification"),
     "deit": _image("DeiT", "DeiTForImageClassification"),
     "dinov2": _image("Dinov2", over={"mlp_ratio": 2}),
@@ -157,8 +166,7 @@ ZOO: dict[str, Architecture] = {
     "deberta": _text("Deberta", {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 16}),
     "deberta-v2": _text("DebertaV2", {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8, "share_att_key": True,
                                       "norm_rel_ebd": "layer_norm", "max_relative_positions": 16}),
-    "xlnet": Architecture("XLNetConfig", "XLNetModel", {"vocab_size": VOCABULARY, "d_model": WIDTH, "n_layer": LAYERS, "n_head": HEADS,
-                                                        "d_inner": 2 * WIDTH}, "text", LAYERS),
+    "xlnet": Architecture("XLNetConfig", "XLNetModel", _OWN_KEYS_2 | {"n_layer": LAYERS, "n_head": HEADS, "d_inner": 2 * WIDTH}, "text", LAYERS),
     "esm": _text("Esm", {"position_embedding_type": "rotary", "pad_token_id": 1, "mask_token_id": 3, "token_dropout": False}),
     "mobilebert": _text("MobileBert", {"embedding_size": 32, "intra_bottleneck_size": 32, "num_feedforward_networks": 2}),
     "squeezebert": _text("SqueezeBert", {"embedding_size": WIDTH}),
@@ -166,29 +174,33 @@ ZOO: dict[str, Architecture] = {
     "roformer": _text("RoFormer", {"embedding_size": WIDTH}),
     "modernbert": _text("ModernBert", {**_SPECIAL, "cls_token_id": 1, "sep_token_id": 2, "global_attn_every_n_layers": 2, "local_attention": 6}),
     "convbert": _text("ConvBert", {"embedding_size": WIDTH, "head_ratio": 2, "conv_kernel_size": 3}),
-    "funnel": Architecture("FunnelConfig", "FunnelBaseModel", {"vocab_size": VOCABULARY, "block_sizes": [1, 1], "num_decoder_layers": 0, "d_model": WIDTH,
-                                                           "n_head": HEADS, "d_head": HEAD_DIM, "d_inner": 2 * WIDTH}, "text", LAYERS),
+    "funnel": Architecture("FunnelConfig", "FunnelBaseModel", _OWN_KEYS_2 | {
+        "block_sizes": [1, 1], "num_decoder_layers": 0, "n_head": HEADS, "d_head": HEAD_DIM, "d_inner": 2 * WIDTH}, "text", LAYERS),
     "rembert": _text("RemBert", {"input_embedding_size": 32, "output_embedding_size": 32}),
     "megatron-bert": _text("MegatronBert"),
     "nomic-bert": _text("NomicBert"),
     "eurobert": _text("EuroBert", {"num_key_value_heads": 2, "head_dim": HEAD_DIM, **_SPECIAL}),
-    "lxmert": Architecture("LxmertConfig", "LxmertModel", {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_attention_heads": HEADS, "l_layers": 1,
-                           "x_layers": 1, "r_layers": 1, "intermediate_size": 2 * WIDTH, "visual_feat_dim": 24}, "text+regions", 6),
+    "lxmert": Architecture("LxmertConfig", "LxmertModel", _OWN_KEYS | {
+        "num_attention_heads": HEADS, "l_layers": 1, "x_layers": 1, "r_layers": 1, "intermediate_size": 2 * WIDTH, "visual_feat_dim": 24},
+        "text+regions", 6),
     "bert-attentions": _text("Bert", call={"output_attentions": True}, implementation="eager", outputs=("attentions",)),
-    "perceiver": Architecture("PerceiverConfig", "PerceiverForMaskedLM", {"vocab_size": VOCABULARY, "d_model": 32, "d_latents": WIDTH, "num_latents": 6,
-                              "num_blocks": 1, "num_self_attends_per_block": 1, "num_self_attention_heads": HEADS, "num_cross_attention_heads": 2,
-                              "qk_channels": 32, "v_channels": 32, "max_position_embeddings": 12}, "text", 3),
+    "perceiver": Architecture("PerceiverConfig", "PerceiverForMaskedLM", {
+        "vocab_size": VOCABULARY, "d_model": 32, "d_latents": WIDTH, "num_latents": 6, "num_blocks": 1, "num_self_attends_per_block": 1,
+        "num_self_attention_heads": HEADS, "num_cross_attention_heads": 2, "qk_channels": 32, "v_channels": 32, "max_position_embeddings": 12},
+        "text", 3),
     # decoders
-    "opt": _decoder("OPT", base={"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
-                                 "ffn_dim": 2 * WIDTH, "max_position_embeddings": 64, "word_embed_proj_dim": WIDTH, **_SPECIAL}),
-    "bloom": _decoder("Bloom", base={"vocab_size": VOCABULARY, "hidden_size": WIDTH, "n_layer": LAYERS, "n_head": HEADS, **_SPECIAL}),
-    "falcon": _decoder("Falcon", {"multi_query": True, "new_decoder_architecture": False, "alibi": False}, base=_TEXT | _SPECIAL),
-    "falcon-alibi": _decoder("Falcon", {"multi_query": False, "alibi": True, "new_decoder_architecture": False, "parallel_attn": False}, base=_TEXT | _SPECIAL),
-    "falcon-new": _decoder("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}, base=_TEXT | _SPECIAL),
-    "mpt": _decoder("Mpt", base={"vocab_size": VOCABULARY, "d_model": WIDTH, "n_layers": LAYERS, "n_heads": HEADS, "max_seq_len": 64, "expansion_ratio": 2}),
+    "opt": _decoder("OPT", base=_OWN_KEYS | {
+        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "ffn_dim": 2 * WIDTH, "max_position_embeddings": 64, "word_embed_proj_dim": WIDTH,
+        **_SPECIAL}),
+    "bloom": _decoder("Bloom", base=_OWN_KEYS | {"n_layer": LAYERS, "n_head": HEADS, **_SPECIAL}),
+    "falcon": _decoder("Falcon", _FALCON | {"multi_query": True}, base=_TEXT | _SPECIAL),
+    "falcon-alibi": _decoder("Falcon", _FALCON | {"multi_query": False, "alibi": True, "parallel_attn": False}, base=_TEXT | _SPECIAL),
+    "falcon-new": _decoder("Falcon", _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}, base=_TEXT | _SPECIAL),
+    "mpt": _decoder("Mpt", base=_OWN_KEYS_2 | {"n_layers": LAYERS, "n_heads": HEADS, "max_seq_len": 64, "expansion_ratio": 2}),
     "gptj": _decoder("GPTJ", {"rotary_dim": 8}, base=_GPT),
-    "gpt-neo": _decoder("GPTNeo", base={"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_layers": LAYERS, "num_heads": HEADS, "window_size": 5,
-                                        "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64, **_SPECIAL}),
+    "gpt-neo": _decoder("GPTNeo", base=_OWN_KEYS | {
+        "num_layers": LAYERS, "num_heads": HEADS, "window_size": 5, "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64,
+        **_SPECIAL}),
     "codegen": _decoder("CodeGen", {"rotary_dim": 8}, base=_GPT),
     "gpt-bigcode": _decoder("GPTBigCode", {"multi_query": True}, base=_GPT),
     "starcoder2": _decoder("Starcoder2", {"sliding_window": 5}, base=_NO_HEAD_DIM),
@@ -207,24 +219,21 @@ ZOO: dict[str, Architecture] = {
     "glm": _decoder("Glm", {"partial_rotary_factor": 0.5}),
     "persimmon": _decoder("Persimmon", base=_NO_HEAD_DIM),
     "nemotron": _decoder("Nemotron"),
-    "xglm": _decoder("XGLM", base={"vocab_size": VOCABULARY, "d_model": WIDTH, "num_layers": LAYERS, "attention_heads": HEADS, "ffn_dim": 2 * WIDTH,
-                                   "max_position_embeddings": 64, **_SPECIAL}),
+    "xglm": _decoder("XGLM", base=_OWN_KEYS_2 | {
+        "num_layers": LAYERS, "attention_heads": HEADS, "ffn_dim": 2 * WIDTH, "max_position_embeddings": 64, **_SPECIAL}),
     "biogpt": _decoder("BioGpt", base=_TEXT | _SPECIAL),
     "ctrl": _decoder("CTRL", {"dff": 2 * WIDTH}, base=_GPT, model="CTRLLMHeadModel"),
     "openai-gpt": Architecture("OpenAIGPTConfig", "OpenAIGPTLMHeadModel", _GPT, "text", LAYERS),
-    "deepseek-v2": _decoder("DeepseekV2", {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 24,
-                                           "first_k_dense_replace": 2, "num_key_value_heads": HEADS}, base=_NO_HEAD_DIM),
-    "deepseek-v3": _decoder("DeepseekV3", {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 24,
-                                           "first_k_dense_replace": 2, "num_key_value_heads": HEADS}, base=_NO_HEAD_DIM),
+    "deepseek-v2": _decoder("DeepseekV2", _MLA, base=_NO_HEAD_DIM),
+    "deepseek-v3": _decoder("DeepseekV3", _MLA, base=_NO_HEAD_DIM),
     "smollm3": _decoder("SmolLM3", {"no_rope_layers": [1, 0]}, base=_NO_HEAD_DIM),
     "gpt-oss": _decoder("GptOss", {"sliding_window": 5, "num_local_experts": 2, "num_experts_per_tok": 1,
                                    "layer_types": ["sliding_attention", "full_attention"]}),
     "helium": _decoder("Helium"),
     "exaone4": _decoder("Exaone4", {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}),
     "qwen3-moe": _decoder("Qwen3Moe", {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}),
-    "trocr": Architecture("TrOCRConfig", "TrOCRForCausalLM", {"vocab_size": VOCABULARY, "d_model": WIDTH, "decoder_layers": LAYERS,
-                          "decoder_attention_heads": HEADS, "decoder_ffn_dim": 2 * WIDTH, "max_position_embeddings": 64, "is_decoder": True,
-                          "add_cross_attention": False, **_SPECIAL}, "text", LAYERS, _NO_CACHE),
+    "trocr": _decoder("TrOCR", {"is_decoder": True, "add_cross_attention": False}, base=_OWN_KEYS_2 | {
+        "decoder_layers": LAYERS, "decoder_attention_heads": HEADS, "decoder_ffn_dim": 2 * WIDTH, "max_position_embeddings": 64, **_SPECIAL}),
     # encoder-decoders
     "marian": _seq2seq("Marian", "MarianMTModel", {"pad_token_id": 0}),
     "mbart": _seq2seq("MBart", "MBartForConditionalGeneration"),
@@ -232,21 +241,22 @@ ZOO: dict[str, Architecture] = {
     "pegasus": _seq2seq("Pegasus", "PegasusForConditionalGeneration"),
     "blenderbot": _seq2seq("Blenderbot", "BlenderbotForConditionalGeneration"),
     "umt5": _seq2seq("UMT5", "UMT5ForConditionalGeneration", base=_T5_FULL | {"feed_forward_proj": "gated-gelu"}),
-    "prophetnet": Architecture("ProphetNetConfig", "ProphetNetModel", {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_encoder_layers": LAYERS,
-                               "num_decoder_layers": LAYERS, "num_encoder_attention_heads": HEADS, "num_decoder_attention_heads": HEADS,
-                               "encoder_ffn_dim": 2 * WIDTH, "decoder_ffn_dim": 2 * WIDTH, "max_position_embeddings": 64, "ngram": 2, **_SPECIAL},
-                               "seq2seq", 4 * LAYERS, _NO_CACHE),
+    "prophetnet": Architecture("ProphetNetConfig", "ProphetNetModel", _OWN_KEYS | {
+        "num_encoder_layers": LAYERS, "num_decoder_layers": LAYERS, "num_encoder_attention_heads": HEADS, "num_decoder_attention_heads": HEADS,
+        "encoder_ffn_dim": 2 * WIDTH, "decoder_ffn_dim": 2 * WIDTH, "max_position_embeddings": 64, "ngram": 2, **_SPECIAL},
+        "seq2seq", 4 * LAYERS, _NO_CACHE),
     # audio
-    "hubert": Architecture("HubertConfig", "HubertModel", _WAVE, "wave", LAYERS),
-    "wav2vec2-mask": Architecture("Wav2Vec2Config", "Wav2Vec2Model", _WAVE | {"feat_extract_norm": "layer"}, "wave+mask", LAYERS),
-    "wavlm": Architecture("WavLMConfig", "WavLMModel", _WAVE | {"num_buckets": 16, "max_bucket_distance": 20}, "wave", LAYERS),
-    "wav2vec2-conformer": Architecture("Wav2Vec2ConformerConfig", "Wav2Vec2ConformerModel", _WAVE | {"position_embeddings_type": "relative"}, "wave", LAYERS),
-    "conformer-rotary": Architecture("Wav2Vec2ConformerConfig", "Wav2Vec2ConformerModel", _WAVE | {"position_embeddings_type": "rotary"}, "wave", LAYERS),
-    "ast": Architecture("ASTConfig", "ASTModel", _SIZES | {"patch_size": 8, "frequency_stride": 8, "time_stride": 8, "max_length": 40, "num_mel_bins": MELS},
-                        "mel", LAYERS),
+    "hubert": _wave("Hubert"),
+    "wav2vec2-mask": _wave("Wav2Vec2", {"feat_extract_norm": "layer"}, kind="wave+mask"),
+    "wavlm": _wave("WavLM", {"num_buckets": 16, "max_bucket_distance": 20}),
+    "wav2vec2-conformer": _wave("Wav2Vec2Conformer", {"position_embeddings_type": "relative"}),
+    "conformer-rotary": _wave("Wav2Vec2Conformer", {"position_embeddings_type": "rotary"}),
+    "ast": Architecture("ASTConfig", "ASTModel", _SIZES | {
+        "patch_size": 8, "frequency_stride": 8, "time_stride": 8, "max_length": 40, "num_mel_bins": MELS}, "mel", LAYERS),
     # text beside images
     "siglip-text": Architecture("SiglipTextConfig", "SiglipTextModel", _TEXT, "text", LAYERS),
     "vilt": Architecture("ViltConfig", "ViltModel", _IMAGE | {"vocab_size": VOCABULARY, "max_position_embeddings": 64, "max_image_length": -1},
                          "text+image", LAYERS),
-    "blip-text": Architecture("BlipTextConfig", "BlipTextModel", _TEXT | _SPECIAL | {"is_decoder": False, "encoder_hidden_size": WIDTH}, "text", LAYERS),
+    "blip-text": Architecture("BlipTextConfig", "BlipTextModel", _TEXT | _SPECIAL | {
+        "is_decoder": False, "encoder_hidden_size": WIDTH}, "text", LAYERS),
 }  # fmt: skip

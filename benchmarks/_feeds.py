@@ -11,7 +11,8 @@ AXES = {
     "input_ids": ("batch", "seq"), "attention_mask": ("batch", "seq"), "bbox": ("batch", "seq"), "decoder_input_ids": ("batch", "dec_seq"),
     "decoder_attention_mask": ("batch", "dec_seq"), "pixel_values": ("batch",), "input_features": ("batch",), "input_values": ("batch", "samples"),
     "spectrogram": ("batch",), "x": ("batch", "seq"), "padding": ("batch", "seq"), "memory": ("batch", "seq"), "target": ("batch", "dec_seq"),
-    "bias": ("seq", "seq_k"), "visual_feats": ("batch",), "visual_pos": ("batch",), "speech": ("batch", "samples"), "speech_mask": ("batch", "samples"),
+    "bias": ("seq", "seq_k"), "visual_feats": ("batch",), "visual_pos": ("batch",), "speech": ("batch", "samples"),
+    "speech_mask": ("batch", "samples"),
 }  # fmt: skip
 INPUTS = {
     "text": ("input_ids", "attention_mask"), "layout": ("input_ids", "bbox", "attention_mask"), "ids": ("input_ids",),
@@ -39,7 +40,8 @@ class Case:
 
 MASKED = (Case(2, 12, "right"), Case(1, 7), Case(2, 12, "left"), Case(5, 7, "holes"), Case(2, 7, "empty"), Case(5, 12))
 CACHED = (
-    Case(2, 3, "right", 6), Case(2, 7, "left"), Case(1, 1, "ones", 5), Case(5, 3, "holes", 5), Case(2, 2, "left", 6), Case(2, 3, "empty", 6), Case(1, 7),
+    Case(2, 3, "right", 6), Case(2, 7, "left"), Case(1, 1, "ones", 5), Case(5, 3, "holes", 5), Case(2, 2, "left", 6), Case(2, 3, "empty", 6),
+    Case(1, 7),
 )  # fmt: skip
 PLAIN = (Case(2, 12), Case(1, 7), Case(5, 12), Case(5, 7))
 STILL = (Case(2, 12), Case(1, 12), Case(5, 12))  # nothing but the batch can vary

@@ -62,7 +62,8 @@ def attention(masked: str, weights: bool = False, batch_first: bool = True) -> A
 def timm_vit(**options: Any) -> Any:
     import timm
 
-    return timm.create_model("vit_tiny_patch16_224", img_size=IMAGE, patch_size=8, embed_dim=WIDTH, depth=2, num_heads=HEADS, num_classes=10, **options)
+    sizes = {"img_size": IMAGE, "patch_size": 8, "embed_dim": WIDTH, "depth": 2, "num_heads": HEADS, "num_classes": 10}
+    return timm.create_model("vit_tiny_patch16_224", **sizes, **options)
 
 
 def timm_swin(name: str = "swin_tiny_patch4_window7_224") -> Any:

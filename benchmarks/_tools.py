@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 FUSION = "canonicalize, fuse-norm, fuse-activation, fuse-rotary, fuse-attention"
-ATTENTION = {"Attention", "MultiHeadAttention", "GroupQueryAttention", "PackedMultiHeadAttention", "PackedAttention", "DecoderMaskedMultiHeadAttention"}
+ATTENTION = {
+    "Attention", "MultiHeadAttention", "GroupQueryAttention", "PackedMultiHeadAttention", "PackedAttention", "DecoderMaskedMultiHeadAttention",
+}  # fmt: skip
 _LAYOUT = {"Cast", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Expand", "Identity", "Concat", "Slice", "Split"}
 
 

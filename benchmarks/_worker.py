@@ -27,7 +27,8 @@ class Worker:
             self.stop()
             self.child, self.done = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL), 0
         child = self.child
-        assert child.stdin is not None and child.stdout is not None
+        assert child.stdin is not None
+        assert child.stdout is not None
         self.done += 1
         try:
             child.stdin.write(f"{key}\n".encode())

@@ -120,7 +120,7 @@ def export(name: str, route: str, folder: Path) -> dict[str, Any]:
     start = time.time()
     base, _, eager = route.partition("-")
     model = Model(name, eager or "sdpa")
-    if eager and Model(name, "sdpa").implementation == model.implementation or (eager and ZOO[name].implementation):
+    if eager and Model(name, "sdpa").implementation == model.implementation:
         return {"same": base}  # one implementation only: the other route is this file
     torch.backends.mha.set_fastpath_enabled(False)  # torch's fused encoder layer has no ONNX spelling
     feeds = model.feeds()

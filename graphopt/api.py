@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from graphopt import frontend, instruments, measure, reading, registry, save
 from graphopt.core import Budget, Context, Pass, Target
-from graphopt.errors import GraphoptError, LoadError, PipelineError, SampleError
+from graphopt.errors import GraphoptError, LoadError, PipelineError, SampleError, VerifyError
 from graphopt.fuel import Fuel
 from graphopt.instruments import Observer
 from graphopt.loss import NO_SAMPLES, Loss, Metric, model_bytes
@@ -26,6 +26,7 @@ from graphopt.report import Report, Size, megabytes
 from graphopt.result import Result
 from graphopt.samples import Samples
 from graphopt.transaction import TransactionManager
+from graphopt.verify import Interface, interface, verify
 
 if TYPE_CHECKING:
     from graphopt.frontend import Source
@@ -81,6 +82,7 @@ def optimize(
         LoadError: the source cannot be read.
         PassError: a pass raised; it names the pass, its place and the cause.
         SampleError: a lossy pass has a budget, and there is neither a metric nor a sample.
+        VerifyError: what the passes left is no legal graph, or has another interface.
         GraphoptError: a required pass changed nothing.
     """
     plan = _Plan.make(pipeline, level, target, tuple(plugins), tuple(require))
@@ -97,7 +99,8 @@ def optimize(
         with_past=with_past,
         remarks=remarks,
     )
-    records = [PassRecord("load", 0, clock() - start, list(remarks))]
+    repaired = sum("repaired" in remark.facts for remark in remarks)
+    records = [PassRecord("load", repaired, clock() - start, list(remarks))]
     file = Path(source) if isinstance(source, (str, os.PathLike)) and Path(source).is_file() and not input_shapes else None
     fed = _samples(samples, tokenizer, model, source)
     loss = Loss(plan.target, original, fed, metric)
@@ -106,8 +109,10 @@ def optimize(
         model, target=plan.target, samples=fed, remarks=remarks, fuel=Fuel(fuel), original=original,
         budget=None if max_loss is None else Budget(max_loss),
     )  # fmt: skip
+    public = interface(model)
     watchers = [*_instruments(verify_each, check_numerics, time, print_changed, dump), snapshot]
     records += _manager(plan, watchers, loss, max_loss).run(model, ctx)
+    _check(model, public)
     _require(plan.required, records)
     changed = any(record.changes for record in records)
     lowered = model if changed else original
@@ -221,6 +226,16 @@ def _manager(plan: _Plan, watchers: Sequence[Instrument], loss: Loss, max_loss: 
     if not loss.known:
         raise SampleError(f"max-loss needs something to judge {lossy[0].name} by: {NO_SAMPLES}")
     return TransactionManager(steps, watchers, loss=loss.of_graph, max_loss=max_loss)
+
+
+def _check(model: ir.Model, public: Interface) -> None:
+    """What comes out is a legal graph with the interface that came in, whatever the passes were."""
+    try:
+        verify(model, interface=public)
+    except VerifyError as error:
+        head, _, rest = str(error).partition("\n")
+        text = f"the passes left a broken graph, and nothing was written; --verify-each names the pass: {head}\n{rest}"
+        raise VerifyError(text.rstrip()) from error
 
 
 def _require(names: Sequence[str], records: Sequence[PassRecord]) -> None:

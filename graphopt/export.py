@@ -158,7 +158,8 @@ def _export(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     try:
         return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
-        raise LoadError(f"torch.export cannot export {type(module).__name__}: {first_line(error)}; see torch.export's documentation") from error
+        hint = "set model.config.use_cache = False" if "Cache" in str(error) else "see torch.export's documentation"
+        raise LoadError(f"torch.export cannot export {type(module).__name__}: {first_line(error)}; {hint}") from error
 
 
 def first_line(error: BaseException) -> str:

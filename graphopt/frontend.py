@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -57,15 +59,29 @@ def load(
         LoadError: one line that names the source, what was found, and what to do.
     """
     remarks = Remarks() if remarks is None else remarks
-    model, name, files = _read(source, example_inputs, example_kwargs, dynamic_shapes, task, with_past, remarks)
-    try:
-        _remember(model, name, files)
-        if input_shapes:
-            override_shapes(model, input_shapes)
-        normalize(model, remarks)
-    except LoadError as error:
-        raise LoadError(f"{name}: {error}") from None
+    with _silent("onnx_ir", "onnx_shape_inference"):
+        model, name, files = _read(source, example_inputs, example_kwargs, dynamic_shapes, task, with_past, remarks)
+        try:
+            _remember(model, name, files)
+            if input_shapes:
+                override_shapes(model, input_shapes)
+            normalize(model, remarks)
+        except LoadError as error:
+            raise LoadError(f"{name}: {error}") from None
     return model
+
+
+@contextlib.contextmanager
+def _silent(*names: str) -> Iterator[None]:
+    """What these libraries would log comes as an error or a remark instead."""
+    before = {logger: logger.level for logger in map(logging.getLogger, names)}
+    try:
+        for logger in before:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in before.items():
+            logger.setLevel(level)
 
 
 def parse_shape(text: str) -> tuple[str, list[int | str]]:

@@ -65,13 +65,28 @@ def enclosed(path: Sequence[ir.Node], side: Iterable[ir.Node]) -> tuple[ir.Node,
 
 def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
     """Every node of the main graph and of every subgraph, outer before inner."""
-    yield from ir.traversal.RecursiveGraphIterator(model.graph)
+    for graph in graphs(model):
+        yield from graph
 
 
 def graphs(model: ir.Model) -> Iterator[ir.Graph]:
-    """The main graph and every subgraph."""
-    yield model.graph
-    yield from model.graph.subgraphs()
+    """The main graph and every subgraph, outer before inner."""
+    todo = [model.graph]
+    while todo:
+        graph = todo.pop()
+        yield graph
+        todo += [body for node in graph if node.attributes for body in bodies(node)]
+
+
+def bodies(node: ir.Node) -> list[ir.Graph]:
+    """The subgraphs that a node holds (the branches of an If, the body of a Loop)."""
+    found: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
+            found.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
+            found += attribute.as_graphs()
+    return found
 
 
 def rank(value: ir.Value | None) -> int | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from graphopt.convert import Converter
 from graphopt.errors import LoadError, TargetError
@@ -48,8 +49,8 @@ def lift(model: ir.Model, to: int = WORKING) -> int:
         LoadError: a node cannot be written at `to`; it names the node and why.
     """
     source, converter, changed = model.opset_imports.get("", to), Converter(model, to), 0
-    if source < 13 and any(n.op_type in SOFTMAX for n in all_nodes(model)):
-        infer_shapes(model)  # their meaning depends on the rank, which a file may state wrongly
+    if source < 13:
+        _find_ranks(model)
     for node in list(all_nodes(model)):
         if node.domain not in _STANDARD:
             continue
@@ -65,6 +66,16 @@ def lift(model: ir.Model, to: int = WORKING) -> int:
         changed += 1
     model.graph.opset_imports[""] = to
     return changed
+
+
+def _find_ranks(model: ir.Model) -> None:
+    """Softmax before opset 13 depends on the rank of its input, which a file may state wrongly. Our own inference first; it knows few
+    operators as they were then, so that of ONNX has to help (on a copy without weights)."""
+    inputs = [n.inputs[0] for n in all_nodes(model) if n.op_type in SOFTMAX]
+    if inputs:
+        infer_shapes(model)
+    if any(v is not None and v.shape is None for v in inputs):
+        ShapeInferencePass(check_type=False, strict_mode=False)(model)
 
 
 # ---- down to the smallest opset -----------------------------------------------------------------------------------------------------------

@@ -190,10 +190,7 @@ def _sound(rule: Callable[..., None]) -> Callable[..., None]:
     def infer(ctx: Any, node: ir.Node) -> None:
         rule(ctx, node)
         out = node.outputs[0]
-        shapes = [list(v.shape) for v in node.inputs if v is not None and v.shape is not None]
-        if node.op_type == "Expand":
-            target = ctx.get_symbolic_value(node.inputs[1])
-            shapes = [shapes[0], list(target)] if target is not None and shapes else []
+        shapes = _expanded(ctx, node) if node.op_type == "Expand" else [list(v.shape) for v in node.inputs if v is not None and v.shape is not None]
         if out.shape is None or not shapes or len(out.shape) != max(map(len, shapes)):
             return
         dims = [1] * len(out.shape)
@@ -203,6 +200,20 @@ def _sound(rule: Callable[..., None]) -> Callable[..., None]:
         ctx.set_shape(out, ir.Shape(dims))
 
     return infer
+
+
+def _expanded(ctx: Any, node: ir.Node) -> list[list[Any]]:
+    """The shapes that Expand broadcasts. Where the target's contents are unknown but not its length, at least the rank of the result is set."""
+    data, target = node.inputs[0], node.inputs[1]
+    if data is None or data.shape is None or target is None:
+        return []
+    known = ctx.get_symbolic_value(target)
+    if known is not None:
+        return [list(data.shape), list(known)]
+    if node.outputs[0].shape is None and target.shape is not None and len(target.shape) == 1 and isinstance(target.shape[0], int):
+        rank = max(len(data.shape), target.shape[0])
+        ctx.set_shape_and_dtype(node.outputs[0], ir.Shape([ctx.new_symbolic_dim() for _ in range(rank)]), data.dtype)
+    return []
 
 
 def _join(a: Any, b: Any) -> Any:

@@ -161,6 +161,7 @@ def _no_negative(s: Spelling) -> bool:
 
 
 def _no_negative_index(s: Spelling) -> bool:
+    """Indices count from the front before opset 11; Gather is left out, since exporters and runtimes never kept to that."""
     indices = constant(s.inputs[1]) if s.inputs[1] is not None and (s.inputs[1].const_value is None or s.inputs[1].const_value.size <= 64) else None
     return indices is None or not (indices < 0).any()
 
@@ -182,7 +183,7 @@ _MEANING: dict[str, tuple[tuple[int, Callable[[Spelling], bool]], ...]] = {
     **dict.fromkeys(SOFTMAX, ((11, _no_negative), (13, _last_axis))),
     **dict.fromkeys(("Max", "Min", "Sum", "Mean"), ((8, _never),)),  # no broadcasting before
     **{op: ((11, _no_negative_index), (18, _is_not("reduction", "max", "min"))) for op in ("ScatterElements", "ScatterND")},
-    **dict.fromkeys(("Gather", "GatherElements", "GatherND"), ((11, _no_negative_index),)),
+    **dict.fromkeys(("GatherElements", "GatherND"), ((11, _no_negative_index),)),
     **dict.fromkeys(("QuantizeLinear", "DequantizeLinear"), ((13, _one_scale),)),  # per axis since 13
     "GridSample": ((20, _never),),  # names of the modes
     "GroupNormalization": ((21, _never),),  # scale and bias per group before, per channel since

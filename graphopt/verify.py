@@ -177,6 +177,8 @@ def _checker(model: ir.Model) -> Iterator[Finding]:
 def _types(model: ir.Model) -> Iterator[Finding]:
     for graph, _ in _scopes(model):
         for node in graph:
+            if any(value is not None and value.type is None for value in node.inputs):
+                continue  # it stands behind an operator without schema, where nothing is known
             for value in node.outputs:
                 if value.type is None and value.name and node.domain in ("", "ai.onnx"):
                     yield f"`{value.name}` has no dtype", node

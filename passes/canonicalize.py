@@ -19,7 +19,8 @@ from . import _algebra, _layout, _merge
 from ._algebra import Rewritten
 
 Rule = Callable[[ir.Node, Builder], Rewritten]
-_SWEEPS = 12  # rules that undo each other stop here
+_SWEEPS = 12  # rules that undo each other from sweep to sweep stop here,
+_PER_NODE = 16  # and within one sweep here: so many changes for each node of the graph
 _SHOWN = 5  # names in one remark
 
 _ARITHMETIC = (_algebra.constant_on_the_right, _algebra.neutral_element)
@@ -61,8 +62,12 @@ class Canonicalize(Pass):
                 break
             infer_shapes(model)
             ctx.invalidate(self.preserves)
+            if work.endless:
+                break
         else:
-            ctx.remarks.warning("", f"{self.name} still changes the graph after {_SWEEPS} sweeps; stopped there")
+            work.endless = True
+        if work.endless:
+            ctx.remarks.warning("", f"{self.name} still changes the graph after {work.total} changes; stopped there")
         work.report()
         return work.total
 
@@ -76,21 +81,21 @@ class _Work:
         self.folder = Folder(model.opset_imports.get("", 1), grow)
         self.done: dict[str, list[str]] = {}  # rule -> the nodes that it replaced
         self.seen: dict[Hashable, Sequence[ir.Value]] = {}
+        self.total = 0
         self.dry = False  # out of fuel
-
-    @property
-    def total(self) -> int:
-        return sum(map(len, self.done.values()))
+        self.endless = False  # rules undo each other
 
     def sweep(self) -> bool:
         """True if something changed."""
         before = self.total
+        limit = before + _PER_NODE * (1 + sum(1 for _ in all_nodes(self.model)))
         self.note("dead nodes removed", remove_dead(self.model))
         self.merge_initializers()
         for graph in list(graphs(self.model)):
             self.seen = {}
             for node in graph:  # new nodes stand behind the one that they replace, and are visited next
-                if not self.dry:
+                self.endless = self.endless or self.total > limit
+                if not self.dry and not self.endless:
                     self.visit(node)
         decided = any(n.op_type == "If" and n.domain == "" and is_constant(n.inputs[0]) for n in all_nodes(self.model))
         if decided and not self.dry and self.ctx.fuel.burn():
@@ -161,6 +166,7 @@ class _Work:
             self.note("equal weights merged", 1, name=str(copy.name))
 
     def note(self, what: str, count: int, node: ir.Node | None = None, name: str = "") -> None:
+        self.total += count
         if count:
             self.done.setdefault(what, []).extend([name or str(node.name if node else "")] * count)
 

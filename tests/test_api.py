@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 import graphopt
-from graphopt.errors import GraphoptError, LoadError, PassError, PipelineError, SampleError, SaveError
+from graphopt.errors import GraphoptError, LoadError, PassError, PipelineError, SampleError, SaveError, VerifyError
 from graphopt.run.ort import session
 
 RNG = np.random.default_rng(0)
@@ -92,6 +92,15 @@ class ShiftWeights(Pass):
 
     def weaker(self):
         return None if self.stubborn or self.by < 0.001 else dataclasses.replace(self, by=self.by / 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rename(Pass):
+    """Breaks the interface."""
+
+    def run(self, model: ir.Model, ctx: Context) -> int:
+        model.graph.outputs[0].name = "z"
+        return 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,6 +305,11 @@ def test_a_pass_that_raises_is_named(block: onnx.ModelProto, lossy: str) -> None
         graphopt.optimize(block, "canonicalize, broken", plugins=[lossy])
     assert (raised.value.pass_text, raised.value.position) == ("broken", 2)
     assert isinstance(raised.value.cause, ValueError)
+
+
+def test_a_broken_interface_never_gets_out(block: onnx.ModelProto, lossy: str) -> None:
+    with pytest.raises(VerifyError, match="the outputs were y, and are now z"):
+        graphopt.optimize(block, "rename", plugins=[lossy])
 
 
 def test_wrong_texts_are_found_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from pathlib import Path
 
@@ -211,6 +212,18 @@ def test_j04_long_chains_take_linear_time() -> None:
     took, model = seconds(f"(float[B,4] v0) => (float[B,4] v400) <float[4,4] w> {{ {layers} }}")
     assert len(model.graph) == 400
     assert took < 2
+
+
+def test_j04_rules_that_undo_each_other_stop_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module(passes()["canonicalize"].__module__)
+    flip = {"Sin": (lambda node, op: op.Cos(node.inputs[0]),), "Cos": (lambda node, op: op.Sin(node.inputs[0]),)}
+    monkeypatch.setattr(module, "_RULES", flip)
+    model = graphopt.load(build("(float[4] x) => (float[4] y) { a = Relu(x)\n y = Sin(a) }"))
+    context = Context(model)
+    (record,) = PassManager(parse("canonicalize", passes())).run(model, context)
+    assert 0 < record.changes < 100
+    assert any(r.kind == "warning" and "still changes the graph" in r.message for r in context.remarks)
+    assert next(n.op_type for n in model.graph) == "Relu"
 
 
 def test_9600_nodes_take_seconds() -> None:

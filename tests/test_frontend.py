@@ -339,7 +339,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_gives_one_line(name: str, tmp_path: Path) -> None:
+def test_bad_input_gives_one_line(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make, message = BAD[name]
     path = tmp_path / "m.onnx"
     make(path)
@@ -347,6 +347,7 @@ def test_bad_input_gives_one_line(name: str, tmp_path: Path) -> None:
         load(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
+    assert not caplog.records, "the error says it; nobody else does"
 
 
 def test_options_of_other_sources_are_refused() -> None:
