@@ -17,6 +17,7 @@ from graphopt import inline, notices, opset
 from graphopt.errors import LoadError
 from graphopt.graph import Names, all_nodes, graphs
 from graphopt.remarks import Remarks
+from graphopt.repair import repair
 from graphopt.save import STATES_SHAPES
 from graphopt.shapes import infer_shapes
 from graphopt.spelling import WORKING, schema
@@ -47,6 +48,7 @@ def normalize(model: ir.Model, remarks: Remarks) -> None:
         remove_dead(model)
         reason = infer_shapes(model)
     name_everything(model)
+    repair(model, remarks)
     notices.random_nodes(model, remarks)
     notices.foreign_nodes(model, remarks)
     notices.shape_claims(model, claims, reason, remarks)

@@ -33,7 +33,8 @@ def repair(model: ir.Model, remarks: Remarks) -> int:
                 expanded[key] = _expand(model, node, cache, x, names)
             node.replace_input_with(index, expanded[key])
         mended += 1
-        remarks.warning(node.name or "", "its cos and sin caches have batch 1, which runtimes refuse for larger batches; they are expanded to the batch of x")
+        text = "its cos and sin caches have batch 1, which runtimes refuse for larger batches; they are expanded to the batch of x"
+        remarks.warning(node.name or "", text, repaired=True)
     if mended:
         model.graph.sort()
     return mended

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from graphopt.errors import VerifyError
 from graphopt.graph import shape_text
 from graphopt.interface import Interface, check_interface, interface
-from graphopt.shapes import infer_shapes, is_opaque
+from graphopt.shapes import declared_shape, infer_shapes, is_opaque
 from graphopt.sizes import dim_names, size_of
 from graphopt.text import neighbourhood, subgraphs
 
@@ -280,5 +280,9 @@ def _light(model: ir.Model) -> onnx.ModelProto:
         value.const_value = None
         if not value.is_graph_input():
             copy.graph.inputs.append(value)
+    for value in list(copy.graph.outputs):
+        value.shape = value.shape if value.shape is not None else declared_shape(value)
+        if value.shape is None:  # behind an operator without schema; the checker wants a shape, and there is nothing to say
+            copy.graph.outputs.remove(value)
     proto: onnx.ModelProto = ir.to_proto(copy)
     return proto

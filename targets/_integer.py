@@ -65,9 +65,10 @@ class SpellQuantizedTable(RewritePass[TableMatch]):
 
 
 def _of_row(op: Builder, m: TableMatch, per_row: ir.Value) -> ir.Value:
-    """What belongs to the gathered rows, shape [..., 1]; the runtime evaluates the Unsqueeze of the constant when it loads the model."""
-    graph = m.nodes[0].graph
-    column = op.shared(("column", per_row, graph), lambda: op.Unsqueeze(per_row, op.const(np.array([1], np.int64), "axes")))
+    """What belongs to the gathered rows, shape [..., 1]."""
+    array = constant(per_row)
+    assert array is not None, "scale and zero point of a stored table are stored"
+    column = op.shared(("column", per_row), lambda: op.const(array.reshape(-1, 1), f"{per_row.name}_column"))
     value: ir.Value = op.Gather(column, m.embedding.ids, axis=0)
     return value
 

@@ -40,7 +40,7 @@ class CpuProvider(Target):
     def save(self, model: ir.Model, path: Path) -> Artifact:
         from graphopt.save import save
 
-        return save(model, path)
+        return save(model, path, opset=self.opset)
 
     def session(self, model: ir.Model) -> Session:
         from graphopt.run.ort import session
