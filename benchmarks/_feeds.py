@@ -68,8 +68,10 @@ def feed(kind: str, case: Case, seed: int, *, layers: int = 0, kv_heads: int = 0
     return made
 
 
-def axes(name: str) -> dict[int, str]:
-    """The axes of an input that may change from feed to feed, with a name for each."""
+def axes(name: str, kind: str) -> dict[int, str]:
+    """The axes of an input that may change from feed to feed, with a name for each; equal names are equal sizes."""
+    if kind == "past" and name == "attention_mask":
+        return {0: "batch", 1: "total"}
     if name.startswith("past."):
         return {0: "batch", 2: "past"}
     return dict(enumerate(AXES[name]))

@@ -36,7 +36,7 @@ def encoder_decoder() -> Any:
         def forward(self, memory: Any, target: Any) -> Any:
             size = target.shape[1]
             causal = torch.full((size, size), float("-inf")).triu(1)
-            return self.inner(memory, target, tgt_mask=causal)
+            return self.inner(memory, target, tgt_mask=causal, tgt_is_causal=False)  # else it asks the values of the mask
 
     return EncoderDecoder()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -62,9 +63,13 @@ def serve(answer: Callable[[str], dict[str, Any]]) -> None:
         print(json.dumps(result), file=out, flush=True)
 
 
-def reason(error: BaseException, length: int = 220) -> str:
-    """The innermost cause, as one line."""
+def reason(error: BaseException, length: int = 240) -> str:
+    """The innermost cause, as one line; of onnxruntime's long texts the node and the message."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [x.strip() for x in str(error).splitlines() if x.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:2])}"[:length]
+    text = " ".join(x.strip() for x in str(error).splitlines() if x.strip())
+    found = re.search(r"running (\w+) node\. Name:'([^']*)' Status Message: (.*)", text)
+    if found:
+        message = re.sub(r"^/\S+ (onnxruntime::\S+ |[\w:]+\([^)]*\) )?", "", found[3])
+        text = f"{found[1]} `{found[2]}`: {message}"
+    return f"{type(error).__name__}: {text}"[:length]

@@ -66,7 +66,7 @@ def encoder(layers: int) -> onnx.ModelProto:
     nodes.append(helper.make_node("Identity", [x], ["y"], name="last"))
     graph = helper.make_graph(
         nodes, "encoder",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b", "s", HIDDEN]), helper.make_tensor_value_info("mask", TensorProto.FLOAT, ["b", 1, 1, "s"])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b", "s", HIDDEN]), helper.make_tensor_value_info("mask", 1, ["b", 1, 1, "s"])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["b", "s", HIDDEN])], weights,
     )  # fmt: skip
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)

@@ -140,7 +140,7 @@ def _write(model: Model, example: dict[str, Any], outputs: list[str], route: str
     import torch
 
     names, arguments = list(example), tuple(example.values())
-    dynamic = {name: _feeds.axes(name) for name in names}
+    dynamic = {name: _feeds.axes(name, model.row.kind) for name in names}
     with torch.no_grad():
         if route.startswith("dynamo"):
             shapes = (tuple(dict.fromkeys(axes, torch.export.Dim.AUTO) for axes in dynamic.values()),)

@@ -16,8 +16,9 @@ import onnx_ir as ir
 
 from graphopt import shapes
 from graphopt.core import Array, Context, Pass
-from graphopt.graph import Names, all_nodes, graphs, shape_text
+from graphopt.graph import Names, all_nodes, graphs, is_constant, shape_text
 
+_SMALL = 1024  # bytes; equal constants up to this size are stored once
 _ROUNDS = 8  # rewrites that undo each other stop here
 ORIGINS = "graphopt.origins"  # node.meta: the names of the input's nodes that this node stands for
 
@@ -70,14 +71,15 @@ class Builder:
 
     def const(self, array: Array, name: str = "const") -> ir.Value:
         """An initializer; equal small ones are stored once."""
-        if array.nbytes > 1024:
+        if array.nbytes > _SMALL:
             return self._initializer(np.ascontiguousarray(array), name)
         return self.shared((array.dtype.str, array.shape, array.tobytes()), lambda: self._initializer(array, name))
 
     def shared(self, key: Any, build: Callable[[], ir.Value]) -> ir.Value:
         """What `build` makes, made once for all matches that ask with an equal `key` (name the values it reads in the key)."""
-        if key in self._memo:
-            return self._memo[key]
+        known = self._memo.get(key)
+        if known is not None and (known.producer() is not None or known.is_initializer()):  # it may have been merged away
+            return known
         if key not in self.made:
             self.made[key] = build()
         return self.made[key]
@@ -124,7 +126,7 @@ class Driver:
 
     def __init__(self, model: ir.Model, ctx: Context) -> None:
         self.model, self.ctx, self.names = model, ctx, Names(model)
-        self.memo: dict[Any, ir.Value] = {}
+        self.memo: dict[Any, ir.Value] = self._stored()
 
     def round(self, rule: RewritePass[Any]) -> tuple[int, list[Miss]]:
         """Match everything, then splice what does not overlap."""
@@ -218,10 +220,22 @@ class Driver:
 
     def clean(self) -> None:
         """Dead nodes and weights out, topological order back. What the memo holds may be dead now."""
-        self.memo.clear()
         remove_dead(self.model)
+        self.memo = self._stored()
         for graph in graphs(self.model):
             graph.sort()
+
+    def _stored(self) -> dict[Any, ir.Value]:
+        """The small constants that the graph has already, as `Builder.const` asks for them."""
+        found: dict[Any, ir.Value] = {}
+        for value in self.model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes > _SMALL or not is_constant(value) or value.is_graph_output() or tensor.dtype == ir.DataType.STRING:
+                continue
+            array = tensor.numpy()
+            if array.dtype.kind != "V":  # types that numpy lacks share one code
+                found.setdefault((array.dtype.str, array.shape, array.tobytes()), value)
+        return found
 
 
 def can_rename(value: ir.Value, graph: ir.Graph | ir.Function) -> bool:

@@ -13,11 +13,12 @@ import onnx_ir as ir
 from graphopt.analysis.linear import Embedding, Linear, StoredOperands
 from graphopt.core import Context
 from graphopt.errors import PipelineError
-from graphopt.graph import all_nodes, constant, consumers, is_constant
+from graphopt.graph import all_nodes, constant, consumers, is_constant, producer
 from graphopt.options import near
 from graphopt.rewrite import ORIGINS, Builder, Match, Miss, RewritePass
 
 from ._coding import Array, Coded, encode
+from ._decode import DecodeWeights
 
 _MODES, _BITS = ("dynamic",), (8,)
 _LONGEST_SUM = 2**31 // (255 * 128)  # products of 8-bit numbers that a 32-bit sum is sure to hold
@@ -27,19 +28,21 @@ _DOMINATED = 0.25  # relative error of a channel beside its largest weight, abov
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeMatch(Match):
-    """`source`: the stored float constant, `coded`: what replaces it; `transposed`: the multiply wants its last two axes exchanged."""
+    """`source`: the stored float constant, `coded`: what replaces it (None: it is decoded from integers already, and only the activation
+    is quantized); `transposed`: the multiply wants its last two axes exchanged."""
 
     source: ir.Value
-    coded: Coded
+    coded: Coded | None
     transposed: bool = False
     tied: str = ""
 
     @property
     def facts(self) -> Mapping[str, Any]:
+        told: dict[str, Any] = {"name": self.nodes[0].name, "op": self.nodes[0].op_type, "weight": self.source.name}
+        if self.coded is None:
+            return told
         told = {
-            "name": self.nodes[0].name,
-            "op": self.nodes[0].op_type,
-            "weight": self.source.name,
+            **told,
             "shape": list(self.coded.codes.shape),
             "axis": self.coded.axis,
             "worst_error": round(self.coded.worst, 6),
@@ -96,7 +99,7 @@ class Quantize(RewritePass[QuantizeMatch]):
         _check_patterns(model, (*self.include, *self.exclude))
         done = sum(x.quantized for x in ctx.get(StoredOperands(casts=True)).values())
         mark = len(ctx.remarks)
-        changes = super().run(model, ctx)
+        changes = DecodeWeights().run(model, ctx) + super().run(model, ctx)
         _warn_of_rulers(ctx, mark)
         if not changes:
             why = f"{done} weights are quantized already" if done else "no MatMul, Gemm or Gather reads a stored weight that fits"
@@ -108,20 +111,21 @@ class Quantize(RewritePass[QuantizeMatch]):
         if operand is None:
             return None if node.op_type == "Gather" else Miss(node, f"stays float: {_why_no_linear(node)}")
         if operand.quantized:
-            return None
+            return self._match_decoded(operand, ctx)
         reason = self._unfit(operand, ctx)
         if reason is not None:
             return Miss(node, f"stays float: {reason}")
         found = self._match_table(operand) if isinstance(operand, Embedding) else self._match_linear(operand, ctx)
         array = found.source.const_value
         assert array is not None
+        assert found.coded is not None
         if found.coded.nbytes >= array.nbytes:
             return Miss(node, f"stays float: codes and scales of {found.coded.nbytes} bytes are no smaller than the weight, {array.nbytes} bytes")
         return found
 
     def build(self, op: Builder, m: QuantizeMatch) -> Sequence[ir.Value]:
         node, graph = m.nodes[0], m.nodes[0].graph
-        weight = _decoded(op, m, graph)
+        weight = node.inputs[1] if m.coded is None else _decoded(op, m, m.coded, graph)
         if node.op_type == "Gather":
             return [op.Gather(weight, node.inputs[1], axis=0)]
         x = node.inputs[0]
@@ -129,12 +133,28 @@ class Quantize(RewritePass[QuantizeMatch]):
         x = op.shared(("activation", x, graph), lambda: op.DequantizeLinear(*op.DynamicQuantizeLinear(x, _outputs=3)))
         if node.op_type == "Gemm":
             kept = {name: a.value for name, a in node.attributes.items() if name != "transB"}
-            return [op.Gemm(x, weight, *node.inputs[2:], transB=int(m.transposed), **kept)]
-        if m.transposed:
-            rank = m.coded.codes.ndim
+            swapped = node.attributes["transB"].as_int() if m.coded is None and "transB" in node.attributes else int(m.transposed)
+            return [op.Gemm(x, weight, *node.inputs[2:], transB=swapped, **kept)]
+        coded = m.coded
+        if m.transposed and coded is not None:
+            rank = coded.codes.ndim
             order = [*range(rank - 2), rank - 1, rank - 2]
-            weight = op.shared(("transposed", m.source, m.coded.axis, graph), lambda: op.Transpose(_decoded(op, m, graph), perm=order))
+            weight = op.shared(("transposed", m.source, coded.axis, graph), lambda: op.Transpose(_decoded(op, m, coded, graph), perm=order))
         return [op.MatMul(x, weight)]
+
+    def _match_decoded(self, operand: Linear | Embedding, ctx: Context) -> QuantizeMatch | Miss | None:
+        """A multiply of a float activation with a weight that is stored as integers: only the activation is still to be quantized."""
+        if isinstance(operand, Embedding) or producer(operand.x, "DequantizeLinear") is not None:
+            return None
+        grid = operand.grid
+        if grid is None or grid.block or operand.weight.dtype != ir.DataType.INT8 or grid.axis not in (None, operand.channel_axis):
+            return Miss(operand.node, "stays float: its integer weight is not int8 with one scale for each output, or for all")
+        names = {operand.node.name or "", *operand.node.meta.get(ORIGINS, ())}
+        if any(_fits(n, self.exclude) for n in names) or (self.include and not any(_fits(n, self.include) for n in names)):
+            return Miss(operand.node, "stays float: excluded by include or exclude")
+        if operand.in_features > _LONGEST_SUM or operand.x.dtype != ir.DataType.FLOAT:
+            return Miss(operand.node, "stays float: its input is not FLOAT, or its sums may leave 32 bits")
+        return QuantizeMatch((operand.node,), (operand.node.outputs[0],), operand.weight, None)
 
     def _match_table(self, e: Embedding) -> QuantizeMatch:
         return QuantizeMatch((e.node,), (e.node.outputs[0],), e.table, encode(_numbers(e.table), 0, symmetric=self.symmetric))
@@ -168,9 +188,9 @@ class Quantize(RewritePass[QuantizeMatch]):
         return _unfit_table(operand) if isinstance(operand, Embedding) else _unfit_linear(operand)
 
 
-def _decoded(op: Builder, m: QuantizeMatch, graph: object) -> ir.Value:
+def _decoded(op: Builder, m: QuantizeMatch, coded: Coded, graph: object) -> ir.Value:
     """The DequantizeLinear of a weight: its codes are stored once in the model, the node stands once in each graph that reads them."""
-    name, coded = m.source.name or "weight", m.coded
+    name = m.source.name or "weight"
     key = (m.source, coded.axis)
     codes = op.shared(("codes", *key), lambda: op.const(coded.codes, f"{name}_int8"))
     scale = op.shared(("scale", *key), lambda: op.const(coded.scale, f"{name}_scale"))
@@ -243,6 +263,6 @@ def _warn_of_rulers(ctx: Context, mark: int) -> None:
     """One scale for each output cannot help where one input row is much larger than the others: they round to nothing."""
     for remark in ctx.remarks.since(mark):
         facts = remark.facts
-        if remark.kind == "applied" and facts["op"] != "Gather" and facts["error_without_largest"] > _DOMINATED:
+        if remark.kind == "applied" and facts.get("op", "Gather") != "Gather" and facts.get("error_without_largest", 0) > _DOMINATED:
             text = f"one input row of `{facts['weight']}` rules the scales: without it, a channel is {facts['error_without_largest']:.0%} off"
             ctx.remarks.warning(remark.node, text, **facts)

