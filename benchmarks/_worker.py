@@ -70,6 +70,6 @@ def reason(error: BaseException, length: int = 240) -> str:
     text = " ".join(x.strip() for x in str(error).splitlines() if x.strip())
     found = re.search(r"running (\w+) node\. Name:'([^']*)' Status Message: (.*)", text)
     if found:
-        message = re.sub(r"^/\S+ (onnxruntime::\S+ |[\w:]+\([^)]*\) )?", "", found[3])
+        message = re.sub(r"^/\S+ .* was false\.? *", "", found[3])
         text = f"{found[1]} `{found[2]}`: {message}"
     return f"{type(error).__name__}: {text}"[:length]

@@ -36,7 +36,7 @@ def print_report(report: Report, console: Console) -> None:
     else:
         console.print(f"speed-up {report.speed_up.text('{:.2f}x')}", markup=False)
     console.print(f"loss {report.loss.text('{:.3g}')}" + (f" ({report.loss.how})" if report.loss.how else ""), markup=False)
-    told = [f"{key} {len(value) if isinstance(value, list) else value}" for key, value in report.target.items() if key != "name"]
+    told = [f"{key} {len(value) if isinstance(value, list) else value}" for key, value in report.target.items() if key != "name" and value]
     if told:
         console.print(f"target {report.target['name']}: {', '.join(told)}", markup=False)
     for rise in report.rises:
