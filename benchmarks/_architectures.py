@@ -148,18 +148,9 @@ ZOO: dict[str, Architecture] = {
     "siglip-vision": _image("SiglipVision", "SiglipVisionModel"),
     "dinov3": _image("DINOv3ViT", "DINOv3ViTModel"),
     "yolos": _image("Yolos", over={"image_size": [IMAGE, IMAGE], "num_detection_tokens": 3}),
-    "hiera": _image(
-        "Hiera", base={
-            "image_size": [IMAGE, IMAGE], "embed_dim": 32, "depths": [1, 1], "num_heads": [1, 2], "patch_kernel": [3, 3], "patch_stride": [2, 2],
-            "patch_padding": [1, 1], "masked_unit_size": [4, 4], "query_stride": [2, 2], "num_query_pool": 1,
-        },
-    ),
-    "levit": _image(
-        "Levit", base={
-            "image_size": 64, "hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1], "key_dim": [8, 8, 8],
-            "attention_ratio": [2, 2, 2], "mlp_ratio": [2, 2, 2], "drop_path_rate": 0,
-        }, blocks=5,
-    ),
+    "levit": Architecture("LevitConfig", "LevitModel", {
+        "image_size": 2 * IMAGE, "hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1], "key_dim": [8, 8, 8],
+        "attention_ratio": [2, 2, 2], "mlp_ratio": [2, 2, 2], "drop_path_rate": 0}, "large image", 5),
     # encoders
     "xlm-roberta": _text("XLMRoberta"),
     "mpnet": _text("MPNet"),

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from graphopt import api, registry
 from graphopt.analysis.attention import AttentionFacts, Attentions
+from graphopt.card import Card, card
 from graphopt.core import Context
 from graphopt.graph import all_nodes, attr, shape_text, static_dim
 from graphopt.loss import model_bytes
@@ -20,9 +21,11 @@ from graphopt.measure import size
 from graphopt.pipeline import PassManager, parse
 from graphopt.remarks import Remarks
 from graphopt.report import Size
+from graphopt.samples import default_shapes
 
 Facts = dict[str, Any]
 _RECOGNIZE = "canonicalize"  # attention facts are read off the graph in its one spelling
+_FUSE = "simplify-masks, fuse-norm, fuse-activation, fuse-rotary, fuse-attention"  # and the blocks off the fused graph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +41,15 @@ class Inspection:
     blocks: list[Facts]
     declined: list[Facts]
     remarks: list[Facts]
+    card: Card
 
     def as_dict(self) -> Facts:
         out = dataclasses.asdict(self.size)
         for field in dataclasses.fields(self):
             if field.name != "size":
                 out[field.name] = getattr(self, field.name)
-        return out | {"ops": dict(self.ops), "inputs": _ports(self.inputs), "outputs": _ports(self.outputs)}
+        parts = {"parts": [part.as_dict() for part in self.card.parts], "sizes": dict(self.card.sizes)}
+        return out | {"ops": dict(self.ops), "inputs": _ports(self.inputs), "outputs": _ports(self.outputs), "card": parts}
 
 
 def inspect(source: Any, *, plugins: Sequence[str] = (), **options: Any) -> Inspection:
@@ -70,7 +75,16 @@ def inspect(source: Any, *, plugins: Sequence[str] = (), **options: Any) -> Insp
         blocks=blocks,
         declined=declined,
         remarks=[remark.as_dict() for remark in remarks if remark.kind == "warning"],
+        card=_card(model, tuple(plugins)),
     )
+
+
+def _card(model: ir.Model, plugins: tuple[str, ...]) -> Card:
+    """The card of a canonicalized model, which is fused for it; FLOPs for one sequence of 128, or what the model has instead."""
+    ctx = Context(model)
+    PassManager(parse(_FUSE, registry.passes(plugins))).run(model, ctx)
+    ctx.invalidate()
+    return card(model, ctx, default_shapes(model)[:2][-1])
 
 
 def attention(model: ir.Model, plugins: tuple[str, ...] = ()) -> tuple[list[Facts], list[Facts]]:

@@ -153,14 +153,20 @@ def flops(model: ir.Model, bindings: Bindings) -> Flops:
     """
     total, unknown = 0, []
     for node in all_nodes(model):
-        count = _COUNTS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        count = node_flops(node, bindings)
+        total += count or 0
         if count is None:
-            continue
-        try:
-            total += count(node, bindings)
-        except _UnknownShape:
             unknown.append(node.name or node.op_type)
     return Flops(total, tuple(unknown))
+
+
+def node_flops(node: ir.Node, bindings: Bindings) -> int | None:
+    """Operations of one node as `flops` counts them; None where its shapes are not known at these sizes."""
+    count = _COUNTS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    try:
+        return 0 if count is None else count(node, bindings)
+    except _UnknownShape:
+        return None
 
 
 class _UnknownShape(Exception):

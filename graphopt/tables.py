@@ -11,6 +11,7 @@ from graphopt.console import table
 from graphopt.report import Report, megabytes, plural, rise_text
 
 if TYPE_CHECKING:
+    from graphopt.card import Card
     from graphopt.demo import Demo
     from graphopt.inspect import Inspection
     from graphopt.measure import Timings
@@ -63,6 +64,16 @@ def _print_grouped(report: Report, kind: str, console: Console) -> None:
         console.print(f"... and {len(found) - _SHOWN} more reasons: --remarks all")
 
 
+def print_card(card: Card, console: Console) -> None:
+    """Layers that follow each other and are alike are one line."""
+    rows = [
+        (f"{part.count} x" if part.count > 1 else "", part.part, part.what, f"{part.parameters:,}", f"{part.flops / 1e6:,.1f}" if part.flops else "")
+        for part in card.parts
+    ]
+    sizes = ", ".join(f"{name}={size}" for name, size in card.sizes.items()) or "static sizes"
+    console.print(table(f"blocks (parameters and MFLOPs of one, at {sizes})", ["", "block", "what", "parameters", "MFLOPs"], rows))
+
+
 def print_inspection(found: Inspection, console: Console) -> None:
     facts: Mapping[str, Any] = found.as_dict()
     rows: list[tuple[object, ...]] = [
@@ -71,6 +82,7 @@ def print_inspection(found: Inspection, console: Console) -> None:
     ]
     console.print(table("", ["model", found.source], [*rows, ("producer", found.producer or "not named")]))
     console.print(table("inputs and outputs", ["", "name", "type"], [("in", *p) for p in found.inputs] + [("out", *p) for p in found.outputs]))
+    print_card(found.card, console)
     counts = sorted(((name, count) for name, count in found.ops.items()), key=lambda item: (-item[1], item[0]))
     console.print(table("operators", ["operator", "count"], counts))
     if found.blocks:
