@@ -15,10 +15,11 @@ from graphopt.analysis.layout import Group, Tracer, merged
 from graphopt.analysis.masks import MaskReader, Masks
 from graphopt.analysis.scores import MaskTerm
 from graphopt.core import Context
-from graphopt.graph import constant, consumers, producer, rank, scalar, static_dim
+from graphopt.graph import consumers, producer, rank, scalar, static_dim
 from graphopt.rewrite import Builder, Match, Miss, RewritePass
 
-_LOWEST = -1e30  # masks are clamped here: far below any score, and far enough from -FLT_MAX that a runtime still sees a number, not "no key"
+from ._masking import additive_mask
+
 _LAYOUT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten")
 
 
@@ -79,7 +80,8 @@ class FuseAttention(RewritePass[AttentionMatch]):
         f = m.attention
         q, k, v = (_arranged(op, choice) for choice in m.operands)
         scale = f.scale * m.operands[0].step.scale * m.operands[1].step.scale
-        mask = _mask(op, f, m)
+        rows = m.operands[0]
+        mask = additive_mask(op, f, rows.step.value, rows.perm[1 if m.form == "packed" else 2])
         heads = {"q_num_heads": f.heads, "kv_num_heads": f.kv_heads} if m.form == "packed" else {}
         inputs = (q, k, v) if mask is None else (q, k, v, mask)
         extra = {"softcap": float(f.softcap)} if f.softcap else {}
@@ -186,108 +188,3 @@ def _output_groups(f: AttentionFacts, tracer: Tracer) -> tuple[Group, Group, Gro
 def _one_unknown(value: ir.Value) -> tuple[int, ...] | None:
     dims = [d if isinstance(d, int) else -1 for d in value.shape or ()]
     return tuple(dims) if dims and dims.count(-1) <= 1 and 0 not in dims else None
-
-
-def _mask(op: Builder, f: AttentionFacts, m: AttentionMatch) -> ir.Value | None:
-    """The sum of all mask terms as one additive (or, for an Attention node that had it so, boolean) mask."""
-    if not f.terms:
-        return None
-    if f.anchor.op_type == "Attention":
-        return f.terms[0].value
-    rows = m.operands[0].step.value
-    axis = m.operands[0].perm[1 if m.form == "packed" else 2]
-    key = ("mask", *((t.value, t.kind, t.factor, t.fill) for t in f.terms))
-    dtype = f.output.dtype or ir.DataType.FLOAT
-    total: ir.Value = op.shared(key, lambda: _sum(op, [_four_axes(op, _additive(op, t, dtype), t, f, rows) for t in f.terms]))
-    if all((_query_size(t) or 1) == 1 for t in f.terms):
-        size = rows.shape[axis] if rows.shape is not None else None
-        return _expanded(op, total, rows, axis, size)
-    return total
-
-
-def _four_axes(op: Builder, mask: ir.Value, term: MaskTerm, f: AttentionFacts, rows: ir.Value) -> ir.Value:
-    """A mask for scores [batch * heads, rows, keys] or [batch / windows, windows, heads, rows, keys], for scores of four axes."""
-    shape = term.value.shape
-    size = 0 if shape is None else len(shape)
-    if size == 3 and term.scores_rank == 3 and shape is not None and shape[0] != 1:
-        tail = op.Shape(mask, start=1, end=3)
-        return op.Reshape(mask, op.Concat(op.const(np.array([-1, f.heads], np.int64), "heads"), tail, axis=0))  # type: ignore[no-any-return]
-    if size == 5 and shape is not None:
-        count = op.Div(op.Shape(rows, start=0, end=1), op.const(np.array([shape[1]], np.int64), "windows"))
-        every = op.Expand(mask, op.Concat(count, op.const(np.ones(4, np.int64), "ones"), axis=0))
-        tail = op.Shape(mask, start=2, end=5)
-        return op.Reshape(every, op.Concat(op.const(np.array([-1], np.int64), "rest"), tail, axis=0))  # type: ignore[no-any-return]
-    return mask
-
-
-def _sum(op: Builder, parts: list[ir.Value]) -> ir.Value:
-    total = parts[0]
-    for part in parts[1:]:
-        total = op.Add(total, part)
-    return total
-
-
-def _query_size(term: MaskTerm) -> Any:
-    """The size of the mask along the query rows; 1 where it has no such axis."""
-    shape = term.value.shape
-    return None if shape is None else 1 if len(shape) < 2 else shape[-2]
-
-
-def _expanded(op: Builder, mask: ir.Value, rows: ir.Value, axis: int, size: Any) -> ir.Value:
-    """A mask that is the same for every query row, spelled for every row: runtimes ask for the axis."""
-
-    def build() -> ir.Value:
-        if isinstance(size, int):
-            return op.Expand(mask, op.const(np.array([size, 1], np.int64), "rows"))  # type: ignore[no-any-return]
-        count = op.Shape(rows, start=axis, end=axis + 1)
-        return op.Expand(mask, op.Concat(count, op.const(np.array([1], np.int64), "one"), axis=0))  # type: ignore[no-any-return]
-
-    out: ir.Value = op.shared(("expand", mask, str(size)), build)
-    return out
-
-
-def _additive(op: Builder, term: MaskTerm, dtype: ir.DataType) -> ir.Value:
-    if term.kind != "add":
-        return _choice(op, term.value, 0.0, term.fill, dtype, keep=term.kind == "keep")
-    value, node = term.value, producer(term.value, "Where")
-    if node is not None and term.factor == 1.0:  # Where(condition, 0, low) as exporters spell it: lower the constant, not the tensor
-        x, y = scalar(node.inputs[1]), scalar(node.inputs[2])
-        if x == 0.0 and y is not None and node.inputs[0] is not None:
-            return value if y >= _LOWEST else _choice(op, node.inputs[0], 0.0, float(y), dtype, keep=True)
-        if y == 0.0 and x is not None and node.inputs[0] is not None:
-            return value if x >= _LOWEST else _choice(op, node.inputs[0], 0.0, float(x), dtype, keep=False)
-    if term.factor != 1.0:
-        value = op.Mul(value, op.const(np.array(term.factor, dtype.numpy()), "factor"))
-    return value if _bounded(term.value, term.factor) else op.Max(value, op.const(np.array(_lowest(dtype), dtype.numpy()), "lowest"))
-
-
-def _choice(op: Builder, condition: ir.Value, zero: float, fill: float, dtype: ir.DataType, keep: bool) -> ir.Value:
-    finite = fill if np.isneginf(fill) else max(fill, _lowest(dtype))
-    low, nought = op.const(np.array(finite, dtype.numpy()), "masked"), op.const(np.array(zero, dtype.numpy()), "zero")
-    out: ir.Value = op.Where(condition, nought, low) if keep else op.Where(condition, low, nought)
-    return out
-
-
-def _lowest(dtype: ir.DataType) -> float:
-    return _LOWEST if dtype != ir.DataType.FLOAT16 else float(np.finfo(np.float16).min)
-
-
-def _bounded(value: ir.Value, factor: float) -> bool:
-    """True if no clamp is wanted: a constant that is not below the limit, a bias (the product of no mask constant), or one that holds -inf."""
-    array = constant(value)
-    if array is not None:
-        low = float(np.min(array * factor)) if array.size else 0.0
-        return low >= _LOWEST or low == -np.inf
-    lowest = _constants_behind(value)
-    return not any(c <= _LOWEST for c in lowest) or any(np.isneginf(c) for c in lowest)
-
-
-def _constants_behind(value: ir.Value, depth: int = 8) -> list[float]:
-    """The scalar constants that elementwise and layout operators mixed into a value."""
-    node = producer(value)
-    c = scalar(value)
-    if c is not None:
-        return [-abs(float(c))]
-    if node is None or depth == 0 or node.op_type not in (*_LAYOUT, "Add", "Sub", "Mul", "Where", "Expand", "Cast", "Slice", "Min", "Max", "Neg"):
-        return []
-    return [c for v in node.inputs if v is not None for c in _constants_behind(v, depth - 1)]
