@@ -181,8 +181,8 @@ def load_both(
     remarks: Remarks,
 ) -> tuple[ir.Model, ir.Model]:
     """The input as it came (with `input_shapes` bound), and its normal form; arguments as for `graphopt.load`."""
-    original, name, files = frontend._read(source, example_inputs, example_kwargs, dynamic_shapes, task, with_past, remarks)
-    frontend._remember(original, name, files)
+    original, name, files = frontend.read(source, example_inputs, example_kwargs, dynamic_shapes, task, with_past, remarks)
+    frontend.remember(original, name, files)
     model, _, _ = reading.from_model(original)
     try:
         if input_shapes:

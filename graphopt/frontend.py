@@ -60,9 +60,9 @@ def load(
     """
     remarks = Remarks() if remarks is None else remarks
     with _silent("onnx_ir", "onnx_shape_inference"):
-        model, name, files = _read(source, example_inputs, example_kwargs, dynamic_shapes, task, with_past, remarks)
+        model, name, files = read(source, example_inputs, example_kwargs, dynamic_shapes, task, with_past, remarks)
         try:
-            _remember(model, name, files)
+            remember(model, name, files)
             if input_shapes:
                 override_shapes(model, input_shapes)
             normalize(model, remarks)
@@ -97,7 +97,7 @@ def parse_shape(text: str) -> tuple[str, list[int | str]]:
     return name, [int(p) if re.fullmatch(r"[+-]?\d+", p) else p for p in parts]
 
 
-def _read(
+def read(
     source: Any, example_inputs: Any, example_kwargs: Any, dynamic_shapes: Any, task: str | None, with_past: bool, remarks: Remarks
 ) -> tuple[ir.Model, str, list[str]]:
     """The model, not yet in normal form; its name in messages; its files."""
@@ -139,7 +139,7 @@ def _files_under(folder: Path) -> list[str]:
 # ---- what is remembered, and overridden -----------------------------------------------------------------------------------------------
 
 
-def _remember(model: ir.Model, name: str, files: list[str]) -> None:
+def remember(model: ir.Model, name: str, files: list[str]) -> None:
     """Facts about the input that saving needs. graph.meta survives a clone; model.meta holds the same for a reader at hand."""
     facts: dict[str, Any] = {
         opset.ORIGIN: model.opset_imports.get("", model.opset_imports.get("ai.onnx", WORKING)),

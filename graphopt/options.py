@@ -92,7 +92,7 @@ def _print(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return "+".join(_quote(str(v)) for v in value)
+        return "+".join(_quote(str(v)) for v in value) or '""'
     return _quote(str(value)) if isinstance(value, str) else repr(value)
 
 
@@ -133,7 +133,7 @@ def _cast(text: str, hint: Any) -> Any:
 
 def split_list(text: str) -> list[str]:
     """Split at `+` outside quotes: `a+"b+c"` is two items."""
-    return [p for p in re.findall(r'"(?:\\.|[^"\\])*"|[^+]+', text) if p]
+    return [] if text == '""' else [p for p in re.findall(r'"(?:\\.|[^"\\])*"|[^+]+', text) if p]
 
 
 def unquote(text: str) -> str:
