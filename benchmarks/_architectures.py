@@ -173,7 +173,7 @@ ZOO: dict[str, Architecture] = {
     "eurobert": _text("EuroBert", {"num_key_value_heads": 2, "head_dim": HEAD_DIM, **_SPECIAL}),
     "lxmert": Architecture("LxmertConfig", "LxmertModel", _OWN_KEYS | {
         "num_attention_heads": HEADS, "l_layers": 1, "x_layers": 1, "r_layers": 1, "intermediate_size": 2 * WIDTH, "visual_feat_dim": 24},
-        "text+regions", 6),
+        "text+regions", 4),  # the image side of the last layer does not reach the output
     "bert-attentions": _text("Bert", call={"output_attentions": True}, implementation="eager", outputs=("attentions",)),
     "perceiver": Architecture("PerceiverConfig", "PerceiverForMaskedLM", {
         "vocab_size": VOCABULARY, "d_model": 32, "d_latents": WIDTH, "num_latents": 6, "num_blocks": 1, "num_self_attends_per_block": 1,

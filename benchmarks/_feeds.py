@@ -9,14 +9,16 @@ VOCABULARY, WIDTH, HEADS, HEAD_DIM = 128, 64, 4, 16
 IMAGE, MELS = 32, 16
 AXES = {
     "input_ids": ("batch", "seq"), "attention_mask": ("batch", "seq"), "bbox": ("batch", "seq"), "decoder_input_ids": ("batch", "dec_seq"),
-    "decoder_attention_mask": ("batch", "dec_seq"), "pixel_values": ("batch",), "large_image": ("batch",), "input_features": ("batch",), "input_values": ("batch", "samples"),
+    "decoder_attention_mask": ("batch", "dec_seq"), "pixel_values": ("batch",), "large_image": ("batch",),
+    "input_features": ("batch",), "input_values": ("batch", "samples"),
     "spectrogram": ("batch",), "x": ("batch", "seq"), "padding": ("batch", "seq"), "memory": ("batch", "seq"), "target": ("batch", "dec_seq"),
     "bias": ("seq", "seq_k"), "visual_feats": ("batch",), "visual_pos": ("batch",), "speech": ("batch", "samples"),
     "speech_mask": ("batch", "samples"),
 }  # fmt: skip
 INPUTS = {
     "text": ("input_ids", "attention_mask"), "layout": ("input_ids", "bbox", "attention_mask"), "ids": ("input_ids",),
-    "past": ("input_ids", "attention_mask"), "seq2seq": ("input_ids", "attention_mask", "decoder_input_ids"), "image": ("pixel_values",), "large image": ("large_image",),
+    "past": ("input_ids", "attention_mask"), "seq2seq": ("input_ids", "attention_mask", "decoder_input_ids"), "image": ("pixel_values",),
+    "large image": ("large_image",),
     "audio": ("input_features", "decoder_input_ids"), "wave": ("input_values",), "wave+mask": ("speech", "speech_mask"), "mel": ("spectrogram",),
     "tensor": ("x",), "tensor+padding": ("x", "padding"), "tensor+bias": ("x", "bias"), "pair": ("memory", "target"),
     "text+image": ("input_ids", "attention_mask", "pixel_values"),
@@ -101,7 +103,8 @@ def _value(name: str, case: Case) -> Any:
     if name == "bias":
         return torch.randn(s, s)
     shapes = {
-        "pixel_values": (b, 3, IMAGE, IMAGE), "large_image": (b, 3, 2 * IMAGE, 2 * IMAGE), "input_features": (b, MELS, 64), "input_values": (b, 1600 if s > 7 else 2400), "speech": (b, 80 * s),
+        "pixel_values": (b, 3, IMAGE, IMAGE), "large_image": (b, 3, 2 * IMAGE, 2 * IMAGE),
+        "input_features": (b, MELS, 64), "input_values": (b, 1600 if s > 7 else 2400), "speech": (b, 80 * s),
         "spectrogram": (b, 40, MELS), "x": (b, s, WIDTH), "memory": (b, s, WIDTH), "target": (b, d, WIDTH), "visual_feats": (b, 6, 24),
         "visual_pos": (b, 6, 4),
     }  # fmt: skip

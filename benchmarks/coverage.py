@@ -101,6 +101,14 @@ class Judge:
     def error(self, case: str, got: Any) -> float | str:
         return distance(got, self.cases[case][1])
 
+    def never_runs(self) -> str:
+        """The reason, if neither onnxruntime nor the reference can run the file: then there is nothing to optimize."""
+        reasons = [got for got in self.file.values() if isinstance(got, str)]
+        if len(reasons) < len(self.file):
+            return ""
+        first = reference(self.path, self.cases, next(iter(self.cases)))
+        return reasons[0] if isinstance(first, str) else ""
+
     def excuse(self, case: str, got: Any) -> str:
         """Why the exporter is to blame, or "". Where onnxruntime alone misreads the file, the tool could have helped: no excuse."""
         file = self.file[case]
@@ -119,11 +127,14 @@ class Judge:
 
 def judge(key: str, tool: str, folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
     """One row: what the tool did with one file."""
-    path, start = folder / f"{key}.onnx", time.time()
-    cases = load_feeds(folder / entry["feeds"])
+    path, cases = folder / f"{key}.onnx", load_feeds(folder / entry["feeds"])
+    judged = Judge(path, cases)
+    broken = judged.never_runs()
+    if broken:
+        return {"broken": broken}
+    start = time.time()
     made = _tools.TOOLS[tool](path)
     seconds = time.time() - start
-    judged = Judge(path, cases)
     worst, bad, exporter = 0.0, {}, {}
     for stage, model in made.runs.items():
         for case, got in run(model, cases).items():
@@ -134,10 +145,10 @@ def judge(key: str, tool: str, folder: Path, entry: dict[str, Any]) -> dict[str,
             elif _bad(error):
                 bad[f"{stage} {case}"] = error
             worst = max(worst, 0.0 if isinstance(error, str) or excuse else error)
-    broken = any(isinstance(v, str) for v in bad.values())
+    fails = any(isinstance(v, str) for v in bad.values())
     return {
         "expected": entry["blocks"], "found": _tools.blocks(made.counted), "left": _tools.primitives(made.counted), "error": worst,
-        "status": "fails" if broken else "wrong" if bad else "ok", "bad": bad, "exporter": exporter, "missed": made.missed,
+        "status": "fails" if fails else "wrong" if bad else "ok", "bad": bad, "exporter": exporter, "missed": made.missed,
         "file": {case: _short(judged.error(case, got)) for case, got in judged.file.items() if _bad(judged.error(case, got))},
         "cases": len(cases), "seconds": round(seconds, 2),
     }  # fmt: skip
@@ -152,6 +163,8 @@ def _bad(error: float | str) -> bool:
 
 
 def describe(key: str, tool: str, row: dict[str, Any]) -> str:
+    if "broken" in row:
+        return f"{key:34} the file does not run: {row['broken']}"
     if "failed" in row:
         return f"{key:34} {tool:11} FAILS  {row['failed']}"
     left = " ".join(f"{k}:{v}" for k, v in row["left"].items() if v)
@@ -178,7 +191,7 @@ def table(rows: Mapping[str, Mapping[str, Any]], index: Mapping[str, Any], tools
     for route in routes:
         cells = []
         for tool in tools:
-            mine = {k: r for k, r in rows[tool].items() if k.split(".")[1] == route}
+            mine = {k: r for k, r in rows[tool].items() if k.split(".")[1] == route and "broken" not in r}
             expected = sum(index[k]["blocks"] for k in mine)
             fused = sum(min(r["found"], r["expected"]) for r in mine.values() if r.get("status") == "ok")
             bad = sum(r.get("status") != "ok" for r in mine.values())

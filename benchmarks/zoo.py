@@ -74,6 +74,7 @@ def _build(name: str, row: Architecture, implementation: str) -> tuple[Any, str]
     config = getattr(transformers, row.config)(**row.overrides)
     if "use_cache" in row.call:
         config.use_cache = row.call["use_cache"]
+    config._experts_implementation = "batched_mm"  # the default kernel has no ONNX spelling
     kind = getattr(transformers, row.model)
     try:
         return kind._from_config(config, attn_implementation=wanted).eval(), wanted

@@ -170,7 +170,7 @@ def _register_rules() -> None:
         rule = registry.get("", op_type, version=23)
         if rule is not None:
             registry.register("", op_type, since_version=23)(_sound(rule))
-    for op_type, extra in {"ConstantOfShape": _constant_of_shape, "Equal": _equal, "Where": _where}.items():
+    for op_type, extra in {"ConstantOfShape": _constant_of_shape, "Equal": _equal, "Where": _where, "Div": _div}.items():
         registry.register("", op_type, since_version=23)(_then(registry.get("", op_type, version=23), extra))
 
 
@@ -242,6 +242,18 @@ def _constant_of_shape(ctx: Any, node: ir.Node) -> Contents | None:
     if tensor is None or not tensor.dtype.is_integer():
         return None
     return [int(tensor.numpy().reshape(-1)[0])] * (shape[0] if shape else 1)
+
+
+def _div(ctx: Any, node: ir.Node) -> Contents | None:
+    """Integer division that is proved to leave no rest, such as (4 * batch) / 4."""
+    a, b = (ctx.get_symbolic_value(v) for v in node.inputs)
+    if a is None or b is None or node.outputs[0].dtype is None or not node.outputs[0].dtype.is_integer():
+        return None
+    if len(a) != len(b) and 1 not in (len(a), len(b)):
+        return None
+    size = max(len(a), len(b))
+    found = [divide(x, y) for x, y in zip(a * (size // len(a)), b * (size // len(b)), strict=True)]
+    return None if any(f is None for f in found) else [f for f in found if f is not None]
 
 
 def _equal(ctx: Any, node: ir.Node) -> Contents | None:

@@ -26,9 +26,9 @@ def additive_mask(op: Builder, f: AttentionFacts, rows: ir.Value, axis: int) -> 
         return None
     if f.anchor.op_type == "Attention":
         return f.terms[0].value
-    key = ("mask", *((t.value, t.kind, t.factor, t.fill) for t in f.terms))
+    key = ("mask", f.clamped, *((t.value, t.kind, t.factor, t.fill) for t in f.terms))
     dtype = f.output.dtype or ir.DataType.FLOAT
-    total: ir.Value = op.shared(key, lambda: _sum(op, [_four_axes(op, _additive(op, t, dtype), t, f, rows) for t in f.terms]))
+    total: ir.Value = op.shared(key, lambda: _sum(op, [_four_axes(op, _additive(op, t, dtype, f.clamped), t, f, rows) for t in f.terms]))
     if all((_query_size(t) or 1) == 1 for t in f.terms):
         size = rows.shape[axis] if rows.shape is not None else None
         return _expanded(op, total, rows, axis, size)
@@ -76,23 +76,23 @@ def _expanded(op: Builder, mask: ir.Value, rows: ir.Value, axis: int, size: Any)
     return out
 
 
-def _additive(op: Builder, term: MaskTerm, dtype: ir.DataType) -> ir.Value:
+def _additive(op: Builder, term: MaskTerm, dtype: ir.DataType, clamped: bool) -> ir.Value:
     if term.kind != "add":
-        return _choice(op, term.value, 0.0, term.fill, dtype, keep=term.kind == "keep")
+        return _choice(op, term.value, 0.0, term.fill, dtype, keep=term.kind == "keep", clamped=clamped)
     value, node = term.value, producer(term.value, "Where")
     if node is not None and term.factor == 1.0:  # Where(condition, 0, low) as exporters spell it: lower the constant, not the tensor
         x, y = scalar(node.inputs[1]), scalar(node.inputs[2])
         if x == 0.0 and y is not None and node.inputs[0] is not None:
-            return value if y >= _LOWEST else _choice(op, node.inputs[0], 0.0, float(y), dtype, keep=True)
+            return value if y >= _LOWEST else _choice(op, node.inputs[0], 0.0, float(y), dtype, keep=True, clamped=clamped)
         if y == 0.0 and x is not None and node.inputs[0] is not None:
-            return value if x >= _LOWEST else _choice(op, node.inputs[0], 0.0, float(x), dtype, keep=False)
+            return value if x >= _LOWEST else _choice(op, node.inputs[0], 0.0, float(x), dtype, keep=False, clamped=clamped)
     if term.factor != 1.0:
         value = op.Mul(value, op.const(np.array(term.factor, dtype.numpy()), "factor"))
-    return _clamped(op, value, term, dtype)
+    return _clamped(op, value, term, dtype, clamped)
 
 
-def _choice(op: Builder, condition: ir.Value, zero: float, fill: float, dtype: ir.DataType, keep: bool) -> ir.Value:
-    finite = fill if np.isneginf(fill) else max(fill, _lowest(dtype))
+def _choice(op: Builder, condition: ir.Value, zero: float, fill: float, dtype: ir.DataType, keep: bool, clamped: bool) -> ir.Value:
+    finite = fill if np.isneginf(fill) and not clamped else max(fill, _lowest(dtype))
     low, nought = op.const(np.array(finite, dtype.numpy()), "masked"), op.const(np.array(zero, dtype.numpy()), "zero")
     out: ir.Value = op.Where(condition, nought, low) if keep else op.Where(condition, low, nought)
     return out
@@ -102,7 +102,7 @@ def _lowest(dtype: ir.DataType) -> float:
     return _LOWEST if dtype != ir.DataType.FLOAT16 else float(np.finfo(np.float16).min)
 
 
-def _clamped(op: Builder, value: ir.Value, term: MaskTerm, dtype: ir.DataType) -> ir.Value:
+def _clamped(op: Builder, value: ir.Value, term: MaskTerm, dtype: ir.DataType, always: bool) -> ir.Value:
     """`value` (`term.value` times its factor), not below the limit, if it may be; what holds -inf keeps it."""
     array = constant(term.value)
     if array is not None:
@@ -110,6 +110,8 @@ def _clamped(op: Builder, value: ir.Value, term: MaskTerm, dtype: ir.DataType) -
         constants, fed = [low], False
     else:
         constants, fed = _constants_behind(term.value)
+    if always:
+        return op.Max(value, op.const(np.array(_lowest(dtype), dtype.numpy()), "lowest"))  # type: ignore[no-any-return]
     if any(np.isneginf(c) for c in constants) or not (fed or any(c <= _LOWEST for c in constants)):
         return value
     lowest = op.const(np.array(_lowest(dtype), dtype.numpy()), "lowest")

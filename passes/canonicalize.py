@@ -15,7 +15,7 @@ from graphopt.inline import decided_ifs
 from graphopt.rewrite import Builder, Driver, Match, Miss, remove_dead
 from graphopt.shapes import infer_shapes
 
-from . import _algebra, _layout, _merge
+from . import _algebra, _einsum, _layout, _merge
 from ._algebra import Rewritten
 
 Rule = Callable[[ir.Node, Builder], Rewritten]
@@ -32,6 +32,7 @@ _RULES: Mapping[str, Sequence[Rule]] = {
     "Pow": (_algebra.power,),
     **dict.fromkeys(("And", "Or", "Not", "Where"), (_algebra.logic,)),
     **dict.fromkeys(("Identity", "Cast", "CastLike", "Tile", "Split", "Dropout"), (_layout.identity,)),
+    "Einsum": (_einsum.einsum,),
     "Concat": (_layout.identity, _layout.concat),
     "Expand": (_layout.identity, _layout.expand),
     "Slice": (_layout.identity, _layout.slice_ends),

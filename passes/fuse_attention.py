@@ -24,14 +24,24 @@ _LAYOUT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten"
 
 
 @dataclasses.dataclass(frozen=True)
+class Result:
+    """`value` is the result of the attention after `perm` and a Reshape to `shape` (or None); `nodes` are the layout operators on the way."""
+
+    value: ir.Value
+    nodes: tuple[ir.Node, ...]
+    perm: tuple[int, ...] | None = None
+    shape: tuple[int, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionMatch(Match):
-    """`form` "packed" reads and writes [batch, rows, heads * dim], "split" [batch, heads, rows, dim]; `shape` is the shape of the output
-    where that is another grouping of the same order of axes. A second output stands for the probabilities where they are read, too."""
+    """`form` "packed" reads and writes [batch, rows, heads * dim], "split" [batch, heads, rows, dim]; `result` says what becomes of that.
+    A second output stands for the probabilities where they are read, too."""
 
     attention: AttentionFacts
     operands: tuple[Choice, Choice, Choice]
     form: str
-    shape: tuple[Any, ...] | None
+    result: Result
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -59,13 +69,12 @@ class FuseAttention(RewritePass[AttentionMatch]):
             return Miss(node, f"not fused: {reason}")
         packed, split = self._operands(facts, "packed"), self._operands(facts, "split")
         for form, operands in (("packed", packed), ("split", split)):
-            if operands is None or (form == "split" and node.op_type == "Attention" and facts.k.repeat == 1):
+            if operands is None or (form == "packed" and facts.factors) or (form == "split" and node.op_type == "Attention" and facts.k.repeat == 1):
                 continue  # such a node already reads [batch, heads, rows, dim]; only repeated key heads are worth taking back
             found = _output(facts, form)
             if found is not None:
-                output, tail, shape = found
-                nodes = (*facts.nodes, *tail)
-                return AttentionMatch(nodes, (output, *_read_probabilities(facts)), facts, operands, form, shape)
+                nodes = (*facts.nodes, *found.nodes)
+                return AttentionMatch(nodes, (found.value, *_read_probabilities(facts)), facts, operands, form, found)
         if node.op_type == "Attention":
             return None
         return Miss(node, "not fused: query, key, value or result are laid out in a way that Attention cannot read")
@@ -79,6 +88,8 @@ class FuseAttention(RewritePass[AttentionMatch]):
     def build(self, op: Builder, m: AttentionMatch) -> Sequence[ir.Value]:
         f = m.attention
         q, k, v = (_arranged(op, choice) for choice in m.operands)
+        for factor in f.factors:
+            q = op.Mul(q, factor)
         scale = f.scale * m.operands[0].step.scale * m.operands[1].step.scale
         rows = m.operands[0]
         mask = additive_mask(op, f, rows.step.value, rows.perm[1 if m.form == "packed" else 2])
@@ -91,8 +102,10 @@ class FuseAttention(RewritePass[AttentionMatch]):
         else:
             made = [op.Attention(*inputs, scale=float(scale), **heads, **extra)]
         out = made[0]
-        if m.shape is not None:
-            out = op.Reshape(out, op.const(np.array(m.shape, np.int64), "shape"))
+        if m.result.perm is not None:
+            out = op.Transpose(out, perm=list(m.result.perm))
+        if m.result.shape is not None:
+            out = op.Reshape(out, op.const(np.array(m.result.shape, np.int64), "shape"))
         return [out, *made[3:]]
 
 
@@ -138,33 +151,46 @@ def _arranged(op: Builder, choice: Choice) -> ir.Value:
     return value
 
 
-def _output(f: AttentionFacts, form: str) -> tuple[ir.Value, tuple[ir.Node, ...], tuple[Any, ...] | None] | None:
-    """Follow layout operators behind the attention to the value that the new node can make: (value, nodes on the way, final shape)."""
+def _output(f: AttentionFacts, form: str) -> Result | None:
+    """Follow layout operators behind the attention to the value that the new node can make: exactly, in another grouping, or sequence first."""
     tracer = Tracer()
     groups = _output_groups(f, tracer)
     if groups is None:
         return None
     batch, heads, rows, dim = groups
     wanted = (batch, rows, (*heads, *dim)) if form == "packed" else (batch, heads, rows, dim)
-    exact = [merged(g) for g in wanted]
-    flat = merged(tuple(a for g in wanted for a in g))
     tail: list[ir.Node] = []
-    regrouped = None
+    other = None
     value = f.output
     for _ in range(8):
         view = tracer.view(value)
         if view is not None and view.root is f.output:
-            if [merged(g) for g in view.axes] == exact:
-                return value, tuple(tail), None
-            shape = _one_unknown(value)
-            if merged(tuple(a for g in view.axes for a in g)) == flat and shape is not None and (form == "packed" or len(shape) == 3):
-                regrouped = value, tuple(tail), shape
+            if [merged(g) for g in view.axes] == [merged(g) for g in wanted]:
+                return Result(value, tuple(tail))
+            other = _regrouped(value, view.axes, wanted, tuple(tail)) or other
         readers = consumers(value)
         if len(readers) != 1 or readers[0].op_type not in _LAYOUT or value.is_graph_output():
             break
         tail.append(readers[0])
         value = readers[0].outputs[0]
-    return regrouped
+    return other
+
+
+def _regrouped(value: ir.Value, axes: Sequence[Group], wanted: Sequence[Group], tail: tuple[ir.Node, ...]) -> Result | None:
+    """The same elements in the order of the attention's result, or with rows before batch, in any grouping that a Reshape can make."""
+    shape = _one_unknown(value)
+    have = merged(tuple(a for g in axes for a in g))
+    if len(wanted) == 4:
+        flat = merged(tuple(a for g in wanted for a in g))
+        return Result(value, tail, None, shape) if have == flat and shape is not None and len(shape) == 3 else None
+    for perm in ((0, 1, 2), (1, 0, 2)):
+        order = [wanted[k] for k in perm]
+        moved = None if perm == (0, 1, 2) else perm
+        if [merged(g) for g in axes] == [merged(g) for g in order]:
+            return Result(value, tail, moved)
+        if have == merged(tuple(a for g in order for a in g)) and shape is not None:
+            return Result(value, tail, moved, shape)
+    return None
 
 
 def _output_groups(f: AttentionFacts, tracer: Tracer) -> tuple[Group, Group, Group, Group] | None:

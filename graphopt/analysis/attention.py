@@ -30,14 +30,24 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """Query, key or value: where its batch, heads, rows and features come from. `repeat` = query heads that share one of its heads."""
+    """Query, key or value: where its batch, heads, rows and features come from. `repeats`: atoms that repeat each of its heads."""
 
     view: View
     batch: Group
     heads: Group
     rows: Group
     dim: Group
-    repeat: int = 1
+    repeats: Group = ()
+
+    @property
+    def repeat(self) -> int:
+        """Query heads that share one of its heads."""
+        size = size_of(self.repeats)
+        return size if isinstance(size, int) else 0
+
+    def spread(self) -> Operand:
+        """The same operand with its repeated heads as heads of their own."""
+        return dataclasses.replace(self, heads=(*self.heads, *self.repeats), repeats=())
 
     def packed(self) -> Choice | None:
         """A value of shape [batch, rows, heads * head_dim]; [batch, rows, heads, head_dim] is one after a free Reshape."""
@@ -87,6 +97,8 @@ class AttentionFacts:
     masked_before_cap: bool = False
     guarded: bool = False
     probabilities: ir.Value | None = None
+    factors: tuple[ir.Value, ...] = ()
+    clamped: bool = False
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -135,7 +147,7 @@ def _from_softmax(softmax: ir.Node, tracer: Tracer) -> AttentionFacts:
     return _checked(
         AttentionFacts(
             softmax, nodes, probabilities.product.outputs[0], q, k, v, _count("query", q.heads), 0, 0, 0, scores.scale, scores.terms,
-            scores.softcap, scores.masked_before_cap, probabilities.guarded, probabilities.value,
+            scores.softcap, scores.masked_before_cap, probabilities.guarded, probabilities.value, scores.factors, scores.clamped,
         )
     )  # fmt: skip
 
@@ -167,7 +179,8 @@ def _operand(name: str, value: ir.Value | None, tracer: Tracer, transposed: bool
     batch, heads = _batch_and_heads(lead, dim)
     repeats = [a for a in heads if a.axis < 0]
     heads = tuple(a for a in heads if a.axis >= 0)
-    operand = Operand(view, batch, heads, rows, dim, _count(name, tuple(repeats)))
+    _count(name, tuple(repeats))
+    operand = Operand(view, batch, heads, rows, dim, tuple(repeats))
     _check_provenance(name, operand, lead, repeats)
     return operand
 
@@ -208,6 +221,9 @@ def _count(name: str, group: Group) -> int:
 def _checked(f: AttentionFacts) -> AttentionFacts:
     """Compare the three operands and fill in the sizes."""
     kv_heads, value_heads = _count("key", f.k.heads), _count("value", f.v.heads)
+    if kv_heads != value_heads and kv_heads * f.k.repeat == value_heads * f.v.repeat:  # one of them is seen through to fewer heads
+        f = dataclasses.replace(f, k=f.k.spread(), v=f.v.spread())
+        kv_heads = value_heads = _count("key", f.k.heads)
     if kv_heads != value_heads:
         raise NotAttention(f"key and value have {kv_heads} and {value_heads} heads")
     if f.heads % kv_heads or (f.k.repeat * kv_heads != f.heads and kv_heads not in (1, f.heads)):

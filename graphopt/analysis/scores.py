@@ -35,7 +35,11 @@ class MaskTerm:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """softmax(scale * (query @ key) + terms), with scale * ... -> softcap * tanh(scale * ... / softcap) where softcap is not 0."""
+    """softmax(scale * (query @ key) + terms), with scale * ... -> softcap * tanh(scale * ... / softcap) where softcap is not 0.
+
+    `factors`: tensors that are the same for all rows and keys (one number for each head, say) and multiply the product of query and key.
+    `clamped`: no score is below the lowest finite number, so that rows which are masked everywhere average.
+    """
 
     product: ir.Node
     nodes: tuple[ir.Node, ...]
@@ -43,6 +47,8 @@ class Scores:
     terms: tuple[MaskTerm, ...] = ()
     softcap: float = 0.0
     masked_before_cap: bool = False
+    factors: tuple[ir.Value, ...] = ()
+    clamped: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +89,9 @@ def _walk(value: ir.Value, factor: float, depth: int) -> Scores | str:
         return _where(node, factor, depth)
     if node.op_type == "Tanh":
         return _capped(node, factor, depth)
+    if node.op_type in ("Max", "Clip") and (source := _floored(node)) is not None:
+        below = _through(node, source, factor, depth)
+        return below if isinstance(below, str) else dataclasses.replace(below, clamped=True)
     return f"unexpected {node.op_type} `{node.name}` between the scores and the softmax"
 
 
@@ -113,7 +122,34 @@ def _factor(node: ir.Node, factor: float, depth: int) -> Scores | str:
         return _through(node, a, factor * (float(c) if node.op_type == "Mul" else 1 / float(c)), depth)
     if node.op_type == "Mul" and (c := scalar(a)) is not None:
         return _through(node, b, factor * float(c), depth)
-    return f"{node.op_type} `{node.name}` scales the scores by something that is not a constant number"
+    for side, other in ((a, b), (b, a)):
+        if node.op_type != "Mul" or side is None or other is None or not _same_for_rows_and_keys(other):
+            continue
+        below = _through(node, side, factor, depth)
+        if isinstance(below, Scores) and not below.terms and not below.softcap:
+            return dataclasses.replace(below, factors=(*below.factors, other))
+    return f"{node.op_type} `{node.name}` scales the scores by something that is not a constant number, nor one number for each head"
+
+
+def _same_for_rows_and_keys(value: ir.Value) -> bool:
+    """[.., 1, 1] of at most four axes."""
+    shape = value.shape
+    return shape is not None and 2 <= len(shape) <= 4 and shape[-1] == 1 and shape[-2] == 1
+
+
+def _floored(node: ir.Node) -> ir.Value | None:
+    """What a Max or Clip keeps above the lowest finite number, and otherwise leaves alone."""
+    if node.op_type == "Clip":
+        low, high = (node.inputs[k] if len(node.inputs) > k else None for k in (1, 2))
+        return node.inputs[0] if high is None and _very_low(low) else None
+    return next(
+        (x for x, low in ((node.inputs[0], node.inputs[-1]), (node.inputs[-1], node.inputs[0])) if len(node.inputs) == 2 and _very_low(low)), None
+    )
+
+
+def _very_low(value: ir.Value | None) -> bool:
+    low = scalar(value)
+    return low is not None and float(low) <= -1e30
 
 
 def _additive(node: ir.Node, factor: float, depth: int) -> Scores | str:
