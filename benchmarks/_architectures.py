@@ -176,8 +176,8 @@ ZOO: dict[str, Architecture] = {
         "text+regions", 4),  # the image side of the last layer does not reach the output
     "bert-attentions": _text("Bert", call={"output_attentions": True}, implementation="eager", outputs=("attentions",)),
     "perceiver": Architecture("PerceiverConfig", "PerceiverForMaskedLM", {
-        "vocab_size": VOCABULARY, "d_model": 32, "d_latents": WIDTH, "num_latents": 6, "num_blocks": 1, "num_self_attends_per_block": 1,
-        "num_self_attention_heads": HEADS, "num_cross_attention_heads": 2, "qk_channels": 32, "v_channels": 32, "max_position_embeddings": 12},
+        "vocab_size": VOCABULARY, "d_model": WIDTH, "d_latents": WIDTH, "num_latents": 6, "num_blocks": 1, "num_self_attends_per_block": 1,
+        "num_self_attention_heads": HEADS, "num_cross_attention_heads": 2, "qk_channels": WIDTH, "v_channels": WIDTH, "max_position_embeddings": 12},
         "text", 3),
     # decoders
     "opt": _decoder("OPT", base=_OWN_KEYS | {

@@ -24,6 +24,8 @@ ROWS = [
     {"core"},
     {
         "graph",
+        "dims",
+        "shape_rules",
         "shapes",
         "analysis",
         "text",
