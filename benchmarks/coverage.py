@@ -109,6 +109,13 @@ class Judge:
         first = reference(self.path, self.cases, next(iter(self.cases)))
         return reasons[0] if isinstance(first, str) else ""
 
+    def from_file(self, case: str, got: Any) -> str:
+        """How far the tool is from the file, where the file itself is far from torch."""
+        file = self.file[case]
+        if isinstance(file, str) or isinstance(got, str) or not _bad(self.error(case, file)):
+            return ""
+        return f"{distance(got, file):.1e} from the file, which is {self.error(case, file):.1e} from torch"
+
     def excuse(self, case: str, got: Any) -> str:
         """Why the exporter is to blame, or "". Where onnxruntime alone misreads the file, the tool could have helped: no excuse."""
         file = self.file[case]
@@ -143,9 +150,9 @@ def judge(key: str, tool: str, folder: Path, entry: dict[str, Any]) -> dict[str,
             if excuse:
                 exporter[case] = excuse
             elif _bad(error):
-                bad[f"{stage} {case}"] = error
+                bad[f"{stage} {case}"] = judged.from_file(case, got) or error
             worst = max(worst, 0.0 if isinstance(error, str) or excuse else error)
-    fails = any(isinstance(v, str) for v in bad.values())
+    fails = any(isinstance(v, str) and not v[0].isdigit() for v in bad.values())
     return {
         "expected": entry["blocks"], "found": _tools.blocks(made.counted), "left": _tools.primitives(made.counted), "error": worst,
         "status": "fails" if fails else "wrong" if bad else "ok", "bad": bad, "exporter": exporter, "missed": made.missed,

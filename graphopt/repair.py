@@ -5,17 +5,69 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.graph import Names, all_nodes, rank, same_dim
+from graphopt.graph import Names, all_nodes, constant, consumers, rank, same_dim
 from graphopt.remarks import Remarks
 from graphopt.shapes import infer_nodes
+
+_LARGE = 1 << 20  # bytes of a table that is worth comparing
+_ROWS = 4096
 
 
 def repair(model: ir.Model, remarks: Remarks) -> int:
     """Repair `model` in place; returns how many nodes were mended.
 
-    RotaryEmbedding whose caches have batch 1: ONNX and its runtimes ask for the batch of x (torch 2.13 exports every rotary model so, and
-    none of them runs for a batch above 1). The caches are expanded.
+    - RotaryEmbedding whose caches have batch 1: ONNX and its runtimes ask for the batch of x (torch 2.13 exports every rotary model so, and
+      none of them runs for a batch above 1). The caches are expanded.
+    - An embedding table whose transpose is stored a second time as the weight of the head: one of them is kept.
     """
+    return _expand_caches(model, remarks) + _share_tables(model, remarks)
+
+
+def _share_tables(model: ir.Model, remarks: Remarks) -> int:
+    """Read the head's weight [width, rows] off the embedding table [rows, width], if every element is the same."""
+    large = [v for v in model.graph.initializers.values() if rank(v) == 2 and not v.is_graph_input() and _bytes(v) >= _LARGE]
+    tables = [v for v in large if any(n.op_type == "Gather" and n.inputs[0] is v for n in consumers(v))]
+    mended = 0
+    for table in tables:
+        for weight in large:
+            a, b = table.shape, weight.shape
+            if weight is table or a is None or b is None or (a[0], a[1]) != (b[1], b[0]) or weight.dtype != table.dtype or weight.is_graph_output():
+                continue
+            if not weight.uses() or not _transposes(table, weight):
+                continue
+            _read_off(model, table, weight)
+            mended += 1
+            text = f"it is stored again as `{weight.name}`, transposed; one copy is kept ({_bytes(weight) / 1e6:.1f} MB less)"
+            remarks.warning(table.name or "", text, repaired=True)
+    return mended
+
+
+def _read_off(model: ir.Model, table: ir.Value, weight: ir.Value) -> None:
+    names = Names(model)
+    node = ir.node("Transpose", [table], {"perm": [1, 0]})
+    node.name = names.fresh(f"{weight.name}/Transpose")
+    first = next(iter(model.graph), None)
+    assert first is not None
+    model.graph.insert_before(first, node)
+    weight.replace_all_uses_with(node.outputs[0])
+    node.outputs[0].name = names.fresh(f"{weight.name}_shared")
+    del model.graph.initializers[str(weight.name)]
+    infer_nodes(model, [node])
+
+
+def _transposes(table: ir.Value, weight: ir.Value) -> bool:
+    """Compared in blocks of rows, so that no copy of the whole is made."""
+    a, b = constant(table), constant(weight)
+    if a is None or b is None:
+        return False
+    return all(np.array_equal(a[k : k + _ROWS], b[:, k : k + _ROWS].T) for k in range(0, a.shape[0], _ROWS))
+
+
+def _bytes(value: ir.Value) -> int:
+    return 0 if value.const_value is None else value.const_value.nbytes
+
+
+def _expand_caches(model: ir.Model, remarks: Remarks) -> int:
     names = Names(model)
     expanded: dict[tuple[ir.Value, str], ir.Value] = {}
     mended = 0

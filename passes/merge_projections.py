@@ -37,7 +37,7 @@ class MergeProjections(RewritePass[ProjectionsMatch]):
 
     def match(self, node: ir.Node, ctx: Context) -> ProjectionsMatch | Miss | None:
         made_by = {x.output: x for x in ctx.get(Linears())}
-        values = list(node.inputs[:3]) if node.op_type == "Attention" else [_gate(v, made_by) for v in node.inputs]
+        values = [_projected(v) for v in node.inputs[:3]] if node.op_type == "Attention" else [_gate(v, made_by) for v in node.inputs]
         found = [made_by[v] for v in values if v in made_by]
         if len(found) < 2 or len({x.output for x in found}) < len(found):
             return None
@@ -61,6 +61,12 @@ class MergeProjections(RewritePass[ProjectionsMatch]):
         widths = np.array([x.out_features for x in m.linears], np.int64)
         pieces: Sequence[ir.Value] = op.Split(out, op.const(widths, "widths"), axis=-1, _outputs=len(widths))
         return pieces
+
+
+def _projected(value: ir.Value | None) -> ir.Value | None:
+    """What an operand of attention was before its rotary embedding."""
+    rotary = producer(value, "RotaryEmbedding")
+    return value if rotary is None else rotary.inputs[0]
 
 
 def _gate(value: ir.Value | None, made_by: Mapping[ir.Value, Linear], depth: int = 4) -> ir.Value | None:
