@@ -45,6 +45,21 @@ def divide(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> int | ir.Symboli
     return None if isinstance(a, int) else _divide(a, b)
 
 
+def quotient(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> int | ir.SymbolicDim | None:
+    """a / b rounded down, for a length `a` and a positive number `b`; exact also for a symbolic `b`."""
+    exact = divide(a, b)
+    if exact is not None or not isinstance(b, int) or b <= 0 or isinstance(a, int):
+        return exact
+    return _floor(a, b)
+
+
+@functools.lru_cache(maxsize=4096)
+def _floor(a: ir.SymbolicDim, b: int) -> ir.SymbolicDim | None:
+    import sympy
+
+    return None if a._expr is None else ir.SymbolicDim(sympy.floor(a._expr / b))
+
+
 @functools.lru_cache(maxsize=4096)
 def _multiply(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
     return a * b

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.analysis.fills import LOWEST, may_be_too_low
 from graphopt.graph import Names, all_nodes, constant, consumers, rank, same_dim
 from graphopt.remarks import Remarks
 from graphopt.shapes import infer_nodes
@@ -18,9 +21,77 @@ def repair(model: ir.Model, remarks: Remarks) -> int:
 
     - RotaryEmbedding whose caches have batch 1: ONNX and its runtimes ask for the batch of x (torch 2.13 exports every rotary model so, and
       none of them runs for a batch above 1). The caches are expanded.
+    - Attention whose mask has no axis for the query rows (refused), or holds -FLT_MAX (rows without keys would give zero, and not the average
+      that ONNX defines): it is expanded, and raised to -1e30.
     - An embedding table whose transpose is stored a second time as the weight of the head: one of them is kept.
     """
-    return _expand_caches(model, remarks) + _share_tables(model, remarks)
+    return _expand_caches(model, remarks) + _mend_masks(model, remarks) + _share_tables(model, remarks)
+
+
+def _mend_masks(model: ir.Model, remarks: Remarks) -> int:
+    """Masks of Attention nodes: an axis for the query rows, and no number so low that runtimes take it for "no key"."""
+    names = Names(model)
+    made: dict[tuple[ir.Value, str], ir.Value] = {}
+    mended = 0
+    for node in [n for n in all_nodes(model) if n.domain == "" and n.op_type == "Attention" and len(n.inputs) > 3]:
+        query, mask = node.inputs[0], node.inputs[3]
+        if query is None or mask is None or query.shape is None or mask.shape is None:
+            continue
+        low = mask.dtype == ir.DataType.FLOAT and may_be_too_low(mask)
+        flat = len(mask.shape) > 1 and mask.shape[-2] == 1 and query.shape[-2] != 1
+        if not low and not flat:
+            continue
+        key = (mask, str(query.shape[-2]) if flat else "")
+        if key not in made:
+            recipe = _Recipe(model, node, names)
+            value = recipe.not_below(mask, LOWEST) if low else mask
+            made[key] = recipe.for_every_row(value, query) if flat else value
+            recipe.insert()
+        node.replace_input_with(3, made[key])
+        mended += 1
+        what = " and ".join(w for w, there in (("has no axis for the query rows", flat), ("holds the lowest finite number", low)) if there)
+        remarks.warning(node.name or "", f"its mask {what}, which runtimes refuse or misread; it is written out", repaired=True)
+    if mended:
+        model.graph.sort()
+    return mended
+
+
+class _Recipe:
+    """New nodes in front of one node."""
+
+    def __init__(self, model: ir.Model, before: ir.Node, names: Names) -> None:
+        self.model, self.before, self.names = model, before, names
+        self.nodes: list[ir.Node] = []
+
+    def op(self, op_type: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+        node = ir.node(op_type, inputs, attributes)
+        node.name = self.names.fresh(f"{self.before.name}/{op_type}")
+        node.outputs[0].name = self.names.fresh(f"{node.name}_output_0")
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def const(self, array: np.ndarray[Any, Any]) -> ir.Value:
+        tensor = ir.tensor(array, name=self.names.fresh("repair"))
+        value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+        self.model.graph.register_initializer(value)
+        return value
+
+    def not_below(self, mask: ir.Value, lowest: float) -> ir.Value:
+        """Finite numbers are raised to `lowest`; -inf stays."""
+        least = self.const(np.array(np.finfo(np.float32).min, np.float32))
+        raised = self.op("Max", mask, self.const(np.array(lowest, np.float32)))
+        return self.op("Where", self.op("Less", mask, least), mask, raised)
+
+    def for_every_row(self, mask: ir.Value, query: ir.Value) -> ir.Value:
+        axis = len(query.shape or ()) - 2
+        rows = self.op("Shape", query, start=axis, end=axis + 1)
+        return self.op("Expand", mask, self.op("Concat", rows, self.const(np.array([1], np.int64)), axis=0))
+
+    def insert(self) -> None:
+        graph = self.before.graph
+        assert graph is not None
+        graph.insert_before(self.before, self.nodes)
+        infer_nodes(self.model, self.nodes)
 
 
 def _share_tables(model: ir.Model, remarks: Remarks) -> int:
@@ -82,7 +153,10 @@ def _expand_caches(model: ir.Model, remarks: Remarks) -> int:
             assert cache is not None
             key = (cache, str(x.shape[0]))
             if key not in expanded:
-                expanded[key] = _expand(model, node, cache, x, names)
+                recipe = _Recipe(model, node, names)
+                batch = recipe.op("Concat", recipe.op("Shape", x, start=0, end=1), recipe.const(np.array([1, 1], np.int64)), axis=0)
+                expanded[key] = recipe.op("Expand", cache, batch)
+                recipe.insert()
             node.replace_input_with(index, expanded[key])
         mended += 1
         text = "its cos and sin caches have batch 1, which runtimes refuse for larger batches; they are expanded to the batch of x"
@@ -90,20 +164,3 @@ def _expand_caches(model: ir.Model, remarks: Remarks) -> int:
     if mended:
         model.graph.sort()
     return mended
-
-
-def _expand(model: ir.Model, before: ir.Node, cache: ir.Value, x: ir.Value, names: Names) -> ir.Value:
-    ones = ir.tensor(np.array([1, 1], np.int64), name=names.fresh("ones"))
-    tail = ir.Value(name=ones.name, type=ir.TensorType(ones.dtype), shape=ir.Shape([2]), const_value=ones)
-    model.graph.register_initializer(tail)
-    batch = ir.node("Shape", [x], {"start": 0, "end": 1})
-    shape = ir.node("Concat", [batch.outputs[0], tail], {"axis": 0})
-    expand = ir.node("Expand", [cache, shape.outputs[0]])
-    for node in (batch, shape, expand):
-        node.name = names.fresh(f"{before.name}/{node.op_type}")
-        node.outputs[0].name = names.fresh(f"{node.name}_output_0")
-    graph = before.graph
-    assert graph is not None
-    graph.insert_before(before, [batch, shape, expand])
-    infer_nodes(model, [batch, shape, expand])
-    return expand.outputs[0]

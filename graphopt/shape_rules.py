@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graphopt.dims import divide, nonnegative
+from graphopt.dims import nonnegative, quotient
 
 Contents = list[int | ir.SymbolicDim]
 _BROADCASTING = (
@@ -90,6 +90,8 @@ def _join(a: Any, b: Any) -> Any:
     for bounded, full in ((a, b), (b, a)):  # Min(512, s) beside s: equal, or the sizes clash at run time, since 512 > 1
         if re.fullmatch(rf"Min\((?!1,)\d+, {re.escape(str(full))}\)", str(bounded)):
             return full
+        if str(bounded) == f"Max(0, {full})":  # a dimension is not negative
+            return full
     parts = sorted({str(a), str(b)})
     return ir.SymbolicDim("join_" + "_".join(re.sub(r"\W+", "_", p) for p in parts))
 
@@ -126,14 +128,14 @@ def _kept_axes(rule: Callable[..., None]) -> Callable[..., None]:
 
 
 def _div(ctx: Any, node: ir.Node) -> Contents | None:
-    """Integer division that is proved to leave no rest, such as (4 * batch) / 4."""
+    """Integer division: exact, such as (4 * batch) / 4, or rounded down, as lengths are (no length is negative)."""
     a, b = (ctx.get_symbolic_value(v) for v in node.inputs)
     if a is None or b is None or node.outputs[0].dtype is None or not node.outputs[0].dtype.is_integer():
         return None
     if len(a) != len(b) and 1 not in (len(a), len(b)):
         return None
     size = max(len(a), len(b))
-    found = [divide(x, y) for x, y in zip(a * (size // len(a)), b * (size // len(b)), strict=True)]
+    found = [quotient(x, y) for x, y in zip(a * (size // len(a)), b * (size // len(b)), strict=True)]
     return None if any(f is None for f in found) else [f for f in found if f is not None]
 
 

@@ -8,15 +8,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.attention import AttentionFacts
+from graphopt.analysis.fills import LOWEST, fills, may_be_too_low
 from graphopt.analysis.scores import MaskTerm
-from graphopt.graph import constant, producer, scalar
+from graphopt.graph import producer, scalar
 from graphopt.rewrite import Builder
-
-_LOWEST = -1e30  # masks are clamped here: far below any score, and far enough from -FLT_MAX that a runtime still sees a number, not "no key"
-_MIXING = (
-    "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Add", "Sub", "Mul", "Div", "Where", "Expand", "Cast", "Slice", "Min",
-    "Max", "Neg",
-)  # fmt: skip
 
 
 def additive_mask(op: Builder, f: AttentionFacts, rows: ir.Value, axis: int) -> ir.Value | None:
@@ -83,9 +78,9 @@ def _additive(op: Builder, term: MaskTerm, dtype: ir.DataType, clamped: bool) ->
     if node is not None and term.factor == 1.0:  # Where(condition, 0, low) as exporters spell it: lower the constant, not the tensor
         x, y = scalar(node.inputs[1]), scalar(node.inputs[2])
         if x == 0.0 and y is not None and node.inputs[0] is not None:
-            return value if y >= _LOWEST else _choice(op, node.inputs[0], 0.0, float(y), dtype, keep=True, clamped=clamped)
+            return value if y >= LOWEST else _choice(op, node.inputs[0], 0.0, float(y), dtype, keep=True, clamped=clamped)
         if y == 0.0 and x is not None and node.inputs[0] is not None:
-            return value if x >= _LOWEST else _choice(op, node.inputs[0], 0.0, float(x), dtype, keep=False, clamped=clamped)
+            return value if x >= LOWEST else _choice(op, node.inputs[0], 0.0, float(x), dtype, keep=False, clamped=clamped)
     if term.factor != 1.0:
         value = op.Mul(value, op.const(np.array(term.factor, dtype.numpy()), "factor"))
     return _clamped(op, value, term, dtype, clamped)
@@ -99,39 +94,16 @@ def _choice(op: Builder, condition: ir.Value, zero: float, fill: float, dtype: i
 
 
 def _lowest(dtype: ir.DataType) -> float:
-    return _LOWEST if dtype != ir.DataType.FLOAT16 else float(np.finfo(np.float16).min)
+    return LOWEST if dtype != ir.DataType.FLOAT16 else float(np.finfo(np.float16).min)
 
 
 def _clamped(op: Builder, value: ir.Value, term: MaskTerm, dtype: ir.DataType, always: bool) -> ir.Value:
-    """`value` (`term.value` times its factor), not below the limit, if it may be; what holds -inf keeps it."""
-    array = constant(term.value)
-    if array is not None:
-        low = float(np.min(array * term.factor)) if array.size else 0.0
-        constants, fed = [low], False
-    else:
-        constants, fed = _constants_behind(term.value)
-    if always:
-        return op.Max(value, op.const(np.array(_lowest(dtype), dtype.numpy()), "lowest"))  # type: ignore[no-any-return]
-    if any(np.isneginf(c) for c in constants) or not (fed or any(c <= _LOWEST for c in constants)):
+    """`value` (`term.value` times its factor), not below the limit, if it may be; what holds -inf keeps it, unless the scores are floored."""
+    if not always and not may_be_too_low(term.value, term.factor):
         return value
-    lowest = op.const(np.array(_lowest(dtype), dtype.numpy()), "lowest")
-    finite: ir.Value = op.Max(value, lowest)
-    if not fed:
+    finite: ir.Value = op.Max(value, op.const(np.array(_lowest(dtype), dtype.numpy()), "lowest"))
+    if always or not fills(term.value)[1]:
         return finite
     least = op.const(np.array(np.finfo(dtype.numpy()).min, dtype.numpy()), "least")
     out: ir.Value = op.Where(op.Less(value, least), value, finite)  # a caller may feed -inf, which is "no key", not "a very low score"
     return out
-
-
-def _constants_behind(value: ir.Value, depth: int = 8) -> tuple[list[float], bool]:
-    """The scalar constants that elementwise and layout operators mixed into a value, as negative numbers, and whether a caller feeds it."""
-    c = scalar(value)
-    if c is not None:
-        return [-abs(float(c))], False
-    if value.is_graph_input():
-        return [], value.dtype is not None and value.dtype.is_floating_point()
-    node = producer(value)
-    if node is None or depth == 0 or node.op_type not in _MIXING:
-        return [], False
-    found = [_constants_behind(v, depth - 1) for v in node.inputs if v is not None]
-    return [c for constants, _ in found for c in constants], any(fed for _, fed in found)

@@ -112,3 +112,16 @@ def test_a26_a_part_of_the_features() -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_a26_near_misses(name: str) -> None:
     assert "RotaryEmbedding" not in ops_after(REFUSED[name])
+
+
+@pytest.mark.parametrize(("rotated", "doubled"), [(HALF, DOUBLED_HALF), (INTERLEAVED, DOUBLED_NEXT)])
+def test_a26_rows_before_heads(rotated: str, doubled: str) -> None:
+    """GPT-J rotates [batch, rows, heads, features] before it moves the heads."""
+    angles = ANGLES.replace("(c, a1)", "(c, a2)").replace("(s0, a1)", "(s0, a2)")
+    source = text(rotated, doubled, angles=angles).replace("int64[1] a3", "int64[1] a2 = {2}, int64[1] a3").replace("float[B,2,S,8]", "float[B,S,2,8]")
+    model = build(source)
+    given = {k: np.ascontiguousarray(v.transpose(0, 2, 1, 3)) if k == "x" else v for k, v in feeds(2, 5).items()}
+    before = session(model, optimize=False).run(given)["y"]
+    fuse(model, "fuse-rotary")
+    assert [n.op_type for n in model.graph].count("RotaryEmbedding") == 1
+    np.testing.assert_allclose(session(model, optimize=False).run(given)["y"], before, rtol=0, atol=2e-6)

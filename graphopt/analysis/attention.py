@@ -134,10 +134,9 @@ def _facts(node: ir.Node, tracer: Tracer) -> AttentionFacts | str:
 
 
 def _from_softmax(softmax: ir.Node, tracer: Tracer) -> AttentionFacts:
-    scores = scores_of(softmax)
+    scores, probabilities = scores_of(softmax), probabilities_of(softmax)
     if isinstance(scores, str):
         raise NotAttention(scores)
-    probabilities = probabilities_of(softmax)
     if isinstance(probabilities, str):
         raise NotAttention(probabilities)
     q = _operand("query", scores.product.inputs[0], tracer)
