@@ -22,6 +22,7 @@ ROWS = [
     {"options"},
     {"remarks", "fuel"},
     {"core"},
+    {"choices", "machine"},
     {
         "graph",
         "shapes",
@@ -42,11 +43,12 @@ ROWS = [
     | {"sizes", "feeds", "samples", "distance", "measure", "interface", "verify", "save"},
     {"rewrite"},
     {"pipeline"},
-    {"registry", "listing", "frontend", "export", "huggingface", "instruments", "reduce", "transaction", "report", "html", "loss", "bench", "result"},
+    {"registry", "listing", "frontend", "export", "huggingface", "instruments", "reduce", "transaction", "report", "html", "loss", "bench", "result"}
+    | {"extract", "tunecache", "tuning", "promise"},
     {"api"},
     {"inspect", "demo"},
     {"tables"},
-    {"cli"},
+    {"cli", "cli_tune"},
     {"__main__"},
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
