@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 FUSION = "canonicalize, fuse-norm, fuse-activation, fuse-rotary, fuse-attention"
-ATTENTION = {"Attention", "MultiHeadAttention", "GroupQueryAttention", "PackedMultiHeadAttention", "PackedAttention", "DecoderMaskedMultiHeadAttention"}
+ATTENTION = {
+    "Attention",
+    "MultiHeadAttention",
+    "GroupQueryAttention",
+    "PackedMultiHeadAttention",
+    "PackedAttention",
+    "DecoderMaskedMultiHeadAttention",
+}
 _LAYOUT = {"Cast", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Expand", "Identity", "Concat", "Slice", "Split"}
 
 
@@ -85,8 +92,16 @@ def onnxsim(path: Path) -> Output:
     return Output(model, {"model": model.SerializeToString()})
 
 
+def onnxslim(path: Path) -> Output:
+    import onnx
+    import onnxslim as package
+
+    model = package.slim(onnx.load(path))
+    return Output(model, {"model": model.SerializeToString()})
+
+
 TOOLS: dict[str, Callable[[Path], Output]] = {
-    "graphopt": graphopt, "onnxruntime": onnxruntime, "onnxscript": onnxscript, "onnxsim": onnxsim, "none": given,
+    "graphopt": graphopt, "onnxruntime": onnxruntime, "onnxscript": onnxscript, "onnxsim": onnxsim, "onnxslim": onnxslim, "none": given,
 }  # fmt: skip
 
 

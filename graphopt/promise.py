@@ -7,6 +7,8 @@ resort is the input itself, byte for byte. What the user asked for by name (loss
 from __future__ import annotations
 
 import dataclasses
+import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,8 +31,9 @@ BUDGET = 30.0  # seconds of timing after which nothing more is tried, and the in
 _MEAN, _WORST = 0.98, 0.95  # "not slower": geometric mean over the shapes, and every single shape
 _CLOCK = 5e-6  # seconds: a difference below this is that of two calls, not of two models
 _GUILTY = 1.03  # taking a pass back must help this much, or it comes back
-_EFFORT = ((0.0005, 10, 20), (0.005, 8, 8), (0.02, 5, 5), (0.2, 3, 3), (float("inf"), 2, 2))  # up to so many seconds a run: rounds, block
-_LONG = 20.0  # seconds that one shape may take; longer ones are timed once
+_EFFORT = ((0.0005, 10, 20), (0.005, 8, 8), (0.02, 5, 5), (0.2, 3, 3), (float("inf"), 2, 1))  # up to so many seconds a run: rounds, block
+_PATIENCE = 3  # times the rounds below, before an artifact counts as slower
+_LONG = 20.0  # seconds of one shape that are not spent again
 
 
 class History(Observer):
@@ -56,6 +59,14 @@ class History(Observer):
         return self.at.get(self.first)
 
 
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Medians over all rounds; and whether the artifact is slower, which both the paired ratios and the best rounds must say."""
+
+    timings: Timings
+    slower: bool
+
+
 @dataclasses.dataclass
 class Race:
     """Times input and candidates at the same feeds; the input's session is kept."""
@@ -68,52 +79,71 @@ class Race:
         self.base = self.target.session(self.original)
         self.feeds = {label: feed for label, feed in self.feeds.items() if _runs(self.base, feed)}
 
-    def run(self, model: ir.Model, effort: int = 1) -> Timings | None:
+    def run(self, model: ir.Model) -> Verdict | None:
         """None where the candidate does not run."""
         try:
             finished, _ = save.finish(model, getattr(self.target, "opset", None))
             session = self.target.session(finished)
             for feed in self.feeds.values():
                 session.run(feed)
-            return self._time({"input": self.base, "output": session}, effort)
+            return self._judge({"input": self.base, "output": session})
         except GraphoptError:
             return None
 
-    def _time(self, sessions: Mapping[str, Session], effort: int) -> Timings:
-        seconds: dict[str, list[float]] = {name: [] for name in sessions}
-        for label, feed in self.feeds.items():
-            start = time.perf_counter()
-            self.base.run(feed)
-            once = time.perf_counter() - start
-            rounds, block = next((r, b) for limit, r, b in _EFFORT if once <= limit)
-            rounds, block = (rounds * effort, block) if once * rounds * (block + 1) * 2 <= _LONG else (1, 1)
-            for name, values in latency(sessions, {label: feed}, rounds=rounds, block=block).seconds.items():
-                seconds[name] += values
-        return Timings(tuple(self.feeds), {name: tuple(values) for name, values in seconds.items()})
+    def _judge(self, sessions: Mapping[str, Session]) -> Verdict:
+        """Rounds until the artifact is not slower, or until it is clear that it is: a slow moment of the machine takes nothing back."""
+        rows: dict[str, list[tuple[float, float]]] = {label: [] for label in self.feeds}
+        costs = {label: _once(self.base, feed) for label, feed in self.feeds.items()}
+        slower = True
+        for patience in range(_PATIENCE):
+            for label, feed in self.feeds.items():
+                rounds, block = next((r, b) for limit, r, b in _EFFORT if costs[label] <= limit)
+                if patience and costs[label] * rounds * (block + 1) * 2 > _LONG:
+                    continue
+                for turn in range(rounds):
+                    order = dict(sorted(sessions.items(), reverse=bool(turn % 2)))
+                    seconds = latency(order, {label: feed}, rounds=1, block=block).seconds
+                    rows[label].append((seconds["input"][0], seconds["output"][0]))
+            paired = [statistics.median(a / b for a, b in row) for row in rows.values()]
+            best = [min(a for a, _ in row) / min(b for _, b in row) for row in rows.values()]
+            saved = [statistics.median(a - b for a, b in row) for row in rows.values()]
+            slower = not (not_slower(paired, saved) or not_slower(best, saved))
+            if not slower:
+                break
+        medians = {name: tuple(statistics.median(pair[k] for pair in row) for row in rows.values()) for k, name in enumerate(("input", "output"))}
+        return Verdict(Timings(tuple(rows), medians), slower)
 
 
-def not_slower(timed: Timings | None) -> bool:
-    """By the design's numbers; a difference below the clock's own noise is none."""
-    if timed is None:
-        return False
-    if timed.not_slower("output"):
-        return True
-    before, after = timed.seconds["input"], timed.seconds["output"]
-    lost = [(a - b, b / a) for b, a in zip(before, after, strict=True)]
-    return all(difference <= _CLOCK or ratio >= _WORST for difference, ratio in lost) and (
-        timed.speedup("output") >= _MEAN or sum(max(0.0, difference) for difference, _ in lost) <= _CLOCK * len(lost)
-    )
+def _once(session: Session, feed: Mapping[str, Array]) -> float:
+    start = time.perf_counter()
+    session.run(feed)
+    return time.perf_counter() - start
+
+
+def not_slower(ratios: Sequence[float], saved: Sequence[float]) -> bool:
+    """The design's numbers, of ratios (input over output) per shape; a loss below what the clock itself varies by (`saved`, seconds) is none."""
+    fair = [max(ratio, 1.0) if -_CLOCK <= difference < 0 else ratio for ratio, difference in zip(ratios, saved, strict=True)]
+    return math.exp(statistics.fmean(math.log(r) for r in fair)) >= _MEAN and min(fair) >= _WORST
 
 
 @dataclasses.dataclass
 class Outcome:
-    """What is left: `model` is None where it is the input itself. `timings` are those of `model`."""
+    """What is left: `model` is None where it is the input itself. `verdict`: how fast `model` is."""
 
     model: ir.Model | None
     graph: ir.Model | None
     records: list[PassRecord]
-    timings: Timings | None
+    verdict: Verdict | None
     reason: str = ""
+
+    @property
+    def timings(self) -> Timings | None:
+        return None if self.verdict is None else self.verdict.timings
+
+    @property
+    def slower(self) -> bool:
+        """Also where it does not run."""
+        return self.verdict is None or self.verdict.slower
 
     def speed_up(self) -> Measured:
         if self.timings is None:
@@ -157,12 +187,8 @@ class Keeper:
         whole = Outcome(model, self.history.graph, records, None, "the input runs at none of the sizes; add --shapes or --samples")
         if not race.feeds:
             return whole
-        whole.timings = race.run(model)
-        if not not_slower(whole.timings) and whole.timings is not None:
-            whole.timings = race.run(model, 2)  # a slow moment of the machine is no reason to take anything back
-        if not_slower(whole.timings):
-            return whole
-        return self._take_back(race, original, whole)
+        whole.verdict = race.run(model)
+        return whole if not whole.slower else self._take_back(race, original, whole)
 
     def _take_back(self, race: Race, original: ir.Model, whole: Outcome) -> Outcome:
         current, dropped = whole, set[int]()
@@ -171,16 +197,15 @@ class Keeper:
             if time.perf_counter() - self.start > BUDGET:
                 break
             trial = self._without(position, dropped, current)
-            trial.timings = race.run(_required(trial.model))
+            trial.verdict = race.run(_required(trial.model))
             better = _speed(trial.timings) / _speed(current.timings)
-            kept_promise = not_slower(trial.timings)
-            if not kept_promise and better < _GUILTY:
+            if trial.slower and better < _GUILTY:
                 continue
             dropped.add(position)
             why = f"taken back: {_told(current.timings)}; without it {_told(trial.timings)}"
             trial.records[position - 1] = _undone(trial.records[position - 1], why, _facts(current.timings, trial.timings))
             current = trial
-            if kept_promise:
+            if not trial.slower:
                 return current
         return self._last_resort(race, original, current, suspects)
 
@@ -216,8 +241,8 @@ class Keeper:
                 records[position - 1] = _undone(records[position - 1], f"taken back with everything: the artifact was {told}", facts)
         warning = Remark("warning", "promise", "", f"the artifact was {told}; the output is the input itself", facts)
         same = {name: race_input for name in ("input", "output") if (race_input := _input_times(current.timings)) is not None}
-        timings = Timings(current.timings.shapes, same) if current.timings is not None else None
-        return Outcome(None, None, [*records, PassRecord("promise", 0, 0.0, [warning])], timings, "the output is the input itself")
+        verdict = Verdict(Timings(current.timings.shapes, same), False) if current.timings is not None else None
+        return Outcome(None, None, [*records, PassRecord("promise", 0, 0.0, [warning])], verdict, "the output is the input itself")
 
 
 def _input_times(timed: Timings | None) -> tuple[float, ...] | None:
