@@ -7,7 +7,7 @@ import functools
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -77,7 +77,11 @@ class OrtProvider(Target):
         from graphopt.run.ort import session
 
         self._require()
-        return session(model, threads=self.threads, providers=(self.provider, "CPUExecutionProvider"))
+        return session(model, threads=self.threads, providers=(*self.providers(), "CPUExecutionProvider"))
+
+    def providers(self) -> Sequence[str | tuple[str, Mapping[str, str]]]:
+        """What runs before the CPU does, with its options."""
+        return (self.provider,)
 
     def _require(self) -> None:
         try:

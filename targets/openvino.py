@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -41,3 +41,7 @@ class Openvino(OrtProvider):
         if node.domain in ("", "ai.onnx"):
             return f"OpenVINO refuses {node.op_type}" if node.op_type in _REFUSED else None
         return None if node.domain == "com.microsoft" and node.op_type in _TAKEN else f"OpenVINO does not know {node.domain}::{node.op_type}"
+
+    def providers(self) -> Sequence[str | tuple[str, Mapping[str, str]]]:
+        options = {"device_type": "CPU"} | ({"num_of_threads": str(self.threads)} if self.threads else {})
+        return ((self.provider, options),)

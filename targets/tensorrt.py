@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
-from graphopt.core import Pass, Session
+from graphopt.core import Pass
 from graphopt.graph import attr, constant
 
 from ._attention import DecomposeAttention
@@ -58,11 +58,8 @@ class Tensorrt(OrtProvider):
             return _not_symmetric(node)
         return None
 
-    def session(self, model: ir.Model) -> Session:
-        from graphopt.run.ort import session
-
-        self._require()
-        return session(model, threads=self.threads, providers=(self.provider, "CUDAExecutionProvider", "CPUExecutionProvider"))
+    def providers(self) -> Sequence[str | tuple[str, Mapping[str, str]]]:
+        return (self.provider, "CUDAExecutionProvider")
 
 
 @functools.cache
