@@ -3,9 +3,10 @@
     python benchmarks/lowering.py --folder DIR [--zoo FOLDER] [--only TEXT] [--no-smol] [--json FILE] [--write docs/benchmarks.md]
 
 DIR keeps the exported models and the timings of the tuner between runs; --zoo is what benchmarks/zoo.py wrote. Every model is timed in a
-process of its own: input, graphopt -O1, onnxruntime.transformers' optimizer, onnxsim and onnxslim, all in interleaved warm blocks (graphopt.bench),
-runtime optimizations on, one thread. A tool whose numbers differ by more than 1e-3 of the largest output counts as wrong, and is not timed.
-Models below a millisecond are timed three times, and the slowest verdict counts. Then MiniLM as int8 against quantize_dynamic.
+process of its own: input, graphopt -O1, onnxruntime.transformers' optimizer, onnxsim and onnxslim, all in interleaved warm blocks, runtime
+optimizations on, one thread, in processor time (what other processes take does not count). A tool whose numbers differ by more than 1e-3 of
+the largest output counts as wrong, and is not timed. Models below a millisecond are timed three times, and the slowest verdict counts. Then
+MiniLM as int8 against quantize_dynamic.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from _worker import Worker, reason, serve
 SHAPES, LONG = [(1, 16), (1, 128), (8, 64)], [(1, 16), (1, 128)]
 PEERS = ("onnxruntime", "onnxsim", "onnxslim")
 BEGIN, END = "<!-- lowering: begin -->", "<!-- lowering: end -->"
+EFFORT = ((0.001, 10, 20), (0.02, 6, 5), (0.2, 4, 2), (float("inf"), 3, 1))  # seconds of a run: rounds, counted runs of a block
 _CLOSE = 1e-3
 
 
@@ -53,9 +55,9 @@ def measure(path: Path, shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:
                 failed[tool] = reason(error, 100)
         feeds = bench.feeds_for([graphopt.load(path)], shapes)
         sessions, feeds = _sessions(files, feeds, failed)
-        races = [bench.race(sessions, feeds)]
+        races = [race(sessions, feeds)]
         if min(races[0].seconds["input"]) < 1e-3:
-            races += [bench.race(sessions, feeds) for _ in range(2)]
+            races += [race(sessions, feeds) for _ in range(2)]
     taken = [f"{r.pass_name}: {r.message}" for kind in ("missed", "warning") for r in result.report.remarks(kind) if "taken back" in r.message]
     chosen = [r.message for r in result.report.remarks("applied") if r.pass_name == "choose-spellings"]
     return {"seconds": seconds, "failed": failed, "races": [r.as_dict() for r in races], "taken_back": taken, "chosen": chosen}
@@ -96,6 +98,21 @@ def _sessions(files: Mapping[str, Any], feeds: dict[str, Any], failed: dict[str,
     return sessions, feeds
 
 
+def race(sessions: Mapping[str, Any], feeds: Mapping[str, Any]) -> Any:
+    """Interleaved warm blocks in processor time; the longer a run, the fewer."""
+    from graphopt.measure import Timings, latency, steady_clock
+
+    base, seconds = next(iter(sessions.values())), {name: [] for name in sessions}
+    for label, feed in feeds.items():
+        start = time.process_time()
+        base.run(feed)
+        cost = time.process_time() - start
+        rounds, block = next((r, b) for limit, r, b in EFFORT if cost <= limit)
+        for name, values in latency(sessions, {label: feed}, rounds=rounds, block=block, clock=steady_clock(1)).seconds.items():
+            seconds[name] += values
+    return Timings(tuple(feeds), {name: tuple(values) for name, values in seconds.items()})
+
+
 def verdict(row: Mapping[str, Any], tool: str, base: str = "input") -> tuple[float, float] | None:
     """(geometric mean, worst shape) of `tool` over `base`, of the run in which it did worst; None if one of them was not timed."""
     found = []
@@ -126,7 +143,7 @@ def int8(path: Path) -> dict[str, Any]:
         graphopt.optimize(path, level=2, target="quantized").save(files["graphopt -O2"])
         sessions = {label: bench.Picky(session(file)) for label, file in files.items()}
         embedded = {label: demo.embed(s, _models.minilm_folder() / "tokenizer.json", texts) for label, s in sessions.items()}
-        timed = bench.race(sessions, bench.feeds_for([graphopt.load(path)], [*SHAPES, (32, 128)]))
+        timed = race(sessions, bench.feeds_for([graphopt.load(path)], [*SHAPES, (32, 128)]))
         base = embedded["plain float32"]
         quality = {
             label: {"mb": size(files[label]) / 1e6, "pearson": demo.pearson(e, human), "cosine": float((e * base).sum(-1).mean())}
@@ -197,7 +214,7 @@ def section(found: Mapping[str, Any]) -> str:
         "",
         f"`python benchmarks/lowering.py`, {found['date']}; {processor()}, {os.cpu_count()} cores, one thread,",
         f"onnxruntime {onnxruntime.__version__}; load average {found['load'][0]:.1f} before and {found['load'][1]:.1f} after (1.0 is this benchmark",
-        "alone; above it others shared the machine, and single rows can be off by a tenth or more).",
+        "alone; above it others shared the caches and cores, and single rows can be off by some per cent). Processor time, interleaved warm blocks.",
         "Speed-up over the input: geometric mean over batch x length of 1x16, 1x128, 8x64 (SmolLM2: the first two), and the worst of these in",
         "brackets. Of three runs, where a model takes less than a millisecond, the worst is shown.",
         "",

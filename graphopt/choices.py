@@ -39,12 +39,21 @@ class Spelling:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What a timing depends on besides the piece: the processor, the runtime with its build, its provider, and the threads."""
+    """What a timing depends on besides the piece: the processor, the runtime with its build, its provider, and the threads.
+
+    `in_process`: it computes in this process, on the processor; then the time of one thread can be told from that of other processes.
+    """
 
     processor: str
     runtime: str
     provider: str
     threads: int
+    in_process: bool = False
+
+    @property
+    def own_threads(self) -> int | None:
+        """What `measure.steady_clock` asks for."""
+        return self.threads if self.in_process else None
 
 
 def kind_name(kind: Kind) -> str:

@@ -1,4 +1,4 @@
-"""Which processor this is, as a text that is equal where timings are comparable."""
+"""The machine: which processor it is, as a text that is equal where timings are comparable, and how much memory is free."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_i
 @functools.cache
 def processor() -> str:
     """Such as `Intel(R) Xeon(R) Processor @ 2.80GHz (avx2 avx512f avx512_vnni)`."""
-    text = _cpuinfo()
+    text = _read("/proc/cpuinfo")
     name = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     have = set(flags.group(1).split()) if flags else set()
@@ -23,8 +23,14 @@ def processor() -> str:
     return f"{label} ({features})" if features else label
 
 
-def _cpuinfo() -> str:
+def free_memory() -> int | None:
+    """Bytes that can be had without swapping, where the system tells."""
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
+    return None if found is None else int(found.group(1)) * 1024
+
+
+def _read(path: str) -> str:
     try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")[:20_000]
+        return Path(path).read_text(encoding="utf-8", errors="replace")[:20_000]
     except OSError:
         return ""

@@ -17,9 +17,11 @@ import onnx_ir as ir
 
 from graphopt import bench, save
 from graphopt.core import Array, Context, Pass, Session, Target
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, TargetError
+from graphopt.graph import nbytes
 from graphopt.instruments import Observer
-from graphopt.measure import Timings, latency
+from graphopt.machine import free_memory
+from graphopt.measure import Timings, latency, steady_clock
 from graphopt.pipeline import PassManager, PassRecord
 from graphopt.remarks import Remark
 from graphopt.report import Measured, Timing
@@ -31,7 +33,8 @@ BUDGET = 30.0  # seconds of timing after which nothing more is tried, and the in
 _MEAN, _WORST = 0.98, 0.95  # "not slower": geometric mean over the shapes, and every single shape
 _CLOCK = 5e-6  # seconds: a difference below this is that of two calls, not of two models
 _GUILTY = 1.03  # taking a pass back must help this much, or it comes back
-_EFFORT = ((0.0005, 10, 20), (0.005, 8, 8), (0.02, 5, 5), (0.2, 3, 3), (float("inf"), 2, 1))  # up to so many seconds a run: rounds, block
+_EFFORT = ((0.0005, 10, 20), (0.005, 8, 8), (0.02, 5, 5), (0.05, 4, 3), (0.2, 3, 2), (float("inf"), 2, 1))  # seconds a run: rounds, block
+_COPIES = 5  # of the weights, that two sessions need while they are made
 _PATIENCE = 3  # times the rounds below, before an artifact counts as slower
 _LONG = 20.0  # seconds of one shape that are not spent again
 
@@ -76,6 +79,11 @@ class Race:
     feeds: Feeds
 
     def __post_init__(self) -> None:
+        need, free = _COPIES * nbytes(self.original), free_memory()
+        if free is not None and need > free:
+            raise TargetError(f"two sessions would need about {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+        machine = self.target.machine()
+        self.clock = steady_clock(None if machine is None else machine.own_threads)
         self.base = self.target.session(self.original)
         self.feeds = {label: feed for label, feed in self.feeds.items() if _runs(self.base, feed)}
 
@@ -102,7 +110,7 @@ class Race:
                     continue
                 for turn in range(rounds):
                     order = dict(sorted(sessions.items(), reverse=bool(turn % 2)))
-                    seconds = latency(order, {label: feed}, rounds=1, block=block).seconds
+                    seconds = latency(order, {label: feed}, rounds=1, block=block, clock=self.clock).seconds
                     rows[label].append((seconds["input"][0], seconds["output"][0]))
             paired = [statistics.median(a / b for a, b in row) for row in rows.values()]
             best = [min(a for a, _ in row) / min(b for _, b in row) for row in rows.values()]
@@ -146,9 +154,12 @@ class Outcome:
         return self.verdict is None or self.verdict.slower
 
     def speed_up(self) -> Measured:
-        if self.timings is None:
-            return Measured(None, self.reason)
-        return Measured(self.timings.speedup("output"), None, f"geometric mean over {', '.join(self.timings.shapes)}")
+        timed = self.timings
+        return (
+            Measured(None, self.reason)
+            if timed is None
+            else Measured(timed.speedup("output"), None, f"geometric mean over {', '.join(timed.shapes)}")
+        )
 
     def latency(self) -> list[Timing]:
         if self.timings is None:
@@ -210,7 +221,7 @@ class Keeper:
         return self._last_resort(race, original, current, suspects)
 
     def _lossless(self, step: Pass) -> bool:
-        return step.exact and step.name not in self.named
+        return step.exact and not step.binding and step.name not in self.named
 
     def _without(self, position: int, dropped: set[int], current: Outcome) -> Outcome:
         """The pipeline repeated without the step at `position` and those in `dropped`: from there, or from the first lowering, which chooses."""
@@ -240,13 +251,10 @@ class Keeper:
             if records[position - 1].changes:
                 records[position - 1] = _undone(records[position - 1], f"taken back with everything: the artifact was {told}", facts)
         warning = Remark("warning", "promise", "", f"the artifact was {told}; the output is the input itself", facts)
-        same = {name: race_input for name in ("input", "output") if (race_input := _input_times(current.timings)) is not None}
-        verdict = Verdict(Timings(current.timings.shapes, same), False) if current.timings is not None else None
+        timed = current.timings
+        same = None if timed is None else Timings(timed.shapes, dict.fromkeys(("input", "output"), timed.seconds["input"]))
+        verdict = None if same is None else Verdict(same, False)
         return Outcome(None, None, [*records, PassRecord("promise", 0, 0.0, [warning])], verdict, "the output is the input itself")
-
-
-def _input_times(timed: Timings | None) -> tuple[float, ...] | None:
-    return None if timed is None else timed.seconds["input"]
 
 
 def _undone(record: PassRecord, why: str, facts: Mapping[str, Any]) -> PassRecord:

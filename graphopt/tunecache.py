@@ -76,7 +76,7 @@ class Cache:
 
     def add(self, machine: Machine, timed: Iterable[Timed]) -> None:
         now = time.time()
-        rows = [(*dataclasses.astuple(machine), t.piece, t.spelling, t.shape, t.seconds, t.description, now) for t in timed]
+        rows = [(machine.processor, machine.runtime, machine.provider, machine.threads, t.piece, t.spelling, t.shape, t.seconds, t.description, now) for t in timed]
         self._use(lambda connection: self._insert(connection, rows), None)
 
     def rows(self) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from graphopt.core import Array, Context, Pass, Session, Target
 from graphopt.errors import GraphoptError, TargetError
 from graphopt.feeds import random_feed
 from graphopt.graph import all_nodes
-from graphopt.measure import latency
+from graphopt.measure import latency, steady_clock
 from graphopt.sizes import Bindings
 from graphopt.tunecache import Cache, Timed
 
@@ -180,7 +180,8 @@ class _Tuner:
         sessions[base].run(feed)
         once = time.perf_counter() - start
         rounds, block = next((r, b) for limit, r, b in _EFFORT if once <= limit)
-        timed = latency(sessions, {"": feed}, rounds=rounds, block=block)
+        assert self.machine is not None
+        timed = latency(sessions, {"": feed}, rounds=rounds, block=block, clock=steady_clock(self.machine.own_threads))
         return {name: seconds[0] for name, seconds in timed.seconds.items()}
 
     def _judge(self, variants: Sequence[_Variant], times: Mapping[str, Mapping[str, float]], node: str, count: int) -> Spelling:

@@ -50,7 +50,7 @@ class CpuProvider(Target):
         import onnxruntime
 
         runtime = f"onnxruntime {onnxruntime.__version__} ({onnxruntime.get_build_info()})"
-        return Machine(self.processor or processor(), runtime, "CPUExecutionProvider", self.threads)
+        return Machine(self.processor or processor(), runtime, "CPUExecutionProvider", self.threads, in_process=True)
 
     def supports(self, node: ir.Node) -> bool:
         return (node.domain or "", node.op_type) in kernels("CPUExecutionProvider")
