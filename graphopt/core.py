@@ -38,6 +38,11 @@ class Pass(Configurable, ABC):
     def run(self, model: ir.Model, ctx: Context) -> int:
         """Change `model` in place; return how many changes were made (0 = untouched)."""
 
+    @property
+    def binding(self) -> bool:
+        """True if a limit of the user asks for it (`opset=17`): it is never taken back for being slow."""
+        return False
+
     def weaker(self) -> Self | None:
         """A milder setting of the same pass, or None if it can only be undone."""
         return None

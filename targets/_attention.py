@@ -43,6 +43,10 @@ class DecomposeAttention(RewritePass[AttentionMatch]):
     opset: int | None = None
     anchors: ClassVar[frozenset[str]] = frozenset({"Attention"})
 
+    @property
+    def binding(self) -> bool:
+        return self.opset is not None
+
     def match(self, node: ir.Node, ctx: Context) -> AttentionMatch | Miss | None:
         if node.version is not None and node.version > 23:
             return Miss(node, f"stays Attention: it is written for opset {node.version}")

@@ -29,16 +29,32 @@ def portable(opset: int | None, vendor: bool) -> list[Pass]:
     limits = [KeepWithin(opset, vendor)] if opset is not None or not vendor else []
     since: list[tuple[int, Pass]] = [
         (23, DecomposeAttention(opset)),
-        (23, DecomposeRotary()),
-        (23, DecomposeRms()),
-        (20, DecomposeGelu()),
-        (17, DecomposeLayerNorm()),
+        (23, DecomposeRotary(opset)),
+        (23, DecomposeRms(opset)),
+        (21, DecomposeGroupNorm(opset)),
+        (20, DecomposeGelu(opset)),
+        (17, DecomposeLayerNorm(opset)),
     ]
     return [*(step for version, step in since if opset is not None and opset < version), *limits]
 
 
 @dataclasses.dataclass(frozen=True)
-class DecomposeRotary(RewritePass[Match]):
+class Decompose(RewritePass[Match]):
+    """An operator written as what it is made of.
+
+    Args:
+        opset: the artifact's limit, where that is the reason; None: the runtime has no kernel.
+    """
+
+    opset: int | None = None
+
+    @property
+    def binding(self) -> bool:
+        return self.opset is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class DecomposeRotary(Decompose):
     """RotaryEmbedding-23 -> slices, products and Concat."""
 
     anchors: ClassVar[frozenset[str]] = frozenset({"RotaryEmbedding"})
@@ -97,7 +113,7 @@ def _ints(op: Builder, *values: int) -> ir.Value:
 
 
 @dataclasses.dataclass(frozen=True)
-class _DecomposeNorm(RewritePass[Match]):
+class _DecomposeNorm(Decompose):
     """A norm over the last axes, computed in float32 as the operator does (stash_type 1)."""
 
     def match(self, node: ir.Node, ctx: Context) -> Match | Miss | None:
@@ -156,6 +172,22 @@ class DecomposeLayerNorm(_DecomposeNorm):
         return [out if beta is None else op.Add(out, beta)]
 
 
+@dataclasses.dataclass(frozen=True)
+class DecomposeGroupNorm(_DecomposeNorm):
+    """GroupNormalization-21 -> a norm over [batch, groups, the rest]. Wu and He, Group Normalization (2018)."""
+
+    anchors: ClassVar[frozenset[str]] = frozenset({"GroupNormalization"})
+
+    def build(self, op: Builder, m: Match) -> Sequence[ir.Value]:
+        (node,) = m.nodes
+        whole, dtype, _ = self._wide(op, node)
+        x, last = op.Reshape(whole, _ints(op, 0, attr(node, "num_groups"), -1)), _ints(op, -1)
+        out = self._quotient(op, op.Sub(x, op.ReduceMean(x, last, keepdims=1)), last, node)
+        out = _narrow(op, op.Reshape(out, op.Shape(whole)), dtype, dtype)
+        beside = _ints(op, *range(1, (rank(node.inputs[0]) or 0) - 1))  # scale and bias are per channel
+        return [op.Add(op.Mul(out, op.Unsqueeze(node.inputs[1], beside)), op.Unsqueeze(node.inputs[2], beside))]
+
+
 def _narrow(op: Builder, value: ir.Value, was: ir.DataType, to: ir.DataType | None) -> ir.Value:
     """Back to the type of the scale, where the norm was computed in a wider one."""
     if was not in _HALF and (to is None or to == was):
@@ -165,7 +197,7 @@ def _narrow(op: Builder, value: ir.Value, was: ir.DataType, to: ir.DataType | No
 
 
 @dataclasses.dataclass(frozen=True)
-class DecomposeGelu(RewritePass[Match]):
+class DecomposeGelu(Decompose):
     """Gelu-20 -> the five nodes with Erf (or those with Tanh) that runtimes fuse again. Hendrycks and Gimpel, GELUs (2016)."""
 
     anchors: ClassVar[frozenset[str]] = frozenset({"Gelu"})

@@ -23,6 +23,10 @@ class KeepWithin(Pass):
     opset: int | None = None
     vendor: bool = True
 
+    @property
+    def binding(self) -> bool:
+        return True
+
     def run(self, model: ir.Model, ctx: Context) -> int:
         meta, (floor, _) = model.graph.meta, versions.origin(model)
         changes = 0
