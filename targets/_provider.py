@@ -17,6 +17,7 @@ import onnx_ir as ir
 from graphopt.core import Artifact, Pass, Session, Target
 from graphopt.errors import TargetError
 from graphopt.graph import all_nodes
+from graphopt.opset import OLDEST
 from graphopt.spelling import WORKING
 
 from ._cuda_table import Kernel
@@ -66,7 +67,8 @@ class OrtProvider(Target):
         since = _since(node, opset)
         fitting = [k for k in found if k.serves(since)]
         if not fitting:
-            return f"no kernel for {name} of opset {since}"
+            older = _last_served(node.op_type, since, found)
+            return f"no kernel for {name} of opset {since}" + (f"; with opset={older} there is one" if older else "")
         kind = _kind(node)
         return None if kind is None or any(k.takes(kind) for k in fitting) else f"no kernel for {name} of {kind}"
 
@@ -118,6 +120,18 @@ def _since(node: ir.Node, opset: int | None) -> int:
         return int(onnx.defs.get_schema(node.op_type, version, "").since_version)
     except onnx.defs.SchemaError:
         return version
+
+
+def _last_served(op_type: str, since: int, kernels: Sequence[Kernel]) -> int | None:
+    """The newest opset below `since` at which one of the kernels serves the operator."""
+    for version in range(since - 1, OLDEST - 1, -1):
+        try:
+            schema = onnx.defs.get_schema(op_type, version, "")
+        except onnx.defs.SchemaError:
+            return None
+        if any(k.serves(schema.since_version) for k in kernels):
+            return version
+    return None
 
 
 def _kind(node: ir.Node) -> str | None:

@@ -282,3 +282,10 @@ def test_minilm(route: str) -> None:
         kept = feeds["attention_mask"].astype(np.bool_)
         cosine = (found * expected).sum(-1) / np.linalg.norm(found, axis=-1) / np.linalg.norm(expected, axis=-1)
         assert cosine[kept].min() > 0.9999
+
+
+def test_f08_a_second_run_through_files(tmp_path: Path) -> None:
+    result = graphopt.optimize(minilm("eager_ts17"), FUSE + "to-half", promise=False)
+    result.save(tmp_path / "once.onnx")
+    again = graphopt.optimize(tmp_path / "once.onnx", "to-half", target="cuda{vendor=false}")
+    assert [p["changes"] for p in again.report.as_dict()["passes"] if p["name"] == "to-half"] == [0]
