@@ -124,12 +124,15 @@ def _repeated(op: Builder, x: ir.Value, heads: int, kv_heads: int, is_value: boo
 
 
 def _scores(op: Builder, node: ir.Node, m: AttentionMatch, q: ir.Value, k: ir.Value) -> ir.Value:
-    scale = attr(node, "scale") or 1 / np.sqrt(m.dim)
-    product = op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2]))
-    scores = op.Mul(product, op.const(np.array(scale, (_given(node, 0).dtype or ir.DataType.FLOAT).numpy()), "scale"))
+    """query x key, scaled; in 16 bits the query is scaled first, for the product alone could leave the range."""
+    dtype = _given(node, 0).dtype or ir.DataType.FLOAT
+    scale = op.const(np.array(attr(node, "scale") or 1 / np.sqrt(m.dim), dtype.numpy()), "scale")
+    keys = op.Transpose(k, perm=[0, 1, 3, 2])
+    narrow = dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    scores = op.MatMul(op.Mul(q, scale), keys) if narrow else op.Mul(op.MatMul(q, keys), scale)
     cap = attr(node, "softcap", 0.0)
     if cap:
-        limit = op.const(np.array(cap, (_given(node, 0).dtype or ir.DataType.FLOAT).numpy()), "softcap")
+        limit = op.const(np.array(cap, dtype.numpy()), "softcap")
         scores = op.Mul(op.Tanh(op.Div(scores, limit)), limit)
     return scores  # type: ignore[no-any-return]
 

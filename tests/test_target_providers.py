@@ -25,6 +25,7 @@ from graphopt.pipeline import parse as parse_pipeline
 from graphopt.registry import targets
 from graphopt.remarks import Remark
 from graphopt.run.ort import session
+from graphopt.run.reference import session as reference
 from graphopt.verify import interface, verify
 
 HEADER = '<ir_version: 10, opset_import: ["": 23]>\n'
@@ -252,6 +253,18 @@ def test_primitives_have_the_same_numbers(text: str, tmp_path: Path) -> None:
         feeds = text_feeds(NAMES, 4, 6)
         feeds["input_ids"] = feeds["input_ids"] % most
         assert_same(run(path, feeds), session(result.model).run(feeds))
+
+
+def test_scores_stay_in_the_range_of_float16() -> None:
+    """60 * 60 * 64 is beyond 65504; scaled first, it is not."""
+    text = "g (float[B,2,S,64] q, float[B,2,S,64] k, float[B,2,S,64] v) => (float[B,2,S,64] y) { y = Attention (q, k, v) }"
+    result = graphopt.optimize(parse(HEADER + text), target="tensorrt{dtype=float16}")
+    assert {n.op_type for n in result.model.graph} >= {"MatMul", "Softmax"}
+    feeds = {"q": np.full((1, 2, 3, 64), 60, np.float32), "k": np.full((1, 2, 3, 64), 60, np.float32), "v": numbers(1, 1, 2, 3, 64)}
+    feeds["k"][:, :, 1] = 59
+    expected = run(parse(HEADER + text), feeds)["y"]
+    for engine in (session(result.model, optimize=False), reference(result.model)):
+        assert np.abs(engine.run(feeds)["y"] - expected).max() <= 5e-3
 
 
 # ---- execution ----------------------------------------------------------------------------------------------------------------------------
