@@ -27,8 +27,8 @@ def cpu_table(*, vendor: bool) -> tuple[Spelling, ...]:
     shared = (
         Spelling(Lookup(), "codes", (SpellQuantizedTable(),)),
         Spelling(IntegerMatmul(), "auto", (SpellIntegerMatmul(vendor=vendor),)),
-        Spelling(Projections(), "merged", (_pass("merge-projections"),)),
         Spelling(Projections(), "separate"),
+        Spelling(Projections(), "merged", (_pass("merge-projections"),)),
         Spelling(AttentionCore(), "attention"),
         Spelling(AttentionCore(), "matmul-softmax", (DecomposeAttention(),)),
         Spelling(ResidualNorm(), "sum", (SpellResidual(),)),
