@@ -251,16 +251,17 @@ def main() -> None:
     parser.add_argument("--zoo", type=Path, help="folder of small models")
     parser.add_argument("--only", default="", help="models whose name holds this text")
     parser.add_argument("--no-smol", action="store_true")
+    parser.add_argument("--no-real", action="store_true", help="the zoo alone")
     parser.add_argument("--no-int8", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", type=Path)
-    parser.add_argument("--from-json", type=Path, help="write the tables of an earlier run")
+    parser.add_argument("--from-json", type=Path, nargs="+", help="write the tables of earlier runs, put together")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         serve(answer)
         return
-    found = json.loads(options.from_json.read_text()) if options.from_json else gather(options)
+    found = joined([json.loads(file.read_text()) for file in options.from_json]) if options.from_json else gather(options)
     if options.json and not options.from_json:
         options.json.write_text(json.dumps(found, indent=1))
     text = section(found)
@@ -269,11 +270,21 @@ def main() -> None:
         write(options.write, text)
 
 
+def joined(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Several runs as one: the rows of all, the latest int8 table, the highest load."""
+    found: dict[str, Any] = {"date": runs[-1]["date"], "real": {}, "zoo": {}, "load": [max(r["load"][k] for r in runs) for k in (0, 1)]}
+    for run in runs:
+        found["real"] |= run["real"]
+        found["zoo"] |= run["zoo"]
+        found["int8"] = run.get("int8") or found.get("int8")
+    return found
+
+
 def gather(options: argparse.Namespace) -> dict[str, Any]:
     if options.folder is None:
         sys.exit("--folder DIR is needed")
     os.environ.setdefault("GRAPHOPT_CACHE", str(options.folder / "tuning.sqlite"))
-    models = _models.real(options.folder, smol=not options.no_smol)
+    models = {} if options.no_real else _models.real(options.folder, smol=not options.no_smol)
     zoo = {p.stem: p for p in sorted(options.zoo.glob("*.onnx"))} if options.zoo else {}
     before = os.getloadavg()[0]
     worker = Worker(__file__, [], 1500.0)
@@ -288,7 +299,7 @@ def gather(options: argparse.Namespace) -> dict[str, Any]:
             print(f"{name}: {row.get('seconds', 0):.1f} s  " + "  ".join(f"{t} {v[0]:.2f} ({v[1]:.2f})" for t, v in told.items()), file=sys.stderr)
             for line in (*row.get("taken_back", ()), *([str(row["failed"])] if row.get("failed") else ())):
                 print(f"    {line}", file=sys.stderr)
-    if not options.no_int8:
+    if models and not options.no_int8:
         found["int8"] = worker.ask(json.dumps({"job": "int8", "file": str(models["MiniLM-L6 sdpa 18"])}))
     worker.stop()
     found["load"] = (before, os.getloadavg()[0])
