@@ -139,3 +139,10 @@ def test_a_target_that_cannot_run_here_says_so() -> None:
 )
 def test_the_verdict(ratios: Sequence[float], saved: Sequence[float], verdict: bool) -> None:
     assert not_slower(ratios, saved) is verdict
+
+
+def test_a_limit_of_the_user_is_not_taken_back(slow: str) -> None:
+    """opset=17 has no Gelu: however slow the older spelling is, the input's own is no answer to what was asked for."""
+    result = graphopt.optimize(model(), "slow-down", target="cpu{opset=17 tune=off}", plugins=[slow], promise=True, shapes="4x32")
+    assert "Sin" not in ops(result.model)
+    assert "Gelu" not in ops(result.model)
