@@ -87,8 +87,16 @@ def onnxsim(path: Path) -> Output:
     return Output(model, {"model": model.SerializeToString()})
 
 
+def onnxslim(path: Path) -> Output:
+    import onnx
+    import onnxslim as package
+
+    model = package.slim(onnx.load(path))
+    return Output(model, {"model": model.SerializeToString()})
+
+
 TOOLS: dict[str, Callable[[Path], Output]] = {
-    "graphopt": graphopt, "onnxruntime": onnxruntime, "onnxscript": onnxscript, "onnxsim": onnxsim, "none": given,
+    "graphopt": graphopt, "onnxruntime": onnxruntime, "onnxscript": onnxscript, "onnxsim": onnxsim, "onnxslim": onnxslim, "none": given,
 }  # fmt: skip
 
 

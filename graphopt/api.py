@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from graphopt import frontend, instruments, measure, reading, registry, save
+from graphopt import bench, frontend, instruments, measure, reading, registry, save
 from graphopt.core import Budget, Context, Pass, Target
 from graphopt.errors import GraphoptError, LoadError, PipelineError, SampleError, VerifyError
 from graphopt.fuel import Fuel
-from graphopt.instruments import Observer
 from graphopt.loss import NO_SAMPLES, Loss, Metric, model_bytes
 from graphopt.normalize import normalize
 from graphopt.opset import Rise
 from graphopt.options import near
 from graphopt.pipeline import Instrument, PassManager, PassRecord, parse, render
+from graphopt.promise import History, Keeper, Outcome, feeds_of
 from graphopt.remarks import Remark, Remarks
 from graphopt.report import Report, Size, megabytes
 from graphopt.result import Result
@@ -58,6 +58,8 @@ def optimize(
     print_changed: bool = False,
     dump: str | Path | None = None,
     fuel: int | None = None,
+    promise: bool | None = None,
+    shapes: str | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Load a model, run a pipeline over it, and lower it for a target.
@@ -75,6 +77,9 @@ def optimize(
         plugins: files or modules that bring passes or targets.
         verify_each, check_numerics, time, print_changed, dump: instruments (see docs/cli.md); `dump` is a folder.
         fuel: how many changes may happen at most, for bisecting.
+        promise: time the artifact against the input, and take lossless changes back where it is slower (docs/tuning.md). By default for a
+            level of 1 or more, and not for a `pipeline` of your own, for `fuel`, or for a target that cannot run here.
+        shapes: BATCHxSEQUENCE sizes to measure at, such as `1x16,8x64`; they become the option `shapes` of the target, if it has one.
         progress: called with what is done now and the fraction of all steps.
 
     Raises:
@@ -85,7 +90,7 @@ def optimize(
         VerifyError: what the passes left is no legal graph, or has another interface.
         GraphoptError: a required pass changed nothing.
     """
-    plan = _Plan.make(pipeline, level, target, tuple(plugins), tuple(require))
+    plan = _Plan.make(pipeline, level, target, tuple(plugins), tuple(require), shapes)
     tell = progress or (lambda text, done: None)
     tell("load", 0.0)
     remarks, start = Remarks(), clock()
@@ -104,21 +109,55 @@ def optimize(
     file = Path(source) if isinstance(source, (str, os.PathLike)) and Path(source).is_file() and not input_shapes else None
     fed = _samples(samples, tokenizer, model, source)
     loss = Loss(plan.target, original, fed, metric)
-    snapshot = _Snapshot(len(plan.passes) + 1, len(plan.passes) + len(plan.lowerings), tell)
-    ctx = Context(
-        model, target=plan.target, samples=fed, remarks=remarks, fuel=Fuel(fuel), original=original,
-        budget=None if max_loss is None else Budget(max_loss),
-    )  # fmt: skip
+    history = History(len(plan.passes) + 1, len(plan.passes) + len(plan.lowerings), tell)
+    budget = None if max_loss is None else Budget(max_loss)
+
+    def context(graph: ir.Model, spoken: Remarks, limit: int | None = None) -> Context:
+        return Context(graph, target=plan.target, samples=fed, remarks=spoken, fuel=Fuel(limit), original=original, budget=budget)
+
     public = interface(model)
-    watchers = [*_instruments(verify_each, check_numerics, time, print_changed, dump), snapshot]
-    records += _manager(plan, watchers, loss, max_loss).run(model, ctx)
-    _check(model, public)
+    watchers = [*_instruments(verify_each, check_numerics, time, print_changed, dump), history]
+    done = _manager(plan.steps, watchers, loss, max_loss).run(model, context(model, remarks, fuel))
+    outcome = Outcome(model, history.graph or model, done, None, "not measured; leave out --no-measure, or call Result.measure()")
+    if any(record.changes for record in done) and _promised(promise, pipeline, level, fuel):
+        keeper = Keeper(
+            plan.target, plan.steps, history, lambda steps, watcher: _manager(steps, (watcher,), loss, max_loss),
+            lambda graph: context(graph, Remarks()), plan.required, tell,
+        )  # fmt: skip
+        outcome = _keep(keeper, original, outcome, fed, shapes)
+    if outcome.model is not None:
+        _check(outcome.model, public)
+    records += outcome.records
     _require(plan.required, records)
     changed = any(record.changes for record in records)
-    lowered = model if changed else original
+    lowered = original if outcome.model is None or not changed else outcome.model
     report = _report(plan, original, lowered, file, records, loss)
+    report.speed_up, report.latency = outcome.speed_up(), outcome.latency()
     tell("done", 1.0)
-    return Result(lowered, snapshot.graph or model, original, plan.target, report, fed, file)
+    return Result(lowered, outcome.graph or original, original, plan.target, report, fed, file)
+
+
+def _promised(promise: bool | None, pipeline: str | None, level: int, fuel: int | None) -> bool:
+    return (pipeline is None and level >= 1 and fuel is None) if promise is None else promise
+
+
+def _keep(keeper: Keeper, original: ir.Model, whole: Outcome, samples: Samples | None, shapes: str | None) -> Outcome:
+    """The outcome with its timings; where nothing can be timed, the reason."""
+    if getattr(keeper.target, "processor", None) is not None:
+        whole.reason = f"not measured: it is for another processor, {keeper.target}"
+        return whole
+    try:
+        assert whole.graph is not None
+        feeds = feeds_of(keeper.target, whole.graph, samples, None if shapes is None else bench.parse_shapes(shapes))
+        return keeper.keep(original, _lowered(whole), whole.records, feeds)
+    except GraphoptError as error:
+        whole.reason = f"not measured: {error}"
+        return whole
+
+
+def _lowered(outcome: Outcome) -> ir.Model:
+    assert outcome.model is not None
+    return outcome.model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,9 +169,19 @@ class _Plan:
     lowerings: tuple[Pass, ...]
     required: tuple[str, ...]
 
+    @property
+    def steps(self) -> tuple[Pass, ...]:
+        return (*self.passes, *self.lowerings)
+
     @classmethod
-    def make(cls, text: str | None, level: int, target: str | Target, plugins: tuple[str, ...], required: tuple[str, ...]) -> _Plan:
+    def make(
+        cls, text: str | None, level: int, target: str | Target, plugins: tuple[str, ...], required: tuple[str, ...], shapes: str | None = None
+    ) -> _Plan:
         where = parse_target(target, plugins) if isinstance(target, str) else target
+        if shapes is not None:
+            bench.parse_shapes(shapes)
+            if any(field.name == "shapes" for field in dataclasses.fields(where)):  # type: ignore[arg-type]
+                where = dataclasses.replace(where, shapes=tuple(shapes.replace(" ", "").split(",")))  # type: ignore[type-var]
         classes = registry.passes(plugins)
         passes: list[Pass] = parse(where.pipeline(level) if text is None else text, classes)
         lowerings = tuple(where.lowerings())
@@ -154,19 +203,6 @@ def parse_target(text: str, plugins: tuple[str, ...] = ()) -> Target:
     if len(found) != 1:
         raise PipelineError(f"expected one target such as cpu or cpu{{threads=2}}, found `{text}`")
     return found[0]
-
-
-class _Snapshot(Observer):
-    """Keeps the graph as it was before the first lowering, and tells how far the run is."""
-
-    def __init__(self, first_lowering: int, total: int, tell: Progress) -> None:
-        self.first, self.total, self.tell = first_lowering, max(1, total), tell
-        self.graph: ir.Model | None = None
-
-    def before(self, step: Pass, position: int, model: ir.Model, ctx: Context) -> None:
-        self.tell(f"{position}/{self.total} {step}", (position - 1) / self.total)
-        if position == self.first and self.graph is None:
-            self.graph = model.clone()
 
 
 def load_both(
@@ -218,9 +254,8 @@ def _instruments(verify_each: bool, check_numerics: bool, time: bool, print_chan
     return chosen
 
 
-def _manager(plan: _Plan, watchers: Sequence[Instrument], loss: Loss, max_loss: float | None) -> PassManager:
-    steps = [*plan.passes, *plan.lowerings]
-    lossy = [step for step in plan.passes if not step.exact]
+def _manager(steps: Sequence[Pass], watchers: Sequence[Instrument], loss: Loss, max_loss: float | None) -> PassManager:
+    lossy = [step for step in steps if not step.exact]
     if max_loss is None or not lossy:
         return PassManager(steps, watchers)
     if not loss.known:

@@ -17,7 +17,7 @@ from graphopt.samples import default_shapes, random_samples
 from graphopt.sizes import limits, symbols
 
 Progress = Callable[[float], None]
-_EFFORT = ((0.02, 6, 6), (0.2, 5, 4), (float("inf"), 4, 3))  # up to so many seconds a run: rounds, counted runs of a block
+_EFFORT = ((0.001, 15, 20), (0.02, 6, 6), (0.2, 5, 4), (float("inf"), 4, 3))  # up to so many seconds a run: rounds, counted runs of a block
 _QUICK = (2, 2)
 
 
@@ -83,7 +83,12 @@ def feeds_for(models: Sequence[ir.Model], shapes: Sequence[tuple[int, ...]] | No
 
 
 def race(
-    sessions: Mapping[str, Session], feeds: Mapping[str, Mapping[str, Array]], *, quick: bool = False, progress: Progress | None = None
+    sessions: Mapping[str, Session],
+    feeds: Mapping[str, Mapping[str, Array]],
+    *,
+    quick: bool = False,
+    progress: Progress | None = None,
+    clock: Callable[[], float] | None = None,
 ) -> Timings:
     """Interleaved timing; short runs get more rounds than long ones. `quick` is for a smoke test, not for a number to quote."""
     seconds: dict[str, list[float]] = {name: [] for name in sessions}
@@ -94,7 +99,7 @@ def race(
         cost = time.perf_counter() - start
         rounds, block = _QUICK if quick else next((r, b) for limit, r, b in _EFFORT if cost <= limit)
         share = None if progress is None else _share(progress, done, len(feeds))
-        timed = latency(sessions, {name: feed}, rounds=rounds, block=block, progress=share)
+        timed = latency(sessions, {name: feed}, rounds=rounds, block=block, progress=share, clock=clock)
         for model, values in timed.seconds.items():
             seconds[model] += values
     return Timings(tuple(feeds), {name: tuple(values) for name, values in seconds.items()})

@@ -19,6 +19,7 @@ from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
+from graphopt import cli_tune
 from graphopt.errors import GraphoptError, SaveError
 
 P = ParamSpec("P")
@@ -129,7 +130,7 @@ def optimize(
     task: Task = None,
     with_past: WithPast = False,
     input_shape: Annotated[list[str] | None, typer.Option(metavar="NAME:DIM,...", help="Fix the shape of an input; repeatable.")] = None,
-    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time input and output side by side.")] = True,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time input and output; take back what is slower.")] = True,
     shapes: Shapes = None,
     as_json: Json = False,
 ) -> None:
@@ -148,8 +149,9 @@ def optimize(
             model, pipeline, level=1 if level is None else level, target=target, samples=samples, tokenizer=tokenizer, metric=judge,
             max_loss=max_loss, require=require or (), plugins=plugin or (), input_shapes=shaped or None, task=task, with_past=with_past,
             verify_each=verify_each, check_numerics=check_numerics, time=time, print_changed=print_changed, dump=dump, fuel=fuel, progress=tell,
+            promise=measure and level != 0 and fuel is None, shapes=shapes,
         )  # fmt: skip
-        if measure:
+        if measure and result.report.speed_up.value is None:
             result.measure(shapes, progress=lambda done: tell("timing input and output, interleaved", done))
     result.save(out)
     if report is not None:
@@ -234,6 +236,11 @@ def demo(
     from graphopt.tables import print_demo
 
     print_demo(found, _console())
+
+
+for _name, _command in cli_tune.COMMANDS.items():
+    cli_tune.app.command(_name)(one_line_errors(_command))
+app.add_typer(cli_tune.app, name="tune")
 
 
 def _list(kind: str, name: str | None, verbose: bool, plugin: list[str] | None, as_json: bool) -> None:

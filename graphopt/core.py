@@ -17,6 +17,7 @@ from graphopt.options import Configurable
 from graphopt.remarks import Remarks
 
 if TYPE_CHECKING:
+    from graphopt.choices import Choices, Machine, Spelling
     from graphopt.samples import Samples
 
 Facts = TypeVar("Facts")
@@ -36,6 +37,11 @@ class Pass(Configurable, ABC):
     @abstractmethod
     def run(self, model: ir.Model, ctx: Context) -> int:
         """Change `model` in place; return how many changes were made (0 = untouched)."""
+
+    @property
+    def binding(self) -> bool:
+        """True if a limit of the user asks for it (`opset=17`): it is never taken back for being slow."""
+        return False
 
     def weaker(self) -> Self | None:
         """A milder setting of the same pass, or None if it can only be undone."""
@@ -67,6 +73,7 @@ class Context:
         self.original = model if original is None else original
         self.remarks = Remarks() if remarks is None else remarks
         self.fuel = Fuel() if fuel is None else fuel
+        self.choices: Choices | None = None  # set by choose-spellings; the rewrite driver asks
         self._facts: dict[Any, Any] = {}
 
     def get(self, analysis: Analysis[Facts]) -> Facts:
@@ -138,6 +145,14 @@ class Target(Configurable, ABC):
         Raises:
             TargetError: the runtime is not on this machine.
         """
+
+    def spellings(self) -> Sequence[Spelling]:
+        """The table of equivalent spellings, the default of each kind first; `lowerings` must begin with `choose-spellings` to use it."""
+        return ()
+
+    def machine(self) -> Machine | None:
+        """Where a timing of this target was or would be taken; None if it cannot run here."""
+        return None
 
     def report(self, model: ir.Model) -> dict[str, Any]:
         """What this target has to say about the lowered model (JSON values)."""

@@ -95,7 +95,7 @@ def run(*, target: str = "quantized", fast: bool = False, progress: Progress = l
 def _build(model: Path, target: str, folder: Path, progress: Progress) -> dict[str, Path]:
     """The three files, by name; the plain export first."""
     progress("exporting MiniLM by torch.onnx, then graphopt -O2", 0.02)
-    result = optimize(model, level=2, target=target, progress=lambda text, done: progress(text, 0.02 + 0.33 * done))
+    result = optimize(model, level=2, target=target, promise=False, progress=lambda text, done: progress(text, 0.02 + 0.33 * done))
     files = {name: folder / f"model{k}.onnx" for k, name in enumerate(_NAMES)}
     result.save_input(files[_NAMES[0]])
     result.save(files[_NAMES[2]])

@@ -22,7 +22,10 @@ from graphopt.sizes import Bindings, size_of
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Difference", "Distance", "Flops", "Timings", "compare_outputs", "distance", "flops", "latency", "parameters", "relative_l2", "size"]
+__all__ = [
+    "Difference", "Distance", "Flops", "Timings", "compare_outputs", "distance", "flops", "latency", "parameters", "relative_l2", "size",
+    "steady_clock",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +68,7 @@ def latency(
     rounds: int = 5,
     block: int = 4,
     progress: Callable[[float], None] | None = None,
+    clock: Callable[[], float] | None = None,
 ) -> Timings:
     """Time models side by side, in interleaved warm blocks.
 
@@ -75,6 +79,7 @@ def latency(
         sessions: name -> model; the first is the baseline.
         feeds: label of a shape, such as "8x64" -> inputs.
         progress: called with the fraction done.
+        clock: gives seconds; by default the wall clock. See `steady_clock`.
     """
     names, done, total = list(sessions), 0, len(feeds) * rounds * len(sessions)
     medians: dict[str, list[float]] = {name: [] for name in names}
@@ -82,7 +87,7 @@ def latency(
         runs: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(rounds):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                runs[name] += _block(sessions[name], feed, block)
+                runs[name] += _block(sessions[name], feed, block, clock or time.perf_counter)
                 done += 1
                 if progress is not None:
                     progress(done / total)
@@ -91,13 +96,22 @@ def latency(
     return Timings(tuple(feeds), {name: tuple(seconds) for name, seconds in medians.items()})
 
 
-def _block(session: Session, feed: Mapping[str, Array], runs: int) -> list[float]:
+def steady_clock(threads: int | None) -> Callable[[], float]:
+    """The clock for a runtime that computes in `threads` threads of this process (None: elsewhere, or not known).
+
+    For one thread it is the processor time of this process, which is the wall clock of an idle machine: what other processes take does not
+    count. Nothing else in the process may compute meanwhile.
+    """
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def _block(session: Session, feed: Mapping[str, Array], runs: int, clock: Callable[[], float]) -> list[float]:
     session.run(feed)
     times = []
     for _ in range(runs):
-        start = time.perf_counter()
+        start = clock()
         session.run(feed)
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return times
 
 

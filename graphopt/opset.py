@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
@@ -88,7 +89,7 @@ def lower(model: ir.Model, floor: int, *, ceiling: int | None = None, ir_floor: 
 
     Args:
         floor: the input's opset.
-        ceiling: an opset that must not be exceeded (a user's option); it wins over `floor`.
+        ceiling: an opset that must not be exceeded (a user's option); it wins over `floor`, and its IR version over `ir_floor`.
 
     Returns:
         What rose above the input, and because of what.
@@ -116,7 +117,8 @@ def lower(model: ir.Model, floor: int, *, ceiling: int | None = None, ir_floor: 
     _set_imports(model, version)
     _drop_unused(model)
     rises = [Rise("opset", floor, version, blame)] if version > floor or (ceiling is None and version < floor) else []
-    return rises + _raise_ir(model, model.ir_version if ir_floor is None else ir_floor)
+    before = model.ir_version if ir_floor is None else ir_floor
+    return rises + _raise_ir(model, before if ceiling is None else min(before, _ir_of_opset(ceiling)))
 
 
 def _plan(nodes: Sequence[ir.Node], version: int, home: int) -> tuple[list[tuple[ir.Node, Spelling]], str | None]:
@@ -147,6 +149,12 @@ def _drop_unused(model: ir.Model) -> None:
     for name, value in list(model.graph.initializers.items()):
         if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
             del model.graph.initializers[name]
+
+
+def _ir_of_opset(version: int) -> int:
+    """The IR version that came with an opset: what a runtime of its time loads."""
+    found: int = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", version)], ignore_unknown=True)
+    return found
 
 
 def _raise_ir(model: ir.Model, floor: int) -> list[Rise]:

@@ -133,7 +133,7 @@ class Driver:
         found: list[tuple[ir.Node, Any]] = []
         misses: list[Miss] = []
         for node in all_nodes(self.model):
-            if _anchor(node) not in rule.anchors:
+            if _anchor(node) not in rule.anchors or (self.ctx.choices is not None and not self.ctx.choices.allows(rule, node)):
                 continue
             got = rule.match(node, self.ctx)
             if isinstance(got, Match):
@@ -214,6 +214,8 @@ class Driver:
                 if value.name == "":  # an optional output that is not there
                     continue
                 value.name = self.names.fresh(f"{node.name}_output_{k}")
+        if self.ctx.choices is not None:
+            self.ctx.choices.carry(match.nodes, op.nodes)
         for value in op.initializers:
             self.model.graph.register_initializer(value)
         self.memo.update(op.made)

@@ -12,13 +12,13 @@ import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Linear, StoredOperands, stored
-from graphopt.core import Context, Pass
+from graphopt.core import Context
 from graphopt.graph import all_nodes, constant, consumers, producer, rank
 from graphopt.rewrite import Builder, Match, Miss, RewritePass
 
@@ -26,11 +26,6 @@ _VENDOR = "com.microsoft"
 _EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
 _INTEGER = ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")  # the weight is their second input
 _UNSPELLED = "it was left as DequantizeLinear, and the runtime does not fuse it"
-
-
-def integer_lowerings(*, vendor: bool) -> list[Pass]:
-    """The passes that turn DequantizeLinear around a multiply or a lookup into integer arithmetic; `vendor`: with operators of the runtime."""
-    return [SpellQuantizedTable(), SpellIntegerMatmul(vendor=vendor)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +83,15 @@ class MatmulMatch(Match):
 
 @dataclasses.dataclass(frozen=True)
 class SpellIntegerMatmul(RewritePass[MatmulMatch]):
-    """MatMul or Gemm of a dynamically quantized activation and an int8 weight -> one integer multiply, with the bias inside."""
+    """MatMul or Gemm of a dynamically quantized activation and an int8 weight -> one integer multiply, with the bias inside.
+
+    Args:
+        vendor: with operators of the runtime.
+        form: `each` multiply quantizes its input itself; it is quantized `once` by a node of its own; `auto`: once where several read it.
+    """
 
     vendor: bool = True
+    form: Literal["auto", "each", "once"] = "auto"
     anchors: ClassVar[frozenset[str]] = frozenset({"MatMul", "Gemm"})
 
     def match(self, node: ir.Node, ctx: Context) -> MatmulMatch | Miss | None:
@@ -106,7 +107,8 @@ class SpellIntegerMatmul(RewritePass[MatmulMatch]):
         assert dynamic is not None
         (codes, scale, zero), x = dynamic.outputs, dynamic.inputs[0]
         assert x is not None
-        shared = len(consumers(linear.x)) > 1 or len(consumers(codes)) > 1 or linear.trans_x
+        several = len(consumers(linear.x)) > 1 or len(consumers(codes)) > 1
+        shared = linear.trans_x or self.form == "once" or (self.form == "auto" and several)
         nodes = (node,) if linear.bias_node is None else (node, linear.bias_node)
         return MatmulMatch(nodes, (linear.output,), linear, x, codes, scale, zero, shared)
 

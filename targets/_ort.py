@@ -6,33 +6,51 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 
+from graphopt.choices import Machine, Spelling, table_passes
 from graphopt.core import Artifact, Pass, Session, Target
 from graphopt.errors import TargetError
+from graphopt.machine import processor
+from graphopt.tuning import ChooseSpellings
 
-from ._integer import integer_lowerings, integer_report
-from ._spell import SpellResidual
+from ._integer import integer_report
+from ._table import cpu_table
 
 FUSE = "canonicalize, simplify-masks, fuse-norm, fuse-activation, fuse-rotary, fuse-attention"
-EXACT = f"{FUSE}, merge-projections, canonicalize"
-# Integer projections stay apart: they share one quantized activation, and three narrow multiplies are quicker than a wide one and a Split.
+EXACT = f"{FUSE}, canonicalize"
 LEVELS = ("", EXACT, f"{FUSE}, canonicalize, quantize{{mode=dynamic}}")
 
 
 @dataclasses.dataclass(frozen=True)
 class CpuProvider(Target):
-    """`threads`: intra-op threads of a session; `opset`: of the artifact; `vendor`: whether operators of the runtime may be used."""
+    """`threads`: intra-op threads of a session; `opset`: of the artifact; `vendor`: whether operators of the runtime may be used.
+
+    `shapes`: BATCHxLENGTH sizes to measure at, such as `1x16+8x64`. `tune`: `on` times the spellings of the table that were not timed before,
+    `cache` takes what is in the tuning cache only, `off` takes the defaults of the table. `processor`: the name of another processor, whose
+    timings were imported by `graphopt tune import`; nothing is timed then.
+    """
 
     threads: int = 1
     opset: int | None = None
     vendor: bool = True
+    shapes: tuple[str, ...] = ()
+    tune: Literal["on", "cache", "off"] = "on"
+    processor: str | None = None
+
+    def spellings(self) -> Sequence[Spelling]:
+        return cpu_table(vendor=self.vendor)
 
     def lowerings(self) -> Sequence[Pass]:
-        """Integer multiplies come first: they take the bias, which would else join the residual sum."""
-        return [*integer_lowerings(vendor=self.vendor), SpellResidual()]
+        return [ChooseSpellings(), *table_passes(self.spellings())]
+
+    def machine(self) -> Machine | None:
+        import onnxruntime
+
+        runtime = f"onnxruntime {onnxruntime.__version__} ({onnxruntime.get_build_info()})"
+        return Machine(self.processor or processor(), runtime, "CPUExecutionProvider", self.threads, in_process=True)
 
     def supports(self, node: ir.Node) -> bool:
         return (node.domain or "", node.op_type) in kernels("CPUExecutionProvider")

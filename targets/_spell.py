@@ -28,9 +28,9 @@ class ResidualMatch(Match):
 
 @dataclasses.dataclass(frozen=True)
 class SpellResidual(RewritePass[ResidualMatch]):
-    """Add -> LayerNormalization becomes Sum -> LayerNormalization; a constant bias inside the residual joins the same Sum."""
+    """Add -> LayerNormalization (or RMSNormalization) becomes Sum -> LayerNormalization; a constant bias inside the residual joins the same Sum."""
 
-    anchors: ClassVar[frozenset[str]] = frozenset({"LayerNormalization"})
+    anchors: ClassVar[frozenset[str]] = frozenset({"LayerNormalization", "RMSNormalization"})
 
     def match(self, node: ir.Node, ctx: Context) -> ResidualMatch | None:
         add = producer(node.inputs[0], "Add")

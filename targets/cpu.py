@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
 
+import onnx_ir as ir
+
+from graphopt.core import Artifact, Pass
+
+from ._decompose import portable
+from ._limits import save_within
 from ._ort import LEVELS, CpuProvider, level_text
 
 
 @dataclasses.dataclass(frozen=True)
 class Cpu(CpuProvider):
-    """ONNX Runtime on the CPU: float kernels by a measured table, quantized weights by the integer kernels."""
+    """ONNX Runtime on the CPU: float kernels by a measured table, quantized weights by the integer kernels.
+
+    Args:
+        opset: the artifact keeps to it, for runtimes that know no newer one: `cpu{opset=17}` writes Attention, RotaryEmbedding,
+            RMSNormalization and Gelu as the operators that they are made of.
+        vendor: False writes standard operators only.
+    """
 
     def pipeline(self, level: int) -> str:
         return level_text(self.name, level, LEVELS)
+
+    def lowerings(self) -> Sequence[Pass]:
+        return [*super().lowerings(), *portable(self.opset, self.vendor)]
+
+    def save(self, model: ir.Model, path: Path) -> Artifact:
+        return save_within(model, path, self.opset, vendor=self.vendor)

@@ -22,6 +22,7 @@ ROWS = [
     {"options"},
     {"remarks", "fuel"},
     {"core"},
+    {"choices", "machine"},
     {
         "graph",
         "dims",
@@ -59,11 +60,12 @@ ROWS = [
         "loss",
         "bench",
         "result",
-    },
+    }
+    | {"extract", "tunecache", "tuning", "promise"},
     {"api"},
     {"inspect", "demo"},
     {"tables"},
-    {"cli"},
+    {"cli", "cli_tune"},
     {"__main__"},
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}

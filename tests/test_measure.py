@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -175,3 +176,18 @@ def test_a_fill_excuses_nothing() -> None:
     other_fill = base.copy()
     other_fill[:, 12:] = -1e4
     assert compare_outputs({"y": base}, {"y": other_fill}) is not None
+
+
+def test_the_steady_clock_does_not_count_what_others_take() -> None:
+    """A session that sleeps takes no processor time; with more threads, or elsewhere, only the wall clock knows."""
+
+    class Sleeper:
+        def run(self, feeds: object) -> dict[str, np.ndarray]:
+            time.sleep(0.01)
+            return {}
+
+    shapes_ = {"one": {}}
+    own = measure.latency({"s": Sleeper()}, shapes_, rounds=1, block=2, clock=measure.steady_clock(1))
+    wall = measure.latency({"s": Sleeper()}, shapes_, rounds=1, block=2, clock=measure.steady_clock(None))
+    assert own.seconds["s"][0] < 0.005 < wall.seconds["s"][0]
+    assert measure.steady_clock(2) is time.perf_counter

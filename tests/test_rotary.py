@@ -118,7 +118,9 @@ def test_a26_near_misses(name: str) -> None:
 def test_a26_rows_before_heads(rotated: str, doubled: str) -> None:
     """GPT-J rotates [batch, rows, heads, features] before it moves the heads."""
     angles = ANGLES.replace("(c, a1)", "(c, a2)").replace("(s0, a1)", "(s0, a2)")
-    source = text(rotated, doubled, angles=angles).replace("int64[1] a3", "int64[1] a2 = {2}, int64[1] a3").replace("float[B,2,S,8]", "float[B,S,2,8]")
+    source = (
+        text(rotated, doubled, angles=angles).replace("int64[1] a3", "int64[1] a2 = {2}, int64[1] a3").replace("float[B,2,S,8]", "float[B,S,2,8]")
+    )
     model = build(source)
     given = {k: np.ascontiguousarray(v.transpose(0, 2, 1, 3)) if k == "x" else v for k, v in feeds(2, 5).items()}
     before = session(model, optimize=False).run(given)["y"]

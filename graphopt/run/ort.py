@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,7 @@ def session(
     *,
     threads: int = 1,
     optimize: bool = True,
-    providers: Sequence[str] = ("CPUExecutionProvider",),
+    providers: Sequence[str | tuple[str, Mapping[str, str]]] = ("CPUExecutionProvider",),
     spinning: bool = False,
 ) -> OrtSession:
     """Load a model.
@@ -65,7 +65,7 @@ def session(
         model: a graph, a ModelProto, its bytes, or a file. A graph above the protobuf limit goes through a temporary file.
         threads: intra-op threads; 0 lets the runtime choose.
         optimize: False = ORT_DISABLE_ALL, the only setting whose numbers are a baseline.
-        providers: execution providers, best first.
+        providers: execution providers, best first; a pair is a name and the options of that provider.
         spinning: whether idle threads spin; off, many sessions can live side by side.
 
     Raises:
@@ -75,7 +75,8 @@ def session(
         import onnxruntime
     except ImportError as error:
         raise TargetError(f"onnxruntime cannot be imported ({error}); pip install onnxruntime") from error
-    absent = sorted(set(providers) - set(onnxruntime.get_available_providers()))
+    names = {p if isinstance(p, str) else p[0] for p in providers}
+    absent = sorted(names - set(onnxruntime.get_available_providers()))
     if absent:
         raise TargetError(f"this onnxruntime has no {', '.join(absent)}; it has {', '.join(onnxruntime.get_available_providers())}")
     levels = onnxruntime.GraphOptimizationLevel

@@ -1,0 +1,208 @@
+"""to-half: float32 becomes float16 or bfloat16, except where that would leave the range or lose the digits that matter."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt import shapes
+from graphopt.core import Array, Context, Pass
+from graphopt.graph import Names, all_nodes, constant, graphs
+
+from ._precision import FLOAT, Hidden, Precision, largest, tensor_attributes
+
+_FLOOR = -6e4  # of masks in Attention: above the lowest float16, so that a negative score added to it stays finite
+
+
+@dataclasses.dataclass(frozen=True)
+class ToHalf(Pass):
+    """Store and compute in 16 bits. Integer and boolean tensors never change, nor does the order of inputs and outputs.
+
+    Masks that float16 cannot hold stay float32 up to their Softmax; for an Attention node they are moved into the range, keeping which keys are
+    hidden once and which twice, so that no finite mask becomes -inf. Epsilons of norms are attributes and stay; where a norm is written
+    out, it stays float32 from the square to the quotient. So do angles of rotary embeddings. Numbers beyond the range are set to
+    its end, with a warning that names the tensor. A row of attention that may read no key gives other finite numbers than before.
+
+    Args:
+        dtype: float16 or bfloat16.
+        keep_io: inputs and outputs of the model keep float32, and Casts stand inside; False: they become 16 bits wide.
+    """
+
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    keep_io: bool = True
+    exact: ClassVar[bool] = False
+
+    def run(self, model: ir.Model, ctx: Context) -> int:
+        to = ir.DataType[self.dtype.upper()]
+        plan = Precision(model, to)
+        done = _Conversion(model, ctx, plan, to, self.keep_io).apply()
+        if not done:
+            ctx.remarks.missed("", "nothing to convert: no float32 node takes the type")
+        return done
+
+
+class _Conversion:
+    def __init__(self, model: ir.Model, ctx: Context, plan: Precision, to: ir.DataType, keep_io: bool) -> None:
+        self.model, self.ctx, self.plan, self.to, self.keep_io = model, ctx, plan, to, keep_io
+        self.names, self.half = Names(model), set[ir.Value]()
+        self._twins: dict[tuple[ir.Value, ir.DataType, ir.Graph | None], ir.Value] = {}
+        self._public = {v for v in (*model.graph.inputs, *model.graph.outputs) if v.dtype == FLOAT}
+
+    def apply(self) -> int:
+        nodes = list(all_nodes(self.model))
+        changed = [n for n in nodes if self.plan.changes(n)]
+        if not changed:
+            return 0
+        for node in changed:
+            for name, attribute in list(tensor_attributes(node)):
+                node.attributes[name] = self._attribute(name, attribute)
+            self.half.update(v for i, v in enumerate(node.outputs) if v.dtype == FLOAT and self.plan.half_output(node, i))
+        if not self.keep_io:
+            self.half.update(v for v in self.model.graph.inputs if v.dtype == FLOAT)
+        for node in nodes:
+            self._inputs(node)
+        for value in self.half:
+            if value.is_graph_input() and value.const_value is not None:
+                value.const_value = ir.tensor(self._narrowed(value.const_value.numpy(), value.name or ""), name=value.name)
+            value.type = ir.TensorType(self.to)
+        self._outputs()
+        self._tidy()
+        self._tell()
+        return len(changed)
+
+    # ---- edges ----------------------------------------------------------------------------------------------------------------------------
+
+    def _inputs(self, node: ir.Node) -> None:
+        for index, value in enumerate(node.inputs):
+            if value is None or value.dtype != FLOAT:
+                continue
+            wanted = self.plan.half_input(node, index)
+            if wanted == (value in self.half):
+                continue
+            hidden = self.plan.hidden.get(value) if wanted and value.const_value is None else None
+            narrow = self._mask if hidden is not None and node.op_type == "Attention" else None
+            node.replace_input_with(index, self._twin(value, self.to if wanted else FLOAT, node, hidden, narrow is not None))
+
+    def _twin(self, value: ir.Value, to: ir.DataType, reader: ir.Node, hidden: Hidden | None, attention: bool) -> ir.Value:
+        """The same numbers in the other type: a stored constant is stored so, anything else is cast, once for each graph that reads it."""
+        array = constant(value)
+        graph = reader.graph if array is None else self.model.graph
+        key = (value, to, graph)
+        if key not in self._twins:
+            if array is not None:
+                self._twins[key] = self._stored(value, array)
+            else:
+                nodes = self._mask(value, hidden) if hidden is not None and attention else self._cast(value, to, hidden)
+                self._twins[key] = self._insert(nodes, value, reader)
+        return self._twins[key]
+
+    def _stored(self, value: ir.Value, array: Array) -> ir.Value:
+        name = self.names.fresh(f"{value.name}_{self.to.name.lower()}")
+        tensor = ir.tensor(self._narrowed(array, value.name or ""), name=name)
+        twin = ir.Value(name=name, type=ir.TensorType(self.to), shape=ir.Shape(array.shape), const_value=tensor)
+        self.model.graph.register_initializer(twin)
+        return twin
+
+    def _cast(self, value: ir.Value, to: ir.DataType, hidden: Hidden | None) -> list[ir.Node]:
+        if hidden is None or to == FLOAT:
+            return [ir.node("Cast", [value], {"to": to.value})]
+        bounded = ir.node("Max", [value, self._number(-largest(self.to))])
+        return [bounded, ir.node("Cast", [bounded.outputs[0]], {"to": to.value})]
+
+    def _mask(self, value: ir.Value, hidden: Hidden) -> list[ir.Node]:
+        """A mask of float32 fills as one of 16 bits: keys that two masks hide stay below those that one hides, and -inf stays."""
+        once = _FLOOR / 2 if hidden.twice else _FLOOR
+        nodes = [ir.node("Max", [value, self._number(once)])]
+        if hidden.twice and np.isfinite(np.float32(1.5 * hidden.fill)):
+            deep = ir.node("Less", [value, self._number(1.5 * hidden.fill)])
+            nodes += [deep, ir.node("Where", [deep.outputs[0], self._number(_FLOOR), nodes[-1].outputs[0]])]
+        if hidden.infinite:
+            infinite = ir.node("IsInf", [value])
+            nodes += [infinite, ir.node("Where", [infinite.outputs[0], value, nodes[-1].outputs[0]])]
+        return [*nodes, ir.node("Cast", [nodes[-1].outputs[0]], {"to": self.to.value})]
+
+    def _number(self, number: float) -> ir.Value:
+        name = self.names.fresh("bound")
+        tensor = ir.tensor(np.array(number, np.float32), name=name)
+        value = ir.Value(name=name, type=ir.TensorType(FLOAT), shape=ir.Shape(()), const_value=tensor)
+        self.model.graph.register_initializer(value)
+        return value
+
+    def _insert(self, nodes: list[ir.Node], value: ir.Value, reader: ir.Node) -> ir.Value:
+        """Put the nodes right behind `value`, or at the front of a subgraph that reads it."""
+        graph, maker = reader.graph, value.producer()
+        assert graph is not None
+        for node in nodes:
+            node.name = self.names.fresh(f"{value.name}/{node.op_type}")
+            node.outputs[0].name = self.names.fresh(f"{value.name}_{node.op_type.lower()}")
+        if maker is not None and maker.graph is graph:
+            graph.insert_after(maker, nodes)
+        else:
+            graph.insert_before(graph[0], nodes)
+        shapes.infer_nodes(self.model, nodes)
+        return nodes[-1].outputs[0]
+
+    # ---- the public side ------------------------------------------------------------------------------------------------------------------
+
+    def _outputs(self) -> None:
+        graph = self.model.graph
+        for index, value in enumerate(list(graph.outputs)):
+            wanted = FLOAT if self.keep_io else self.to
+            if value not in self._public or value.is_graph_input() or value.dtype == wanted:
+                continue
+            maker = value.producer()
+            cast = ir.node("Cast", [value], {"to": wanted.value})
+            public, cast.name = value.name, self.names.fresh(f"{value.name}/Cast")
+            out = cast.outputs[0]
+            value.name = self.names.fresh(f"{public}_inner")
+            out.name, out.type, out.shape, out.doc_string = public, ir.TensorType(wanted), value.shape, value.doc_string
+            out.meta.update(value.meta)
+            out.metadata_props.update(value.metadata_props)
+            assert maker is not None
+            graph.insert_after(maker, [cast]) if maker.graph is graph else graph.append(cast)
+            graph.outputs[index] = out
+
+    # ---- numbers --------------------------------------------------------------------------------------------------------------------------
+
+    def _attribute(self, name: str, attribute: Any) -> ir.Attr:
+        if attribute.type == ir.AttributeType.TENSOR:
+            return ir.AttrTensor(name, ir.tensor(self._narrowed(attribute.value.numpy(), name)))
+        return ir.AttrInt64(name, self.to.value)
+
+    def _narrowed(self, array: Array, name: str) -> Array:
+        """Rounded to the nearest; finite numbers stay finite, infinite ones infinite."""
+        kind = self.to.numpy()
+        limit = largest(self.to)
+        with np.errstate(over="ignore", invalid="ignore"):
+            beyond = np.isfinite(array) & ~np.isfinite(array.astype(kind).astype(np.float32))
+            out = np.where(beyond, np.sign(array) * np.float32(limit), array).astype(kind)
+        if beyond.any():
+            count, worst = int(beyond.sum()), float(array[beyond][np.argmax(np.abs(array[beyond]))])
+            self.ctx.remarks.warning(name, f"`{name}`: {count} numbers beyond {limit:g} (such as {worst:g}) are set to it", count=count, worst=worst)
+        return out
+
+    # ---- the end --------------------------------------------------------------------------------------------------------------------------
+
+    def _tidy(self) -> None:
+        """Float32 copies of weights that nothing reads any more go; Casts there and back again too."""
+        for node in list(all_nodes(self.model)):
+            source, out = node.inputs[0] if node.inputs else None, node.outputs[0]
+            same = node.op_type == "Cast" and source is not None and source.dtype == out.dtype and not out.is_graph_output()
+            if same and source is not None and node.graph is not None:
+                out.replace_all_uses_with(source)
+                node.graph.remove(node, safe=True)
+        for graph in graphs(self.model):
+            for name, value in list(graph.initializers.items()):
+                if not value.uses() and not value.is_graph_input() and not value.is_graph_output():
+                    del graph.initializers[name]
+
+    def _tell(self) -> None:
+        reasons: dict[str, list[str]] = {}
+        for node, reason in self.plan.wide.items():
+            reasons.setdefault(reason, []).append(node.name or "")
+        reasons.pop("it is a border already", None)
+        for reason, names in reasons.items():
+            self.ctx.remarks.missed(names[0], f"{len(names)} nodes stay float32: {reason}", nodes=names)

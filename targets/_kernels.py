@@ -1,0 +1,128 @@
+"""Kernels of ONNX Runtime that take several standard operators at once. None is the default: each must be measured to be faster here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+
+from graphopt.analysis.residual import Residual, Residuals
+from graphopt.core import Context
+from graphopt.extract import whole
+from graphopt.graph import attr, is_constant, producer, rank, used_once
+from graphopt.rewrite import Builder, Match, Miss, RewritePass
+
+from ._attention import _may_hide_rows
+
+_VENDOR = "com.microsoft"
+
+
+@dataclasses.dataclass(frozen=True)
+class SkipMatch(Match):
+    """`total`: the sum, where something else reads it too."""
+
+    norm: ir.Node
+    first: ir.Value
+    second: ir.Value
+    bias: ir.Value | None
+
+
+@dataclasses.dataclass(frozen=True)
+class SpellSkipNorm(RewritePass[SkipMatch]):
+    """Add -> LayerNormalization or RMSNormalization becomes one kernel, with a constant bias, and the sum as an output where it is read."""
+
+    anchors: ClassVar[frozenset[str]] = frozenset({"LayerNormalization", "RMSNormalization"})
+
+    def match(self, node: ir.Node, ctx: Context) -> SkipMatch | Miss | None:
+        residual = next((r for r in ctx.get(Residuals()) if r.norm is node), None)
+        if residual is None:
+            return None
+        bias = [t.value for t in residual.terms if t.bias]
+        terms = [t for t in residual.terms if not t.bias]
+        if len(terms) != 2 or len(bias) > 1 or not terms[0].same_shape or not terms[1].skippable:
+            return Miss(node, "the residual is no sum of two values of one shape and a bias")
+        if not _plain_norm(residual):
+            return Miss(node, "the norm does not run over the last axis alone, or its statistics are read")
+        outputs = (residual.total, node.outputs[0]) if residual.shared else (node.outputs[0],)
+        return SkipMatch((*residual.adds, node), outputs, node, terms[0].value, terms[1].value, bias[0] if bias else None)
+
+    def build(self, op: Builder, m: SkipMatch) -> Sequence[ir.Value]:
+        layer = m.norm.op_type == "LayerNormalization"
+        beta = m.norm.inputs[2] if layer and len(m.norm.inputs) > 2 else None
+        inputs = [m.first, m.second, m.norm.inputs[1], *((beta,) if layer else ()), m.bias]
+        while inputs[-1] is None:
+            inputs.pop()
+        shared = len(m.outputs) > 1
+        name = "SkipLayerNormalization" if layer else "SkipSimplifiedLayerNormalization"
+        made: Any = op.node(name, inputs, _domain=_VENDOR, _outputs=4 if shared else 1, epsilon=attr(m.norm, "epsilon", 1e-5))
+        if not shared:
+            return [made]
+        made[1].name = made[2].name = ""  # mean and deviation
+        return [made[3], made[0]]
+
+
+def _plain_norm(r: Residual) -> bool:
+    size = rank(r.total)
+    axis = attr(r.norm, "axis", -1)
+    read = any(v.uses() or v.is_graph_output() for v in r.norm.outputs[1:])
+    return size == 3 and axis in (-1, 2) and rank(r.norm.inputs[1]) == 1 and not read
+
+
+@dataclasses.dataclass(frozen=True)
+class BiasMatch(Match):
+    x: ir.Value
+    bias: ir.Value | None
+    tanh: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class SpellBiasGelu(RewritePass[BiasMatch]):
+    """Add of a bias -> Gelu becomes one kernel; the tanh approximation becomes FastGelu, with or without a bias."""
+
+    anchors: ClassVar[frozenset[str]] = frozenset({"Gelu"})
+
+    def match(self, node: ir.Node, ctx: Context) -> BiasMatch | None:
+        x, tanh = node.inputs[0], attr(node, "approximate", "none") == "tanh"
+        add = producer(x, "Add")
+        assert x is not None
+        if add is not None and used_once(x):
+            for value, bias in (add.inputs, add.inputs[::-1]):
+                if value is not None and bias is not None and is_constant(bias) and rank(bias) == 1 and bias.shape == _last(value):
+                    return BiasMatch((add, node), (node.outputs[0],), value, bias, tanh)
+        return BiasMatch((node,), (node.outputs[0],), x, None, True) if tanh else None
+
+    def build(self, op: Builder, m: BiasMatch) -> Sequence[ir.Value]:
+        inputs = [m.x] if m.bias is None else [m.x, m.bias]
+        return [op.node("FastGelu" if m.tanh else "BiasGelu", inputs, _domain=_VENDOR)]
+
+
+def _last(value: ir.Value) -> ir.Shape | None:
+    return None if value.shape is None or len(value.shape) == 0 else ir.Shape(value.shape[-1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class SpellMultiHead(RewritePass[Match]):
+    """Attention of packed heads [batch, rows, heads * dim] -> MultiHeadAttention."""
+
+    anchors: ClassVar[frozenset[str]] = frozenset({"Attention"})
+
+    def match(self, node: ir.Node, ctx: Context) -> Match | Miss | None:
+        inputs = [*node.inputs, *(None,) * 6]
+        mask = inputs[3]
+        if rank(inputs[0]) != 3 or attr(node, "q_num_heads") != attr(node, "kv_num_heads"):
+            return Miss(node, "MultiHeadAttention reads packed heads, as many for keys as for queries")
+        if any(v is not None for v in inputs[4:6]) or any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
+            return Miss(node, "stays Attention: it has a cache, or its scores are read")
+        if attr(node, "is_causal", 0) or attr(node, "softcap", 0.0) or attr(node, "softmax_precision"):
+            return Miss(node, "stays Attention: it is causal or has a soft cap")
+        if mask is not None and (rank(mask) != 4 or mask.dtype != node.outputs[0].dtype or _may_hide_rows(whole(mask))):
+            return Miss(node, "stays Attention: its mask is not additive of four axes, or may hide a row")
+        return Match((node,), (node.outputs[0],))
+
+    def build(self, op: Builder, m: Match) -> Sequence[ir.Value]:
+        (node,) = m.nodes
+        mask = node.inputs[3] if len(node.inputs) > 3 else None
+        inputs = (*node.inputs[:3], *(() if mask is None else (None, None, mask)))
+        return [op.node("MultiHeadAttention", inputs, _domain=_VENDOR, num_heads=attr(node, "q_num_heads"), scale=attr(node, "scale"))]

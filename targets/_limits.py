@@ -1,0 +1,75 @@
+"""What `opset=` and `vendor=` mean for every target that writes ONNX."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from graphopt import opset as versions
+from graphopt.core import Artifact, Context, Pass
+from graphopt.errors import TargetError
+from graphopt.graph import all_nodes
+
+VENDOR = "com.microsoft"
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepWithin(Pass):
+    """Makes the limits hold for a model that no other pass changes, too: it is written anew, and not as the bytes that it came as."""
+
+    opset: int | None = None
+    vendor: bool = True
+
+    @property
+    def binding(self) -> bool:
+        return True
+
+    def run(self, model: ir.Model, ctx: Context) -> int:
+        meta, (floor, _) = model.graph.meta, versions.origin(model)
+        changes = 0
+        if self.opset is not None and floor > self.opset:
+            ctx.remarks.applied("", f"the artifact is written for opset {self.opset}; the input has {floor}", before=floor, after=self.opset)
+            meta[versions.ORIGIN] = self.opset
+            changes += 1
+        found = None if self.vendor else foreign_node(model)
+        if found is not None and not meta.get(_TOLD):
+            ctx.remarks.warning(found.name or "", f"{found.domain}::{found.op_type} came with the input; with vendor=false it cannot be saved")
+            meta[_TOLD] = True
+            changes += 1
+        return changes
+
+
+_TOLD = "graphopt.vendor_told"  # graph.meta: the warning was given
+
+
+def save_within(model: ir.Model, path: Path, opset: int | None, *, vendor: bool) -> Artifact:
+    """Write the artifact, at no newer opset than `opset`, and without operators of the runtime where `vendor` is False.
+
+    Raises:
+        TargetError: a node needs more; it is named.
+        SaveError: the file cannot be written.
+    """
+    from graphopt.save import save
+
+    found = None if vendor else foreign_node(model)
+    if found is not None:
+        where = f"node `{found.name}` is {found.domain}::{found.op_type}"
+        raise TargetError(f"cannot write the artifact without vendor operators: {where}, and came with the input; leave out vendor=false")
+    return save(model, path, opset=opset)
+
+
+def foreign_node(model: ir.Model) -> ir.Node | None:
+    """The first node of the runtime's own operators."""
+    return next((n for n in all_nodes(model) if n.domain == VENDOR), None)
+
+
+def vendor_report(model: ir.Model) -> dict[str, Any]:
+    """`vendor_ops`: how many nodes of each of the runtime's own operators there are; such an artifact runs on that runtime only."""
+    counts: dict[str, int] = {}
+    for node in all_nodes(model):
+        if node.domain == VENDOR:
+            counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return {"vendor_ops": counts}

@@ -1,0 +1,53 @@
+"""The table of equivalent spellings for ONNX Runtime's CPU provider: a name, what it applies to, and the passes that write it.
+
+The first spelling of a kind is its default. It decides where nothing was measured (`tune=off`, another machine); the defaults are what won
+for MiniLM on a CPU with AVX512-VNNI, one thread (docs/benchmarks.md). A spelling without a pass leaves the piece as the pipeline made it.
+The kinds stand in the order in which they are written: integer multiplies first, as they take the bias that a residual sum could take.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from graphopt import registry
+from graphopt.analysis.pieces import Activation, AttentionCore, IntegerMatmul, Lookup, Projections, ResidualNorm
+from graphopt.choices import Spelling
+from graphopt.core import Pass
+
+from ._attention import DecomposeAttention
+from ._integer import SpellIntegerMatmul, SpellQuantizedTable
+from ._kernels import SpellBiasGelu, SpellMultiHead, SpellSkipNorm
+from ._spell import SpellResidual
+
+
+@functools.cache
+def cpu_table(*, vendor: bool) -> tuple[Spelling, ...]:
+    """`vendor`: with operators of the runtime."""
+    shared = (
+        Spelling(Lookup(), "codes", (SpellQuantizedTable(),)),
+        Spelling(IntegerMatmul(), "auto", (SpellIntegerMatmul(vendor=vendor),)),
+        Spelling(Projections(), "separate"),
+        Spelling(Projections(), "merged", (_pass("merge-projections"),)),
+        Spelling(AttentionCore(), "attention"),
+        Spelling(AttentionCore(), "matmul-softmax", (DecomposeAttention(),)),
+        Spelling(ResidualNorm(), "sum", (SpellResidual(),)),
+        Spelling(ResidualNorm(), "add"),
+        Spelling(Activation(), "gelu"),
+    )
+    own = (
+        Spelling(IntegerMatmul(), "quantize-each", (SpellIntegerMatmul(form="each"),)),
+        Spelling(IntegerMatmul(), "quantize-once", (SpellIntegerMatmul(form="once"),)),
+        Spelling(AttentionCore(), "multi-head", (SpellMultiHead(),)),
+        Spelling(ResidualNorm(), "skip-norm", (SpellSkipNorm(),)),
+        Spelling(Activation(), "bias-gelu", (SpellBiasGelu(),)),
+    )
+    table = shared + own if vendor else shared
+    kinds = list(dict.fromkeys(s.kind for s in table))
+    return tuple(sorted(table, key=lambda s: kinds.index(s.kind)))
+
+
+def _pass(name: str) -> Pass:
+    found: Any = registry.passes()[name]()
+    assert isinstance(found, Pass)
+    return found

@@ -1,0 +1,79 @@
+"""The TensorRT provider of ONNX Runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+import onnx_ir as ir
+
+from graphopt.core import Pass
+from graphopt.graph import attr, constant
+
+from ._attention import DecomposeAttention
+from ._decompose import DecomposeRms, DecomposeRotary
+from ._ort import EXACT, level_text
+from ._provider import OrtProvider
+
+# The operator matrix of onnx-tensorrt (docs/operators.md), 8.4 and what 8.6 and 10 added.
+_PARSED = """
+Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Cast Ceil Celu Clip Concat Constant
+ConstantOfShape Conv ConvTranspose Cos Cosh CumSum DepthToSpace DequantizeLinear Div Dropout Einsum Elu Equal Erf Exp Expand EyeLike Flatten
+Floor Gather GatherElements GatherND Gelu Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool Greater GreaterOrEqual GridSample
+GroupNormalization GRU HardSigmoid HardSwish Identity If InstanceNormalization IsInf IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log
+LogSoftmax Loop LRN LSTM LpNormalization LpPool MatMul Max MaxPool Mean MeanVarianceNormalization Min Mish Mod Mul Neg NonMaxSuppression
+NonZero Not OneHot Or Pad Pow PRelu QuantizeLinear RandomUniform RandomUniformLike Range Reciprocal ReduceL1 ReduceL2 ReduceLogSum
+ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize ReverseSequence RNN RoiAlign Round
+Scan ScatterElements ScatterND Selu Shape Shrink Sigmoid Sign Sin Sinh Size Slice Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze
+Sub Sum Tan Tanh ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Upsample Where Xor
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensorrt(OrtProvider):
+    """TensorRT through ONNX Runtime: it builds an engine of the graph and fuses by itself; int8 goes in as QDQ and stays QDQ.
+
+    Args:
+        dtype: float16 or bfloat16 converts the model (pass `to-half`); the engine may use that type then.
+    """
+
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    provider: ClassVar[str] = "TensorrtExecutionProvider"
+    package: ClassVar[str] = "onnxruntime-gpu, and TensorRT"
+    has_kernels: ClassVar[bool] = False
+
+    def pipeline(self, level: int) -> str:
+        text = level_text(self.name, level, ("", EXACT))
+        return text if self.dtype == "float32" or not text else f"{text}, to-half{{dtype={self.dtype}}}"
+
+    def spell(self) -> Sequence[Pass]:
+        return [DecomposeAttention(), DecomposeRotary(), DecomposeRms()]
+
+    def refusal(self, node: ir.Node, opset: int | None = None) -> str | None:
+        if node.domain not in ("", "ai.onnx") or node.op_type not in _parsed():
+            return f"TensorRT has no parser for {node.domain + '::' if node.domain else ''}{node.op_type}"
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            return _not_symmetric(node)
+        return None
+
+    def providers(self) -> Sequence[str | tuple[str, Mapping[str, str]]]:
+        return (self.provider, "CUDAExecutionProvider")
+
+
+@functools.cache
+def _parsed() -> frozenset[str]:
+    return frozenset(_PARSED.split())
+
+
+def _not_symmetric(node: ir.Node) -> str | None:
+    """TensorRT quantizes symmetrically, in int8: every zero point is 0."""
+    zero = node.inputs[2] if len(node.inputs) > 2 else None
+    if zero is None:
+        return f"TensorRT takes {node.op_type} of int8 only" if attr(node, "output_dtype", 3) not in (0, 3) else None
+    codes = constant(zero)
+    if codes is None or bool(codes.astype(int).any()):
+        return f"TensorRT takes {node.op_type} with the zero point 0 only"
+    assert zero.const_value is not None
+    return None if zero.const_value.dtype in (ir.DataType.INT8, ir.DataType.INT4) else f"TensorRT takes {node.op_type} of int8 only"
