@@ -162,7 +162,8 @@ class _Tuner:
         return found
 
     def _race(self, small: ir.Model, sessions: dict[str, Session], sizes: Bindings) -> dict[str, float]:
-        """Seconds of each; a spelling that the runtime refuses at this size leaves the race."""
+        """Seconds of each; a spelling that the runtime refuses at this size leaves this race."""
+        sessions = dict(sessions)
         try:
             feed: Mapping[str, Array] = random_feed(small, sizes)
         except ValueError:
