@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter as clock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import onnx
 import onnx_ir as ir
 
 from graphopt import bench, frontend, instruments, measure, reading, registry, save
-from graphopt.core import Budget, Context, Pass, Target
+from graphopt.core import Budget, Context, Pass, Session, Target
 from graphopt.errors import GraphoptError, LoadError, PipelineError, SampleError, VerifyError
 from graphopt.fuel import Fuel
 from graphopt.loss import NO_SAMPLES, Loss, Metric, model_bytes
 from graphopt.normalize import normalize
-from graphopt.opset import Rise
-from graphopt.options import near
+from graphopt.opset import OLDEST, Rise
+from graphopt.options import check_limits, near
 from graphopt.pipeline import Instrument, PassManager, PassRecord, parse, render
 from graphopt.promise import History, Keeper, Outcome, feeds_of
 from graphopt.remarks import Remark, Remarks
@@ -61,6 +63,7 @@ def optimize(
     promise: bool | None = None,
     shapes: str | None = None,
     progress: Progress | None = None,
+    writes: Sequence[str | Path] = (),
 ) -> Result:
     """Load a model, run a pipeline over it, and lower it for a target.
 
@@ -81,6 +84,7 @@ def optimize(
             level of 1 or more, and not for a `pipeline` of your own, for `fuel`, or for a target that cannot run here.
         shapes: BATCHxSEQUENCE sizes to measure at, such as `1x16,8x64`; they become the option `shapes` of the target, if it has one.
         progress: called with what is done now and the fraction of all steps.
+        writes: files that will be written from the result; whether they can be is checked before any pass runs.
 
     Raises:
         PipelineError: the pipeline or target text is wrong, or a required pass is not in it.
@@ -88,7 +92,8 @@ def optimize(
         PassError: a pass raised; it names the pass, its place and the cause.
         SampleError: a lossy pass has a budget, and there is neither a metric nor a sample.
         VerifyError: what the passes left is no legal graph, or has another interface.
-        GraphoptError: a required pass changed nothing.
+        SaveError: a file of `writes` or of `dump` cannot be written, or belongs to the input.
+        GraphoptError: a required pass changed nothing, or the metric failed.
     """
     plan = _Plan.make(pipeline, level, target, tuple(plugins), tuple(require), shapes)
     tell = progress or (lambda text, done: None)
@@ -104,11 +109,14 @@ def optimize(
         with_past=with_past,
         remarks=remarks,
     )
+    dumped = () if dump is None else instruments.Dump(dump).places(plan.steps)
+    save.check_places(map(Path, writes), save.sources_of(original), dumped)
     repaired = sum("repaired" in remark.facts for remark in remarks)
     records = [PassRecord("load", repaired, clock() - start, list(remarks))]
     file = Path(source) if isinstance(source, (str, os.PathLike)) and Path(source).is_file() and not input_shapes else None
     fed = _samples(samples, tokenizer, model, source)
-    loss = Loss(plan.target, original, fed, metric)
+    judge = None if metric is None else _Judge(metric)
+    loss = Loss(plan.target, original, fed, judge)
     history = History(len(plan.passes) + 1, len(plan.passes) + len(plan.lowerings), tell)
     budget = None if max_loss is None else Budget(max_loss)
 
@@ -132,6 +140,8 @@ def optimize(
     changed = any(record.changes for record in records)
     lowered = original if outcome.model is None or not changed else outcome.model
     report = _report(plan, original, lowered, file, records, loss)
+    if judge is not None and judge.failure is not None:
+        raise judge.failure
     report.speed_up, report.latency = outcome.speed_up(), outcome.latency()
     tell("done", 1.0)
     return Result(lowered, outcome.graph or original, original, plan.target, report, fed, file)
@@ -160,6 +170,29 @@ def _lowered(outcome: Outcome) -> ir.Model:
     return outcome.model
 
 
+class _Judge:
+    """The metric of a user, who may have made a mistake: `failure` is the first one, in one line."""
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
+        self.failure: GraphoptError | None = None
+
+    def __call__(self, session: Session) -> float:
+        try:
+            score: Any = self.metric(session)
+            score = float(score)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 -- whatever a user's function raises is the user's to read
+            self._fail(f"{type(error).__name__}: {' '.join(str(error).split())}", error)
+        if not math.isfinite(score):
+            self._fail(f"it gave {score}, and must give a finite number", None)
+        return float(score)
+
+    def _fail(self, why: str, cause: BaseException | None) -> NoReturn:
+        error = GraphoptError(f"the metric failed: {why}")
+        self.failure = self.failure or error
+        raise error from cause
+
+
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """What will run, parsed before anything is loaded."""
@@ -177,7 +210,7 @@ class _Plan:
     def make(
         cls, text: str | None, level: int, target: str | Target, plugins: tuple[str, ...], required: tuple[str, ...], shapes: str | None = None
     ) -> _Plan:
-        where = parse_target(target, plugins) if isinstance(target, str) else target
+        where = parse_target(target, plugins) if isinstance(target, str) else _limited(target)
         if shapes is not None:
             bench.parse_shapes(shapes)
             if any(field.name == "shapes" for field in dataclasses.fields(where)):  # type: ignore[arg-type]
@@ -197,12 +230,17 @@ def parse_target(text: str, plugins: tuple[str, ...] = ()) -> Target:
     """A target from its text.
 
     Raises:
-        PipelineError: unknown name or option, or not exactly one target.
+        PipelineError: unknown name or option, a number out of its range, or not exactly one target.
     """
     found: list[Target] = parse(text, registry.targets(plugins), "target")
     if len(found) != 1:
         raise PipelineError(f"expected one target such as cpu or cpu{{threads=2}}, found `{text}`")
-    return found[0]
+    return _limited(found[0])
+
+
+def _limited(target: Target) -> Target:
+    check_limits(target, {"threads": (1, None), "opset": (OLDEST, onnx.defs.onnx_opset_version())})
+    return target
 
 
 def load_both(
@@ -221,6 +259,7 @@ def load_both(
     frontend.remember(original, name, files)
     model, _, _ = reading.from_model(original)
     try:
+        frontend.check_outputs(original)
         if input_shapes:
             frontend.override_shapes(original, input_shapes)
             frontend.override_shapes(model, input_shapes)

@@ -1,6 +1,7 @@
 """The command line. It reads options, calls the library, and prints; the logic is elsewhere, and nothing heavy is imported until a command runs.
 
-Exit code 0, or 1 with an error on stderr and no output file, or 2 for wrong usage. Results go to stdout or files, everything else to stderr.
+Exit code 0, or 1 with an error on stderr and no output file, or 2 for wrong usage, or 130 after Ctrl-C. Results go to stdout or files,
+everything else to stderr.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from graphopt.errors import GraphoptError, SaveError
 P = ParamSpec("P")
 R = TypeVar("R")
 Progress = Callable[[str, float], None]
+INTERRUPTED = 130  # the exit code of shells after SIGINT
 app = typer.Typer(
     name="graphopt",
     help="A compiler for trained Transformer models: export, fuse, quantize and measure, for the machine at hand.",
@@ -56,7 +58,11 @@ def main() -> None:
     if not sys.warnoptions and not os.environ.get("GRAPHOPT_TRACEBACK"):
         warnings.simplefilter("ignore")  # of exporters and runtimes; what a user must know is a remark
         logging.disable(logging.WARNING)
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before a command runs
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
@@ -70,6 +76,9 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
             fail(str(error))
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away (`| head`); Python must not complain at exit
             raise typer.Exit(1) from None
@@ -137,7 +146,7 @@ def optimize(
     """Optimize a model for a target and write it."""
     if level is not None and pipeline is not None:
         raise typer.BadParameter("give either -O LEVEL or --pipeline, not both")
-    _check_places(out, report)
+    writes = _places(model, out, report)
     from graphopt import api, frontend, loss
     from graphopt.bench import parse_shapes
 
@@ -149,13 +158,11 @@ def optimize(
             model, pipeline, level=1 if level is None else level, target=target, samples=samples, tokenizer=tokenizer, metric=judge,
             max_loss=max_loss, require=require or (), plugins=plugin or (), input_shapes=shaped or None, task=task, with_past=with_past,
             verify_each=verify_each, check_numerics=check_numerics, time=time, print_changed=print_changed, dump=dump, fuel=fuel, progress=tell,
-            promise=measure and level != 0 and fuel is None, shapes=shapes,
+            promise=measure and level != 0 and fuel is None, shapes=shapes, writes=writes,
         )  # fmt: skip
         if measure and result.report.speed_up.value is None:
             result.measure(shapes, progress=lambda done: tell("timing input and output, interleaved", done))
-    result.save(out)
-    if report is not None:
-        result.report.save(report)
+    result.save(out, report)
     if as_json:
         print(result.report.json())
         return
@@ -261,15 +268,15 @@ def _list(kind: str, name: str | None, verbose: bool, plugin: list[str] | None, 
     _console().print(table("", columns, [[row[column] for column in columns] for row in rows]))
 
 
-def _check_places(out: Path, report: Path | None) -> None:
-    """Before any work: a run of minutes must not end at a folder that is missing."""
-    if out.is_dir():
-        raise SaveError(f"cannot write {out}: it is a folder; name a file")
-    for path in filter(None, (out, report)):
-        if not path.absolute().parent.is_dir():
-            raise SaveError(f"cannot write {path}: there is no folder {path.absolute().parent}; create it first")
+def _places(model: str, out: Path, report: Path | None) -> list[Path]:
+    """The files that will be written; checked before any work: a run of minutes must not end at a folder that is missing."""
     if report is not None and report.suffix not in (".json", ".html"):
         raise SaveError(f"a report is FILE.json or FILE.html, found {report}")
+    from graphopt import save
+
+    files = [out, save.data_file(out), *([] if report is None else [report])]
+    save.check_places(files, [model])
+    return files
 
 
 def _console() -> Any:

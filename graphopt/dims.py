@@ -7,6 +7,8 @@ import re
 
 import onnx_ir as ir
 
+Dim = int | ir.SymbolicDim
+_FAR = 2**31 - 1  # bounds of a Slice from here on mean the end of the axis, as exporters write them
 _OPAQUE = re.compile(r"\b(_d\d+|join_\w+)\b")  # symbols that inference made up
 
 
@@ -51,6 +53,41 @@ def quotient(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> int | ir.Symbo
     if exact is not None or not isinstance(b, int) or b <= 0 or isinstance(a, int):
         return exact
     return _floor(a, b)
+
+
+def extent(dim: Dim, start: Dim, end: Dim, step: Dim) -> Dim | None:
+    """The length of dim[start:end:step], or None where it has no expression that holds for every size (from 1 on, as symbols are taken to be)."""
+    if not isinstance(start, int) or not isinstance(step, int) or step == 0:
+        return None
+    if isinstance(dim, int) and isinstance(end, int):
+        return len(range(dim)[start:end:step])
+    if step < 0:
+        whole = step == -1 and (start == -1 or start >= _FAR) and isinstance(end, int) and end < -_FAR
+        return dim if whole else None
+    if isinstance(end, int) and end >= _FAR:
+        end = dim
+    if start < 0 or (not isinstance(end, int) and not nonnegative(end) and end != dim):
+        return None  # counted from the other end where it is negative
+    if end == dim and start == 0 and step == 1:
+        return dim
+    stop = end if end == dim else _least(dim, dim + end) if isinstance(end, int) and end < 0 else _least(dim, end)
+    if stop is None or (start == 0 and step == 1 and isinstance(end, int) and end >= 0):
+        return stop
+    return _positive(-((start - stop) // step))
+
+
+def _least(a: Dim, b: Dim) -> Dim | None:
+    from onnx_shape_inference._ops._utils import min_dim
+
+    least: Dim | None = min_dim(a, b)
+    return least
+
+
+def _positive(a: Dim) -> Dim | None:
+    from onnx_shape_inference._ops._utils import max_dim
+
+    most: Dim | None = max_dim(0, a)
+    return most
 
 
 @functools.lru_cache(maxsize=4096)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import keyword
 import logging
 import os
 import re
@@ -63,6 +64,7 @@ def load(
         model, name, files = read(source, example_inputs, example_kwargs, dynamic_shapes, task, with_past, remarks)
         try:
             remember(model, name, files)
+            check_outputs(model)
             if input_shapes:
                 override_shapes(model, input_shapes)
             normalize(model, remarks)
@@ -94,7 +96,17 @@ def parse_shape(text: str) -> tuple[str, list[int | str]]:
     parts = [p.strip() for p in dims.split(",")]
     if not colon or not name or not all(parts):
         raise LoadError(f"`{text}` is no input shape: write NAME:DIM,DIM,... such as input_ids:1,128 or x:batch,16")
-    return name, [int(p) if re.fullmatch(r"[+-]?\d+", p) else p for p in parts]
+    dims_ = [int(p) if re.fullmatch(r"[+-]?[0-9]{1,18}", p) else p for p in parts]
+    for dim in dims_:
+        _check_dim(name, dim)
+    return name, dims_
+
+
+def _check_dim(name: str, dim: object) -> None:
+    """A size that a tensor can have, or a name that can stand in an expression."""
+    number = isinstance(dim, int) and not isinstance(dim, bool) and dim < 2**31
+    if not number and not (isinstance(dim, str) and dim.isidentifier() and not keyword.iskeyword(dim)):
+        raise LoadError(f"`{dim}` is no axis of input `{name}`: give a whole number below 2^31, or a name such as batch")
 
 
 def read(
@@ -151,6 +163,14 @@ def remember(model: ir.Model, name: str, files: list[str]) -> None:
         model.meta[key] = model.graph.meta[key] = model.graph.meta.get(key, value)
 
 
+def check_outputs(model: ir.Model) -> None:
+    """Raises LoadError if one output is listed twice: runtimes load that, but the normal form has a name for each."""
+    names = [v.name for v in model.graph.outputs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise LoadError(f"the output `{twice}` is listed {names.count(twice)} times; list it once, or give the others names by Identity nodes")
+
+
 def override_shapes(model: ir.Model, wanted: Mapping[str, Sequence[int | str]]) -> None:
     """Bind dimensions of the inputs: a symbol that becomes a number, or another symbol, does so at every input and output.
 
@@ -165,6 +185,10 @@ def override_shapes(model: ir.Model, wanted: Mapping[str, Sequence[int | str]]) 
             raise LoadError(f"there is no input `{name}` to shape; inputs: {', '.join(str(n) for n in inputs)}")
         if value.shape is not None and len(value.shape) != len(dims):
             raise LoadError(f"input `{name}` has {len(value.shape)} axes {value.shape}, not {len(dims)}; give one size or symbol for each")
+        known = set(map(str, value.shape or ()))
+        for dim in dims:
+            if str(dim) not in known:  # what the model says itself may be more than a name
+                _check_dim(name, dim)
         for axis, (old, new) in enumerate(zip(value.shape or (), dims, strict=False)):
             _bind(name, axis, old, new, bound)
     for value in dict.fromkeys((*model.graph.inputs, *model.graph.outputs)):

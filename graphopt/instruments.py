@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -192,17 +192,21 @@ class Dump(Observer):
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
 
+    def places(self, steps: Sequence[Pass]) -> list[Path]:
+        """The files that it may write for these passes."""
+        names = ["00-input", *(_file_name(step, position) for position, step in enumerate(steps, start=1))]
+        return [self._folder / f"{name}{end}" for name in names for end in (".onnx", ".onnx.data", ".txt", ".failed.txt")]
+
     def before_pipeline(self, model: ir.Model, ctx: Context) -> None:
         self._write("00-input", model)
 
     def after(self, step: Pass, position: int, changes: int, seconds: float, model: ir.Model, ctx: Context) -> None:
-        self._write(f"{position:02d}-{_slug(step)}", model)
+        self._write(_file_name(step, position), model)
 
     def failed(self, step: Pass, position: int, error: BaseException, model: ir.Model, ctx: Context) -> None:
         """The graph as the failure left it, as text only: it may not be a legal model."""
-        self._folder.joinpath(f"{position:02d}-{_slug(step)}.failed.txt").write_text(
-            f"# {' '.join(str(error).split())}\n{graph_text(model)}", encoding="utf-8"
-        )
+        text = f"# {' '.join(str(error).split())}\n{graph_text(model)}"
+        self._folder.joinpath(f"{_file_name(step, position)}.failed.txt").write_text(text, encoding="utf-8")
 
     def _write(self, name: str, model: ir.Model) -> None:
         from graphopt.run import write
@@ -254,8 +258,8 @@ def _state(model: ir.Model) -> str:
     return graph_text(model, weights=False) + "\n".join(tensors)
 
 
-def _slug(step: Pass) -> str:
-    return re.sub(r"[^\w.-]+", "-", step.name)
+def _file_name(step: Pass, position: int) -> str:
+    return f"{position:02d}-" + re.sub(r"[^\w.-]+", "-", step.name)
 
 
 def _say(stream: TextIO | None, text: str) -> None:

@@ -72,6 +72,22 @@ class Configurable:
         return ", ".join(f"{_key(f)}: {_type_text(hints[f.name])} = {_print(_default(f))}" for f in _fields(cls))
 
 
+def check_limits(one: Configurable, limits: Mapping[str, tuple[int, int | None]]) -> None:
+    """Refuse options out of their range (least, most); names that it has not are ignored, and so are defaults.
+
+    Raises:
+        PipelineError: names the option and its range.
+    """
+    for field in _fields(type(one)):
+        least, most = limits.get(field.name, (0, None))
+        found = getattr(one, field.name)
+        if field.name not in limits or not isinstance(found, int) or found == _default(field):
+            continue
+        if found < least or (most is not None and found > most):
+            expected = f"{least} or more" if most is None else f"a number from {least} to {most}"
+            raise PipelineError(f"{one.name}: option `{_key(field)}` expects {expected}, found {found}")
+
+
 def _fields(cls: type) -> Sequence[dataclasses.Field[Any]]:
     return dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
 

@@ -35,7 +35,11 @@ def parse(text: str, classes: Mapping[str, type[C]], what: str = "pass") -> list
         path = Path(text.strip()[1:])
         if not path.is_file():
             raise PipelineError(f"recipe {path} is not a file")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            why = "it is no text" if isinstance(error, UnicodeDecodeError) else error.strerror or error
+            raise PipelineError(f"recipe {path} cannot be read: {why}; a recipe is a text file of passes") from None
     return _Parser(text, classes, what).pipeline()
 
 
@@ -169,7 +173,7 @@ class PassManager:
                 ctx.invalidate(step.preserves)
             for instrument in self.instruments:
                 instrument.after(step, position, changes, seconds, model, ctx)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a pass must not end the program, and with exit code 0 at that
             for instrument in self.instruments:
                 instrument.failed(step, position, error, model, ctx)
             raise PassError(str(step), position, error) from error

@@ -91,6 +91,8 @@ def load_plugin(plugin: str) -> ModuleType:
             return importlib.import_module(plugin)
         except ImportError as error:
             raise PipelineError(f"plugin `{plugin}` is neither a .py file nor an importable module: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise PipelineError(f"plugin module {plugin} failed to import: {type(error).__name__}: {error}") from error
     name = f"graphopt_plugin_{path.stem}_{abs(hash(path.resolve()))}"
     if name in sys.modules:
         return sys.modules[name]
@@ -100,7 +102,7 @@ def load_plugin(plugin: str) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise PipelineError(f"plugin file {path} failed to import: {type(error).__name__}: {error}") from error
     return module

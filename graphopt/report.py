@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from graphopt import graph
 from graphopt.errors import SaveError
 from graphopt.pipeline import PassRecord
 from graphopt.remarks import Remark
+from graphopt.save import beside, check_places
 
 _VARYING = re.compile(r"`[^`]*`|\d+(\.\d+)?%?")  # what differs between remarks that say the same
 
@@ -125,24 +128,42 @@ class Report:
         return json.dumps(self.as_dict(), indent=1, default=_plain)
 
     def save(self, path: str | Path) -> None:
-        """Write `.json` or `.html` (one file that needs nothing else).
+        """Write `.json` or `.html` (one file that needs nothing else), whole or not at all.
 
         Raises:
             SaveError: another extension, or the file cannot be written.
         """
+        with self.staged(path):
+            pass
+
+    @contextlib.contextmanager
+    def staged(self, path: str | Path) -> Iterator[None]:
+        """As `save`, around something else: written beside `path` before the body, so that what cannot be written shows before the body
+        has left anything, and put in place after it; not at all if the body fails.
+        """
         path = Path(path)
         if path.suffix not in (".json", ".html"):
             raise SaveError(f"a report is FILE.json or FILE.html, found {path}")
-        if path.suffix == ".html":
-            from graphopt.html import page
+        check_places((path,))
+        with beside(path.absolute()) as folder:
+            draft = folder / path.name
+            self._write(draft, path)
+            yield
+            self._write(draft, path)  # the body may have found out more
+            os.replace(draft, path)
 
-            text = page(self)
-        else:
-            text = self.json() + "\n"
+    def _write(self, draft: Path, path: Path) -> None:
         try:
-            path.write_text(text, encoding="utf-8")
+            draft.write_text(self._text(path.suffix), encoding="utf-8")
         except OSError as error:
-            raise SaveError(f"cannot write the report {path}: {error.strerror}") from error
+            raise SaveError(f"cannot write the report {path}: {error.strerror or error}") from error
+
+    def _text(self, suffix: str) -> str:
+        if suffix == ".json":
+            return self.json() + "\n"
+        from graphopt.html import page
+
+        return page(self)
 
     def __str__(self) -> str:
         lines = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graphopt import bench, save
+from graphopt import bench, opset, save
 from graphopt.core import Artifact, Session, Target
 from graphopt.errors import GraphoptError
 from graphopt.report import Measured, Report, Timing
@@ -37,18 +38,25 @@ class Result:
     samples: Samples | None = None
     source: Path | None = None
 
-    def save(self, path: str | Path) -> Artifact:
-        """Write the artifact, whole or not at all. Where no pass changed anything, that is the input itself.
+    def save(self, path: str | Path, report: str | Path | None = None) -> Artifact:
+        """Write the artifact, and the report with it: all or nothing. Where no pass changed anything, the artifact is the input itself.
 
         Raises:
-            SaveError: it cannot be written; nothing was left behind.
+            SaveError: something cannot be written; nothing was left behind.
+            TargetError: the target allows no opset as new as the artifact needs.
         """
-        if not self.report.changes:
-            artifact = self.save_input(path)
-        else:
-            artifact = self.target.save(self.model, Path(path))
-        self.report.output = dataclasses.replace(self.report.output, bytes=artifact.nbytes)
+        path = Path(path)
+        if report is not None:
+            save.check_places((path, save.data_file(path), Path(report)), save.sources_of(self.original))
+        with contextlib.nullcontext() if report is None else self.report.staged(report):
+            artifact = self.save_input(path) if self._is_input() else self.target.save(self.model, path)
+            self.report.output = dataclasses.replace(self.report.output, bytes=artifact.nbytes)
         return artifact
+
+    def _is_input(self) -> bool:
+        """No pass changed anything, and the target allows what the input is written in."""
+        limit = getattr(self.target, "opset", None)
+        return self.model is self.original and (limit is None or opset.origin(self.original)[0] <= limit)
 
     def save_input(self, path: str | Path) -> Artifact:
         """Write the input as it came: the given file, or the plain export of a module or folder."""

@@ -51,11 +51,11 @@ M = TypeVar("M", bound=Match)
 class Builder:
     """Records new nodes: `op.Add(a, b)`, `op.Split(x, axis=-1, num_outputs=3, _outputs=3)`, `op.const(array, "scale")`."""
 
-    def __init__(self, names: Names, memo: dict[Any, ir.Value]) -> None:
+    def __init__(self, names: Names, memo: dict[Any, list[ir.Value]], graph: ir.Graph | None) -> None:
         self.nodes: list[ir.Node] = []
         self.initializers: list[ir.Value] = []
         self.made: dict[Any, ir.Value] = {}  # joins the memo if the splice succeeds
-        self._names, self._memo = names, memo
+        self._names, self._memo, self._graph = names, memo, graph
 
     def __getattr__(self, op_type: str) -> Callable[..., Any]:
         if op_type.startswith("_"):
@@ -76,10 +76,11 @@ class Builder:
         return self.shared((array.dtype.str, array.shape, array.tobytes()), lambda: self._initializer(array, name))
 
     def shared(self, key: Any, build: Callable[[], ir.Value]) -> ir.Value:
-        """What `build` makes, made once for all matches that ask with an equal `key` (name the values it reads in the key)."""
-        known = self._memo.get(key)
-        if known is not None and (known.producer() is not None or known.is_initializer()):  # it may have been merged away
-            return known
+        """What `build` makes, made once for all matches in one graph that ask with an equal `key` (name the values it reads in the key)."""
+        for known in self._memo.get(key, ()):
+            node = known.producer()  # None: an initializer, which every graph reads; what was merged away is neither
+            if known.is_initializer() or (node is not None and node.graph is self._graph):
+                return known
         if key not in self.made:
             self.made[key] = build()
         return self.made[key]
@@ -126,7 +127,7 @@ class Driver:
 
     def __init__(self, model: ir.Model, ctx: Context) -> None:
         self.model, self.ctx, self.names = model, ctx, Names(model)
-        self.memo: dict[Any, ir.Value] = self._stored()
+        self.memo: dict[Any, list[ir.Value]] = self._stored()
 
     def round(self, rule: RewritePass[Any]) -> tuple[int, list[Miss]]:
         """Match everything, then splice what does not overlap."""
@@ -137,8 +138,8 @@ class Driver:
                 continue
             got = rule.match(node, self.ctx)
             if isinstance(got, Match):
-                leak = _leak(got)
-                got = got if leak is None else Miss(node, f"`{leak.name}` inside the match is also used outside")
+                reason = _border(got) or _leak(got)
+                got = got if reason is None else Miss(node, reason)
             if isinstance(got, Miss):
                 misses.append(got)
             elif got is not None:
@@ -149,7 +150,7 @@ class Driver:
         for node, match in found:
             if not taken.isdisjoint(match.nodes):
                 continue
-            op, name = self.builder(), match.outputs[0].name or ""
+            op, name = self.builder(match.nodes[-1].graph), match.outputs[0].name or ""
             current = remap(match, replaced)
             outcome = self.apply(op, list(rule.build(op, current)), current, node, replaced)
             if isinstance(outcome, Miss):
@@ -162,8 +163,9 @@ class Driver:
             applied += 1
         return applied, misses
 
-    def builder(self) -> Builder:
-        return Builder(self.names, self.memo)
+    def builder(self, graph: ir.Graph | ir.Function | None) -> Builder:
+        """For new nodes that will stand in `graph`."""
+        return Builder(self.names, self.memo, graph if isinstance(graph, ir.Graph) else None)
 
     def apply(
         self, op: Builder, new: Sequence[ir.Value], match: Match, anchor: ir.Node, replaced: dict[ir.Value, ir.Value]
@@ -174,12 +176,14 @@ class Driver:
             the new nodes; a Miss if the guard refuses; None if out of fuel. In the last two cases nothing changed.
         """
         shapes.infer_nodes(self.model, op.nodes)
-        complaint = _mismatch(match.outputs, new)
+        complaint = _mismatch(match.outputs, new) or _reads_itself(op, match)
         if complaint is not None:
+            _discard(op)
             return Miss(anchor, complaint)
         if not self.ctx.fuel.burn():
+            _discard(op)
             return None
-        graph = anchor.graph
+        graph = match.nodes[-1].graph
         assert graph is not None
         names = [v.name for v in match.outputs]
         self._adopt(op, match, anchor)
@@ -218,7 +222,8 @@ class Driver:
             self.ctx.choices.carry(match.nodes, op.nodes)
         for value in op.initializers:
             self.model.graph.register_initializer(value)
-        self.memo.update(op.made)
+        for key, value in op.made.items():
+            self.memo.setdefault(key, []).append(value)
 
     def clean(self) -> None:
         """Dead nodes and weights out, topological order back. What the memo holds may be dead now."""
@@ -227,16 +232,16 @@ class Driver:
         for graph in graphs(self.model):
             graph.sort()
 
-    def _stored(self) -> dict[Any, ir.Value]:
+    def _stored(self) -> dict[Any, list[ir.Value]]:
         """The small constants that the graph has already, as `Builder.const` asks for them."""
-        found: dict[Any, ir.Value] = {}
+        found: dict[Any, list[ir.Value]] = {}
         for value in self.model.graph.initializers.values():
             tensor = value.const_value
             if tensor is None or tensor.nbytes > _SMALL or not is_constant(value) or value.is_graph_output() or tensor.dtype == ir.DataType.STRING:
                 continue
             array = tensor.numpy()
             if array.dtype.kind != "V":  # types that numpy lacks share one code
-                found.setdefault((array.dtype.str, array.shape, array.tobytes()), value)
+                found.setdefault((array.dtype.str, array.shape, array.tobytes()), []).append(value)
         return found
 
 
@@ -289,7 +294,13 @@ def _anchor(node: ir.Node) -> str:
     return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
 
 
-def _leak(match: Match) -> ir.Value | None:
+def _border(match: Match) -> str | None:
+    """A match stands in one graph; what a subgraph computes cannot be moved out of it, nor into it."""
+    graph = match.nodes[0].graph
+    return next((f"`{n.name}` stands in another graph, outside or inside a subgraph" for n in match.nodes if n.graph is not graph), None)
+
+
+def _leak(match: Match) -> str | None:
     """A value inside the match that something outside reads; a graph output and a capture by a subgraph count."""
     inside = set(match.nodes)
     for node in match.nodes:
@@ -297,8 +308,24 @@ def _leak(match: Match) -> ir.Value | None:
             if value in match.outputs:
                 continue
             if value.is_graph_output() or any(u.node not in inside for u in value.uses()):
-                return value
+                return f"`{value.name}` inside the match is also used outside"
     return None
+
+
+def _reads_itself(op: Builder, match: Match) -> str | None:
+    gone = set(match.nodes)
+    for node in op.nodes:
+        for value in node.inputs:
+            if value is not None and value.producer() in gone:
+                return f"its replacement would read `{value.name}`, which it replaces"
+    return None
+
+
+def _discard(op: Builder) -> None:
+    """Nodes that are not put in place must not count as readers of what they name."""
+    for node in op.nodes:
+        for index in range(len(node.inputs)):
+            node.replace_input_with(index, None)
 
 
 def _mismatch(old: Sequence[ir.Value], new: Sequence[ir.Value]) -> str | None:

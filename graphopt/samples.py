@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -179,9 +180,12 @@ def _read(path: Path) -> list[Batch] | list[str]:
 
 def _read_npz(path: Path) -> Batch:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        archive = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise SampleError(f"{path} is a .npy file, one array without a name; write it with numpy.savez, under the names of the inputs")
+        with archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError, AttributeError, NotImplementedError) as error:
         raise SampleError(f"{path} cannot be read as a .npz file of plain arrays: {error}") from error
 
 

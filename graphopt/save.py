@@ -116,10 +116,10 @@ def save_as_is(model: ir.Model, path: str | os.PathLike[str], source: Path | Non
 def _write(model: ir.Model, path: Path, sources: set[str], external: bool, content: bytes | None = None) -> tuple[tuple[Path, ...], int]:
     """Write model and data files, or neither; `content` is the model file where it is known. Changes where the weights of `model` lie."""
     out = path.absolute()
-    data = out.with_name(out.name + ".data")
-    _check_place(path, (out, data), sources)
+    data = data_file(out)
+    check_places((out, data), sources)
     try:
-        with _beside(out) as folder:
+        with beside(out) as folder:
             if external:
                 _write_data(model, folder / data.name)
             else:
@@ -141,20 +141,52 @@ def sources_of(model: ir.Model) -> set[str]:
     return {*model.graph.meta.get(SOURCE_FILES, ()), *(t.path for t in _external_tensors(model))}
 
 
-def _check_place(path: Path, outputs: Iterable[Path], sources: set[str]) -> None:
-    for out in outputs:
-        if out.is_dir():
-            raise SaveError(f"cannot write {path}: {out} is a folder; name a file")
-        for source in sources:
-            if out.exists() and os.path.exists(source) and os.path.samefile(out, source):
-                raise SaveError(f"cannot write {path}: {out} belongs to the input, which is never touched; choose another name")
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise SaveError(f"cannot write {path}: there is no folder {folder}; create it first")
+def data_file(out: Path) -> Path:
+    """Where the weights of `out` go if they do not go into it."""
+    return out.with_name(out.name + ".data")
+
+
+def check_places(files: Iterable[Path], sources: Iterable[str] = (), dumped: Iterable[Path] = ()) -> None:
+    """Refuse files that must not be written: files of the input, one file for two outputs, folders, devices and pipes; and folders where
+    nothing can be written.
+
+    Args:
+        sources: the files of the input.
+        dumped: more files, in a folder that need not be there yet.
+
+    Raises:
+        SaveError: names the file.
+    """
+    files, seen = list(files), set[str]()
+    for file in (*files, *dumped):
+        _check_file(file, sources)
+        place = os.path.realpath(file)
+        if place in seen:
+            raise SaveError(f"cannot write {file}: another output of this run goes there; choose another name")
+        seen.add(place)
+    for folder, file in {file.absolute().parent: file for file in reversed(files)}.items():
+        if not os.path.isdir(folder):
+            raise SaveError(f"cannot write {file}: there is no folder {folder}; create it first")
+        try:
+            with beside(folder / "graphopt"):
+                pass
+        except OSError as error:
+            raise SaveError(f"cannot write into the folder {folder}: {error.strerror or error}; choose another one") from None
+
+
+def _check_file(file: Path, sources: Iterable[str]) -> None:
+    if os.path.isdir(file):
+        raise SaveError(f"cannot write {file}: it is a folder; name a file")
+    if not os.path.exists(file):
+        return
+    if not os.path.isfile(file) or (os.path.islink(file) and os.readlink(file).startswith("/proc/")):  # /dev/stdout leads to /proc
+        raise SaveError(f"cannot write {file}: it is a device, a pipe or a socket, and would be replaced; name a file")
+    if any(os.path.exists(source) and os.path.samefile(file, source) for source in sources):
+        raise SaveError(f"cannot write {file}: it belongs to the input, which is never touched; choose another name")
 
 
 @contextlib.contextmanager
-def _beside(out: Path) -> Iterator[Path]:
+def beside(out: Path) -> Iterator[Path]:
     """A folder beside the output, on the same file system, that is gone at the end whatever happens."""
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:

@@ -1,7 +1,7 @@
 """Rules that correct and extend those of onnx-shape-inference.
 
 Broadcasting two symbols that are not proved equal gives a symbol of its own instead of one of the two; the shape arithmetic that exporters emit
-around Expand (ConstantOfShape, Equal, Where, Div) is followed; a Slice leaves the other axes as they are.
+around Expand (ConstantOfShape, Equal, Where, Div) is followed. Slice, Squeeze, Cast, If and Loop say only what holds for every size.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graphopt.dims import nonnegative, quotient
+from graphopt.dims import extent, nonnegative, quotient
 
 Contents = list[int | ir.SymbolicDim]
+_LOSSLESS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.UINT64, ir.DataType.UINT32)  # hold the length of any axis
+INITIAL = "graphopt.initial"  # the value that a stand-in without a shape stands for
 _BROADCASTING = (
     "Add", "Sub", "Mul", "Div", "Pow", "Mod", "And", "Or", "Xor", "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "Where", "Max",
     "Min", "Sum", "Mean", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "PRelu", "Expand",
@@ -32,7 +34,9 @@ def register() -> None:
         rule = registry.get("", op_type, version=23)
         if rule is not None:
             registry.register("", op_type, since_version=23)(_sound(rule))
-    registry.register("", "Slice", since_version=23)(_kept_axes(registry.get("", "Slice", version=23)))
+    registry.register("", "Slice", since_version=23)(_slice)
+    for op_type, ours in {"Squeeze": _squeeze, "Cast": _cast, "If": _if, "Loop": _loop, "Einsum": _einsum}.items():
+        registry.register("", op_type, since_version=23)(functools.partial(ours, registry.get("", op_type, version=23)))
     for op_type, extra in {"ConstantOfShape": _constant_of_shape, "Equal": _equal, "Where": _where, "Div": _div}.items():
         registry.register("", op_type, since_version=23)(_then(registry.get("", op_type, version=23), extra))
 
@@ -63,6 +67,20 @@ def _sound(rule: Callable[..., None]) -> Callable[..., None]:
         ctx.set_shape(out, ir.Shape(dims))
 
     return infer
+
+
+def _einsum(rule: Callable[..., None], ctx: Any, node: ir.Node) -> None:
+    """An index of several operands broadcasts; the library takes its size from the first one."""
+    rule(ctx, node)
+    out = node.outputs[0]
+    left, arrow, right = node.attributes["equation"].as_string().replace(" ", "").partition("->")
+    if out.shape is None or not arrow or "." in left:
+        return
+    sizes: dict[str, Any] = {}
+    for term, value in zip(left.split(","), node.inputs, strict=True):
+        for index, dim in zip(term, value.shape if value is not None and value.shape is not None else (), strict=False):
+            sizes[index] = _join(sizes.get(index, dim), dim)
+    ctx.set_shape(out, ir.Shape([sizes.get(index, dim) for index, dim in zip(right, out.shape, strict=True)]))
 
 
 def _expanded(ctx: Any, node: ir.Node) -> list[list[Any]]:
@@ -109,22 +127,98 @@ def _constant_of_shape(ctx: Any, node: ir.Node) -> Contents | None:
     return [int(tensor.numpy().reshape(-1)[0])] * (shape[0] if shape else 1)
 
 
-def _kept_axes(rule: Callable[..., None]) -> Callable[..., None]:
-    """Slice along some axes leaves the others as they are, also where the cut is not known."""
+def _slice(ctx: Any, node: ir.Node) -> None:
+    """Shape, dtype and, for a vector, contents. Axes that are not cut stay as they are, also where the cut is not known."""
+    x, out = node.inputs[0], node.outputs[0]
+    if x is None:
+        return
+    ctx.set_shape_and_dtype(out, None, x.dtype)
+    if x.shape is None:
+        return
+    rank = len(x.shape)
+    starts, ends, axes, steps = (_bounds(ctx, node, k) for k in range(1, 5))
+    count = next((len(b) for b in (starts, ends, axes, steps) if b is not None), None)
+    if len(node.inputs) < 4 or node.inputs[3] is None:
+        axes = None if count is None else list(range(count))
+    if len(node.inputs) < 5 or node.inputs[4] is None:
+        steps = None if count is None else [1] * count
+    if axes is None or not all(isinstance(a, int) for a in axes):
+        ctx.set_shape(out, ir.Shape([ctx.new_symbolic_dim() for _ in x.shape]))
+        return
+    dims: Contents = list(x.shape)
+    for k, axis in enumerate(int(a) % rank for a in axes):  # type: ignore[arg-type]
+        cut = None if starts is None or ends is None or steps is None else extent(dims[axis], starts[k], ends[k], steps[k])
+        dims[axis] = ctx.new_symbolic_dim() if cut is None else cut
+    ctx.set_shape(out, ir.Shape(dims))
+    known = ctx.get_symbolic_value(x)
+    if known is not None and rank == 1 and len(axes) == 1 and isinstance(dims[0], int) and starts and ends and steps:
+        bounds = (starts[0], ends[0], steps[0])
+        if all(isinstance(b, int) for b in bounds):
+            ctx.set_symbolic_value(out, known[slice(*bounds)])
 
-    def infer(ctx: Any, node: ir.Node) -> None:
+
+def _bounds(ctx: Any, node: ir.Node, index: int) -> Contents | None:
+    value = node.inputs[index] if index < len(node.inputs) else None
+    if value is None:
+        return None
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is not None:
+        return [int(b) for b in tensor.numpy().reshape(-1)]
+    known: Contents | None = ctx.get_symbolic_value(value)
+    return known
+
+
+def _squeeze(rule: Callable[..., None], ctx: Any, node: ir.Node) -> None:
+    """Without known axes every axis of length 1 goes, which a symbol may turn out to be: the rank is unknown then."""
+    rule(ctx, node)
+    x, axes = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
+    if x is None or x.shape is None or (axes is not None and ir.convenience.get_const_tensor(axes) is not None):
+        return
+    if axes is not None or not all(isinstance(d, int) for d in x.shape):
+        node.outputs[0].shape = None
+
+
+def _cast(rule: Callable[..., None], ctx: Any, node: ir.Node) -> None:
+    """Contents survive only where no length of an axis can wrap around."""
+    x, out, to = node.inputs[0], node.outputs[0], ir.DataType(node.attributes["to"].as_int())
+    known = None if x is None else ctx.get_symbolic_value(x)
+    if known is None or (to in _LOSSLESS and all(_fits(k, to) for k in known)):
         rule(ctx, node)
-        x, out = node.inputs[0], node.outputs[0]
-        axes = ctx.get_symbolic_value(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None
-        if x is None or x.shape is None or axes is None or not all(isinstance(a, int) for a in axes):
-            return
-        if out.shape is not None and len(out.shape) != len(x.shape):
-            return
-        cut = {a % len(x.shape) for a in axes}
-        made = out.shape or [ctx.new_symbolic_dim() for _ in x.shape]
-        ctx.set_shape(out, ir.Shape([d if k in cut else x.shape[k] for k, d in enumerate(made)]))
+    elif x is not None:
+        ctx.set_shape_and_dtype(out, x.shape, to)
 
-    return infer
+
+def _fits(number: int | ir.SymbolicDim, to: ir.DataType) -> bool:
+    if not isinstance(number, int):
+        return to in _LOSSLESS[:2] or nonnegative(number)
+    return int(to.min) <= number <= int(to.max)
+
+
+def _if(rule: Callable[..., None], ctx: Any, node: ir.Node) -> None:
+    """Where one branch has no shape, the result has none; the library takes that of the other branch."""
+    rule(ctx, node)
+    branches = [node.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
+    for k, out in enumerate(node.outputs):
+        if any(k < len(branch.outputs) and branch.outputs[k].shape is None for branch in branches):
+            out.shape = None
+
+
+def _loop(rule: Callable[..., None], ctx: Any, node: ir.Node) -> None:
+    """A state that no iteration changed is the initial one, and a condition may end the loop before its trip count."""
+    rule(ctx, node)
+    body, states = node.attributes["body"].as_graph(), len(node.inputs) - 2
+    for k, out in enumerate(node.outputs):
+        if out.shape is None:
+            continue
+        if k >= states:
+            ctx.set_shape(out, ir.Shape([ctx.new_symbolic_dim(), *out.shape[1:]]))
+            continue
+        initial, made = node.inputs[k + 2], body.outputs[k + 1].shape
+        first = None if initial is None else initial.meta.get(INITIAL, initial).shape
+        if first is None or made is None or len(first) != len(made):
+            out.shape = None
+        else:
+            ctx.set_shape(out, ir.Shape([a if _same(a, b) else ctx.new_symbolic_dim() for a, b in zip(first, made, strict=True)]))
 
 
 def _div(ctx: Any, node: ir.Node) -> Contents | None:

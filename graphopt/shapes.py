@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import onnx_ir as ir
 
 from graphopt.dims import divide, is_opaque, multiply, nonnegative
-from graphopt.shape_rules import register
+from graphopt.shape_rules import INITIAL, register
 
 __all__ = ["Contents", "contents", "declared_shape", "divide", "infer_nodes", "infer_shapes", "is_opaque", "multiply", "nonnegative"]
 
@@ -41,7 +41,7 @@ def infer_shapes(model: ir.Model) -> str | None:
                 value.shape = None
                 value.meta.pop(_CONTENTS, None)
     try:
-        with _defaults_hidden(model):
+        with _defaults_hidden(model), _states_hidden(model):
             infer_symbolic_shapes(model, policy="override", warn_on_missing=False, adopt_declared_symbols=False)
     except Exception as error:  # noqa: BLE001 -- the library raises many kinds; the reason goes into a remark, and every fact not set stays unknown
         return str(error).splitlines()[0]
@@ -99,6 +99,25 @@ def _defaults_hidden(model: ir.Model) -> Iterator[None]:
     finally:
         for value, tensor in hidden.items():
             value.const_value = tensor
+
+
+@contextlib.contextmanager
+def _states_hidden(model: ir.Model) -> Iterator[None]:
+    """The state of a Loop or Scan may grow: what is known of its initial value holds in the first iteration only."""
+    hidden: list[tuple[ir.Node, int, ir.Value]] = []
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.domain == "" and node.op_type in ("Loop", "Scan"):
+            states = range(2, len(node.inputs)) if node.op_type == "Loop" else range(len(node.inputs) - node.attributes["num_scan_inputs"].as_int())
+            hidden += [(node, k, value) for k in states if (value := node.inputs[k]) is not None]
+    for node, k, value in hidden:
+        blank = ir.Value(name=value.name, type=value.type)
+        blank.meta[INITIAL] = value
+        node.replace_input_with(k, blank)
+    try:
+        yield
+    finally:
+        for node, k, value in hidden:
+            node.replace_input_with(k, value)
 
 
 def _tidy(values: Sequence[ir.Value]) -> None:

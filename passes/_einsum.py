@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graphopt.graph import attr, rank
+from graphopt.graph import attr, rank, same_dim
 from graphopt.rewrite import Builder
 
 from ._algebra import Rewritten
@@ -13,7 +13,8 @@ from ._algebra import Rewritten
 def einsum(node: ir.Node, op: Builder) -> Rewritten:
     """One contracted index, and one index of its own for each operand; any others are a batch that both have: a batched matrix product.
 
-    An index that stands twice in an operand, an ellipsis, and a sum over an index of one operand alone are left to Einsum.
+    An index that stands twice in an operand, an ellipsis, and a sum over an index of one operand alone are left to Einsum; so is an index whose
+    sizes in the two operands are not proved equal: Einsum broadcasts a 1, a matrix product does not sum over it.
     """
     if len(node.inputs) != 2 or any(v is None for v in node.inputs):
         return None
@@ -28,9 +29,16 @@ def einsum(node: ir.Node, op: Builder) -> Rewritten:
     rows, columns = ([i for i in own if i not in other] for own, other in ((left, right), (right, left)))
     if len(contracted) != 1 or len(rows) != 1 or len(columns) != 1 or len(out) != len(batch) + 2:
         return None
+    if not all(_agree(node, left.index(i), right.index(i)) for i in (*batch, *contracted)):
+        return None
     a = _transposed(op, node.inputs[0], left, [*batch, *rows, *contracted])
     b = _transposed(op, node.inputs[1], right, [*batch, *contracted, *columns])
     return _transposed(op, op.MatMul(a, b), [*batch, *rows, *columns], out)
+
+
+def _agree(node: ir.Node, left: int, right: int) -> bool:
+    a, b = node.inputs[0], node.inputs[1]
+    return a is not None and b is not None and a.shape is not None and b.shape is not None and same_dim(a.shape[left], b.shape[right])
 
 
 def _parse(equation: str) -> tuple[list[str], list[str], list[str]] | None:

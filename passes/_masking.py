@@ -2,35 +2,67 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.attention import AttentionFacts
-from graphopt.analysis.fills import LOWEST, fills, may_be_too_low
+from graphopt.analysis.attention import AttentionFacts, Choice
+from graphopt.analysis.fills import LOWEST, fills, is_too_low, may_be_too_low
 from graphopt.analysis.scores import MaskTerm
-from graphopt.graph import producer, scalar
+from graphopt.graph import is_constant, producer, same_dim, scalar
 from graphopt.rewrite import Builder
 
 
-def additive_mask(op: Builder, f: AttentionFacts, rows: ir.Value, axis: int) -> ir.Value | None:
-    """The sum of all mask terms as one additive (or, for an Attention node that had it so, boolean) mask. `rows`: a value whose axis `axis`
-    runs along the query rows."""
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The value that query or key are read from, and which axis of what Attention reads runs along the rows."""
+
+    choice: Choice
+    axis: int
+
+    @property
+    def value(self) -> ir.Value:
+        return self.choice.step.value
+
+    @property
+    def place(self) -> int:
+        """The axis of `value` that runs along the rows."""
+        return self.choice.perm[self.axis]
+
+    @property
+    def size(self) -> Any:
+        return self.value.shape[self.place] if self.value.shape is not None else None
+
+
+def additive_mask(op: Builder, f: AttentionFacts, queries: Rows, keys: Rows) -> ir.Value | None:
+    """The sum of all mask terms as one additive (or, for an Attention node that had it so, boolean) mask."""
     if not f.terms:
         return None
     if f.anchor.op_type == "Attention":
         return f.terms[0].value
     key = ("mask", f.clamped, *((t.value, t.kind, t.factor, t.fill) for t in f.terms))
+    total: ir.Value = op.shared(key, lambda: _total(op, f, queries))
+    return _expanded(op, total, f, queries, keys)
+
+
+def _total(op: Builder, f: AttentionFacts, queries: Rows) -> ir.Value:
     dtype = f.output.dtype or ir.DataType.FLOAT
-    total: ir.Value = op.shared(key, lambda: _sum(op, [_four_axes(op, _additive(op, t, dtype, f.clamped), t, f, rows) for t in f.terms]))
-    if all((_query_size(t) or 1) == 1 for t in f.terms):
-        size = rows.shape[axis] if rows.shape is not None else None
-        return _expanded(op, total, rows, axis, size)
+    parts = [_four_axes(op, _additive(op, t, dtype, f.clamped), t, f, queries) for t in f.terms if t.kind == "add"]
+    hiding = [t for t in f.terms if t.kind != "add"]
+    if hiding:  # each replaces scores by one and the same number, so a key that two of them hide is hidden once
+        seen = [_four_axes(op, t.value if t.kind == "keep" else op.Not(t.value), t, f, queries) for t in hiding]
+        keep = functools.reduce(op.And, seen)
+        parts.append(_choice(op, keep, 0.0, hiding[0].fill if np.isneginf(hiding[0].fill) else -np.finfo(np.float64).max, dtype, True, f.clamped))
+    total: ir.Value = functools.reduce(op.Add, parts)
+    if dtype == ir.DataType.FLOAT16 and len(parts) > 1:  # two of its lowest numbers add up to -inf
+        total = op.Max(total, op.const(np.array(_lowest(dtype), dtype.numpy()), "lowest"))
     return total
 
 
-def _four_axes(op: Builder, mask: ir.Value, term: MaskTerm, f: AttentionFacts, rows: ir.Value) -> ir.Value:
+def _four_axes(op: Builder, mask: ir.Value, term: MaskTerm, f: AttentionFacts, queries: Rows) -> ir.Value:
     """A mask for scores [batch * heads, rows, keys] or [batch / windows, windows, heads, rows, keys], for scores of four axes."""
     shape = term.value.shape
     size = 0 if shape is None else len(shape)
@@ -38,49 +70,55 @@ def _four_axes(op: Builder, mask: ir.Value, term: MaskTerm, f: AttentionFacts, r
         tail = op.Shape(mask, start=1, end=3)
         return op.Reshape(mask, op.Concat(op.const(np.array([-1, f.heads], np.int64), "heads"), tail, axis=0))  # type: ignore[no-any-return]
     if size == 5 and shape is not None:
-        count = op.Div(op.Shape(rows, start=0, end=1), op.const(np.array([shape[1]], np.int64), "windows"))
+        batch = queries.choice.perm[0]
+        count = op.Div(op.Shape(queries.value, start=batch, end=batch + 1), op.const(np.array([shape[1]], np.int64), "windows"))
         every = op.Expand(mask, op.Concat(count, op.const(np.ones(4, np.int64), "ones"), axis=0))
         tail = op.Shape(mask, start=2, end=5)
         return op.Reshape(every, op.Concat(op.const(np.array([-1], np.int64), "rest"), tail, axis=0))  # type: ignore[no-any-return]
     return mask
 
 
-def _sum(op: Builder, parts: list[ir.Value]) -> ir.Value:
-    total = parts[0]
-    for part in parts[1:]:
-        total = op.Add(total, part)
-    return total
-
-
-def _query_size(term: MaskTerm) -> Any:
-    """The size of the mask along the query rows; 1 where it has no such axis."""
-    shape = term.value.shape
-    return None if shape is None else 1 if len(shape) < 2 else shape[-2]
-
-
-def _expanded(op: Builder, mask: ir.Value, rows: ir.Value, axis: int, size: Any) -> ir.Value:
-    """A mask that is the same for every query row, spelled for every row: runtimes ask for the axis."""
+def _expanded(op: Builder, mask: ir.Value, f: AttentionFacts, queries: Rows, keys: Rows) -> ir.Value:
+    """A mask that is not proved to have an axis for all query rows and all keys, spelled for every one of them: runtimes ask for both."""
+    missing = [not any(same_dim(_size(t, axis), rows.size) for t in f.terms) for axis, rows in ((-2, queries), (-1, keys))]
+    if not any(missing):
+        return mask
 
     def build() -> ir.Value:
-        if isinstance(size, int):
-            return op.Expand(mask, op.const(np.array([size, 1], np.int64), "rows"))  # type: ignore[no-any-return]
-        count = op.Shape(rows, start=axis, end=axis + 1)
-        return op.Expand(mask, op.Concat(count, op.const(np.array([1], np.int64), "one"), axis=0))  # type: ignore[no-any-return]
+        sizes = [_count(op, rows) if wanted else _int(op, 1) for wanted, rows in zip(missing, (queries, keys), strict=True)]
+        if all(is_constant(s) or s in op.initializers for s in sizes):
+            numbers = [int(r.size) if wanted else 1 for wanted, r in zip(missing, (queries, keys), strict=True)]
+            return op.Expand(mask, op.const(np.array(numbers, np.int64), "rows"))  # type: ignore[no-any-return]
+        return op.Expand(mask, op.Concat(*sizes, axis=0))  # type: ignore[no-any-return]
 
-    out: ir.Value = op.shared(("expand", mask, str(size)), build)
+    out: ir.Value = op.shared(("expand", mask, str(queries.size), str(keys.size), *missing), build)
     return out
 
 
+def _size(term: MaskTerm, axis: int) -> Any:
+    shape = term.value.shape
+    return shape[axis] if shape is not None and len(shape) >= -axis else 1
+
+
+def _count(op: Builder, rows: Rows) -> ir.Value:
+    if isinstance(rows.size, int):
+        return _int(op, rows.size)
+    out: ir.Value = op.Shape(rows.value, start=rows.place, end=rows.place + 1)
+    return out
+
+
+def _int(op: Builder, number: int) -> ir.Value:
+    return op.const(np.array([number], np.int64), "rows")
+
+
 def _additive(op: Builder, term: MaskTerm, dtype: ir.DataType, clamped: bool) -> ir.Value:
-    if term.kind != "add":
-        return _choice(op, term.value, 0.0, term.fill, dtype, keep=term.kind == "keep", clamped=clamped)
     value, node = term.value, producer(term.value, "Where")
     if node is not None and term.factor == 1.0:  # Where(condition, 0, low) as exporters spell it: lower the constant, not the tensor
         x, y = scalar(node.inputs[1]), scalar(node.inputs[2])
         if x == 0.0 and y is not None and node.inputs[0] is not None:
-            return value if y >= LOWEST else _choice(op, node.inputs[0], 0.0, float(y), dtype, keep=True, clamped=clamped)
+            return value if not is_too_low(y) else _choice(op, node.inputs[0], 0.0, float(y), dtype, keep=True, clamped=clamped)
         if y == 0.0 and x is not None and node.inputs[0] is not None:
-            return value if x >= LOWEST else _choice(op, node.inputs[0], 0.0, float(x), dtype, keep=False, clamped=clamped)
+            return value if not is_too_low(x) else _choice(op, node.inputs[0], 0.0, float(x), dtype, keep=False, clamped=clamped)
     if term.factor != 1.0:
         value = op.Mul(value, op.const(np.array(term.factor, dtype.numpy()), "factor"))
     return _clamped(op, value, term, dtype, clamped)

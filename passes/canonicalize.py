@@ -108,7 +108,7 @@ class _Work:
         if node.domain != "":
             return
         for rule in (self.fold, *_RULES.get(node.op_type, ()), self.seen_before):
-            op = self.driver.builder()
+            op = self.driver.builder(node.graph)
             got = rule(node, op)
             if got is None:
                 continue

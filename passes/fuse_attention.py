@@ -15,10 +15,10 @@ from graphopt.analysis.layout import Group, Tracer, merged
 from graphopt.analysis.masks import MaskReader, Masks
 from graphopt.analysis.scores import MaskTerm
 from graphopt.core import Context
-from graphopt.graph import consumers, producer, rank, scalar, static_dim
+from graphopt.graph import consumers, producer, rank, scalar
 from graphopt.rewrite import Builder, Match, Miss, RewritePass
 
-from ._masking import additive_mask
+from ._masking import Rows, additive_mask
 
 _LAYOUT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten")
 
@@ -91,8 +91,8 @@ class FuseAttention(RewritePass[AttentionMatch]):
         for factor in f.factors:
             q = op.Mul(q, factor)
         scale = f.scale * m.operands[0].step.scale * m.operands[1].step.scale
-        rows = m.operands[0]
-        mask = additive_mask(op, f, rows.step.value, rows.perm[1 if m.form == "packed" else 2])
+        axis = 1 if m.form == "packed" else 2
+        mask = additive_mask(op, f, Rows(m.operands[0], axis), Rows(m.operands[1], axis))
         heads = {"q_num_heads": f.heads, "kv_num_heads": f.kv_heads} if m.form == "packed" else {}
         inputs = (q, k, v) if mask is None else (q, k, v, mask)
         extra = {"softcap": float(f.softcap)} if f.softcap else {}
@@ -119,14 +119,20 @@ def _idle(term: MaskTerm, masks: Masks) -> bool:
 
 def _inexpressible(f: AttentionFacts) -> str | None:
     """What the Attention operator has no words for."""
+    if f.output.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+        return f"it computes in {f.output.dtype}, for which runtimes have no kernel that keeps rows without keys"
+    if f.scale <= 0:
+        return f"the scores are scaled by {f.scale:g}, and Attention takes the root of the scale"
+    if len({t.fill for t in f.terms if t.kind != "add"}) > 1:
+        return "its masks fill the scores with different numbers"
     if f.softcap and f.masked_before_cap:
         return "the mask is added before the soft cap, and Attention adds it behind"
     for term in f.terms:
         shape = term.value.shape
         if shape is None or len(shape) > max(4, term.scores_rank) or term.scores_rank > 5:
             return f"the shape of the mask `{term.value.name}` is unknown, or has more axes than the scores"
-        if shape and len(shape) and shape[-1] == 1 and f.probabilities is not None and static_dim(f.probabilities, -1) != 1:
-            return f"the mask `{term.value.name}` is the same for every key"
+        if term.scores_rank > 3 and len(shape) > 2 and term.scores_heads != f.heads:
+            return f"the mask `{term.value.name}` is added to scores whose axis before the rows is not the heads"
         if term.scores_rank == 5 and len(shape) > 2 and (len(shape) != 5 or shape[0] != 1 or not isinstance(shape[1], int)):
             return f"the mask `{term.value.name}` is added to scores of 5 axes in a way that is not a window mask"
     return None

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from graphopt.analysis.layout import Tracer, merged
 from graphopt.analysis.rotary import RotaryFacts, rotary_of
 from graphopt.core import Context
-from graphopt.graph import rank, static_dim
+from graphopt.graph import rank, same_dim, static_dim
 from graphopt.rewrite import Builder, Match, Miss, RewritePass
 from graphopt.shapes import is_opaque
 
@@ -83,6 +83,10 @@ def _unfit(f: RotaryFacts, heads: int | None, axis: int) -> str | None:
         shape = cache.shape
         if shape is None or not 2 <= len(shape) <= 4 or (len(shape) > 2 and shape[axis - 4] != 1) or shape[(3 - axis) - 4] == 1:
             return f"`{cache.name}` does not hold one angle for each row, the same for all heads"
+        if static_dim(cache, -1) != (f.dim if f.doubled else f.dim // 2):
+            return f"`{cache.name}` does not hold one angle for each pair of features"
+        if f.x.shape is None or not same_dim(shape[(3 - axis) - 4], f.x.shape[3 - axis]):
+            return f"`{cache.name}` is not proved to have as many rows as `{f.x.name}`"
     return None
 
 
@@ -110,7 +114,7 @@ def _cache(op: Builder, f: RotaryFacts, cache: ir.Value, axis: int) -> ir.Value:
             value = op.Squeeze(value, _ints(op, [size + axis - 4]))
         if size < 4:  # no batch
             value = op.Unsqueeze(value, _ints(op, [0]))
-        if size != 4 or cache.shape is None or cache.shape[0] == 1:  # the kernel wants the batch of x
+        if size != 4 or cache.shape is None or not same_dim(cache.shape[0], batch):  # the kernel wants the batch of x
             count = _ints(op, [batch]) if isinstance(batch, int) else op.Shape(f.x, start=0, end=1)
             value = op.Expand(value, op.Concat(count, _ints(op, [1, 1]), axis=0))
         return value

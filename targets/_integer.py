@@ -78,12 +78,15 @@ class MatmulMatch(Match):
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        return {"weight": self.linear.weight.name, "shared_activation": self.shared, "bias_inside": self.linear.bias is not None}
+        inside = self.linear.bias is not None and not self.linear.batch
+        return {"weight": self.linear.weight.name, "shared_activation": self.shared, "bias_inside": inside}
 
 
 @dataclasses.dataclass(frozen=True)
 class SpellIntegerMatmul(RewritePass[MatmulMatch]):
     """MatMul or Gemm of a dynamically quantized activation and an int8 weight -> one integer multiply, with the bias inside.
+
+    The runtime's kernels add no bias to a batch of matrices with a scale for each channel, so there it is added behind the multiply.
 
     Args:
         vendor: with operators of the runtime.
@@ -98,7 +101,7 @@ class SpellIntegerMatmul(RewritePass[MatmulMatch]):
         linear = ctx.get(StoredOperands()).get(node)
         if not isinstance(linear, Linear) or linear.grid is None:
             return None
-        reason = why_float(linear)
+        reason = why_float(linear) or (None if self.vendor else _bias_lost(linear))
         if reason is not None:
             return Miss(node, f"`{linear.weight.name}` is multiplied as float: {reason}")
         decode = producer(linear.x, "DequantizeLinear")
@@ -117,15 +120,18 @@ class SpellIntegerMatmul(RewritePass[MatmulMatch]):
         assert grid is not None
         weight, scale = _weight(op, m), _scaled(op, grid.scale, linear.alpha)
         bias = None if linear.bias is None else _bias(op, linear)
+        inside = None if linear.batch else bias
         codes = op.Transpose(m.codes, perm=[1, 0]) if linear.trans_x else m.codes
         if not self.vendor:
             product = _standard(op, m, codes, weight, scale)
             out = product if bias is None else op.Add(product, bias)
         elif m.shared:
-            inputs = (codes, weight, m.x_scale, scale, m.x_zero, grid.zero_point, bias)
+            inputs = (codes, weight, m.x_scale, scale, m.x_zero, grid.zero_point, inside)
             out = op.node("MatMulIntegerToFloat", _trim(inputs), _domain=_VENDOR)
         else:
-            out = op.node("DynamicQuantizeMatMul", _trim((m.x, weight, scale, grid.zero_point, bias)), _domain=_VENDOR)
+            out = op.node("DynamicQuantizeMatMul", _trim((m.x, weight, scale, grid.zero_point, inside)), _domain=_VENDOR)
+        if self.vendor and bias is not inside:
+            out = op.Add(out, bias)
         if linear.addend is None:
             return [out]
         return [op.Add(out, _scaled(op, linear.addend, linear.beta))]
@@ -146,6 +152,12 @@ def why_float(linear: Linear) -> str | None:
     if linear.batch and grid.zero_point is not None:
         return "it is batched and has a zero point"
     return None
+
+
+def _bias_lost(linear: Linear) -> str | None:
+    """The runtime fuses MatMulInteger, Cast, Mul and Add into a kernel that drops the bias of a batch of matrices; it adds it to decoded ones."""
+    added = any(n.op_type == "Add" for n in consumers(linear.node.outputs[0]))
+    return "it is batched and a bias is added, which the runtime drops when it fuses the standard spelling" if linear.batch and added else None
 
 
 def _weight(op: Builder, m: MatmulMatch) -> ir.Value:

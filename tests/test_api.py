@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,6 +13,7 @@ import onnx_ir as ir
 import pytest
 
 import graphopt
+from graphopt.api import parse_target
 from graphopt.errors import GraphoptError, LoadError, PassError, PipelineError, SampleError, SaveError, VerifyError
 from graphopt.run.ort import session
 
@@ -324,6 +327,22 @@ def test_wrong_texts_are_found_before_anything_is_loaded(tmp_path: Path) -> None
         graphopt.optimize(absent, target="cpu, quantized")
     with pytest.raises(LoadError, match=r"absent\.onnx"):
         graphopt.optimize(absent)
+
+
+def test_numbers_out_of_range_in_a_target_are_refused(block: onnx.ModelProto) -> None:
+    made: Any = parse_target("cpu")
+    for field, value in (("threads", 0), ("opset", 6), ("opset", 99)):
+        with pytest.raises(PipelineError, match=f"cpu: option `{field}` expects"):
+            graphopt.optimize(block, target=dataclasses.replace(made, **{field: value}))
+
+
+def test_what_cannot_be_written_is_refused_before_any_pass(block: onnx.ModelProto, tmp_path: Path) -> None:
+    source = tmp_path / "in.onnx"
+    onnx.save(block, source)
+    told: list[str] = []
+    with pytest.raises(SaveError, match="belongs to the input"):
+        graphopt.optimize(source, writes=[source], progress=lambda text, done: told.append(text))
+    assert told == ["load"]
 
 
 def test_the_input_file_is_never_overwritten(block: onnx.ModelProto, tmp_path: Path) -> None:

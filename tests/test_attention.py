@@ -182,6 +182,8 @@ def feeds(model: ir.Model, batch: int, length: int) -> dict[str, np.ndarray]:
     rng, sizes = np.random.default_rng(1), {"B": batch, "S": length}
     out = {}
     for value in model.graph.inputs:
+        if value.dtype != ir.DataType.FLOAT:
+            continue
         shape = [d if isinstance(d, int) else sizes[str(d)] for d in value.shape or ()]
         out[str(value.name)] = rng.standard_normal(shape, dtype=np.float32)
         if value.name == "m":
@@ -328,6 +330,86 @@ def test_a_window_mask_over_scores_of_five_axes() -> None:
     assert [n.op_type for n in model.graph].count("Attention") == 1
     for expected, g in zip(before, given, strict=True):
         np.testing.assert_allclose(session(model, optimize=False).run(g)["y"], expected, rtol=0, atol=2e-6)
+
+
+HIDDEN = {
+    "two fills in a row": (
+        ", bool[B,1,1,S] m, bool[1,1,S,S] cc", "h = Where (m, sc, low)\n  sm = Where (cc, h, low)", ", float low = {-3.4028235e38}",
+    ),
+    "a bias under a fill of -1e9": (
+        ", bool[B,1,1,S] m, float[1,4,S,S] b", "h = Add (sc, b)\n  sm = Where (m, h, low)", ", float low = {-1e9}",
+    ),
+    "a mask whose rows have a symbol of their own": (", float[B,1,R,S] m", "sm = Add (sc, m)", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_rows_that_are_masked_everywhere_average(name: str) -> None:
+    inputs, body, constants = HIDDEN[name]
+    model = build(
+        PLAIN.replace(", float[B,1,1,S] m", inputs)
+        .replace("sm = Add (sc, m)", body)
+        .replace("float c = {2.8284271}", "float c = {2.8284271}" + constants)
+    )
+    rng = np.random.default_rng(0)
+    for batch, length in ((2, 5), (3, 4)):
+        given = {"x": rng.standard_normal((batch, length, 32), dtype=np.float32) * 20}
+        for value in model.graph.inputs[1:]:
+            assert value.shape is not None
+            shape = [{"B": batch, "S": length, "R": 1}.get(str(d), d) for d in value.shape]
+            given[str(value.name)] = rng.random(shape) < 0.5 if value.dtype == ir.DataType.BOOL else rng.standard_normal(shape).astype(np.float32)
+        if "two" in name:
+            given["m"][0], given["cc"][..., 0, :] = False, False
+        elif "bias" in name:
+            given["m"][0] = False
+        before = session(model, optimize=False).run(given)["y"]
+        fused = model.clone()
+        fuse(fused)
+        assert [n.op_type for n in fused.graph].count("Attention") == 1
+        np.testing.assert_allclose(session(fused, optimize=False).run(given)["y"], before, rtol=1e-5, atol=1e-5)
+
+
+REFUSED = {
+    "a mask of head groups is no window mask": (
+        PLAIN.replace(", float[B,1,1,S] m", ", float[1,2,1,5,5] m").replace("[B,S,32]", "[B,5,32]")
+        .replace("float c =", "int64[5] five = {-1,2,2,5,5}, int64[4] four = {-1,4,5,5}, float c =")
+        .replace("sm = Add (sc, m)", "s5 = Reshape (sc, five)\n  m5 = Add (s5, m)\n  sm = Reshape (m5, four)"),
+        "is not the heads",
+    ),
+    "a negative scale": (PLAIN.replace("float c = {2.8284271}", "float c = {-2.8284271}"), "the scores are scaled by"),
+    "a negative cap": (CAPPED.replace("d = Mul (b, two)", "d = Mul (b, minus)").replace("float two", "float minus = {-2}, float two"), "no soft cap"),
+    "two fills that differ": (
+        PLAIN.replace(", float[B,1,1,S] m", ", bool[B,1,1,S] m, bool[1,1,S,S] kk").replace("sm = Add (sc, m)", "h = Where (m, sc, low)\n  sm = Where (kk, h, lower)")
+        .replace("float c =", "float low = {-1e10}, float lower = {-1e30}, float c ="),
+        "different numbers",
+    ),
+    "scores added to themselves": (PLAIN.replace("sm = Add (sc, m)", "sm = Add (sc, sc)").replace(", float[B,1,1,S] m", ""), "which it replaces"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_attention_has_no_words_for_is_refused(name: str) -> None:
+    text, reason = REFUSED[name]
+    model = build(text)
+    ops = [n.op_type for n in model.graph]
+    ctx = fuse(model)
+    assert [n.op_type for n in model.graph] == ops
+    assert any(reason in r.message for r in ctx.remarks if r.kind == "missed"), [r.message for r in ctx.remarks]
+
+
+def test_a_match_does_not_reach_into_a_subgraph() -> None:
+    """Scores outside, Softmax inside a branch: they are left apart, and the branch still runs."""
+    inner = "p = Softmax <axis = -1> (sm)\n      o = MatMul (p, vt)"
+    text = PLAIN.replace("(float[B,S,32] x, ", "(bool go, float[B,S,32] x, ").replace("  p = Softmax <axis = -1> (sm)\n  o = MatMul (p, vt)", (
+        f"  o = If (go) <then_branch = t () => (float[B,4,S,8] o) {{\n      {inner}\n  }}, else_branch = e () => (float[B,4,S,8] z) {{ z = Identity (vt) }}>"
+    ))  # fmt: skip
+    model = build(text)
+    for go in (True, False):
+        given = {k: v for k, v in feeds(model, 2, 5).items() if k != "go"} | {"go": np.array(go)}
+        before = session(model, optimize=False).run(given)["y"]
+        other = model.clone()
+        fuse(other, "canonicalize, fuse-attention, merge-projections")
+        np.testing.assert_allclose(session(other, optimize=False).run(given)["y"], before, rtol=0, atol=2e-6)
 
 
 LAYOUTS = st.lists(st.sampled_from(["identity", "transpose_back_and_forth", "reshape_flat", "unsqueeze", "split_heads"]), max_size=4)

@@ -45,3 +45,37 @@ def test_c03_tables_that_differ_in_one_element_stay_apart() -> None:
     assert nbytes(model) == 2 * 1024 * 320 * 4
     assert not list(remarks)
     assert_same(run(proto, feeds), run(model, feeds))
+
+
+ATTENTION = """
+   <ir_version: 10, opset_import: ["" : 23]>
+   g (float[B, S, 8] x, float[B, 1, %s, S] mask) => (float[B, S, 8] y) {
+      y = Attention <q_num_heads = 2, kv_num_heads = 2> (x, x, x, mask)
+   }
+"""
+
+
+def test_a_mask_at_the_lowest_float_averages_as_onnx_defines_it() -> None:
+    """The runtime gives zero for such rows, which is right for -inf only; the reference is the yardstick here."""
+    proto, remarks = parse(ATTENTION % "S"), Remarks()
+    model = graphopt.load(proto, remarks=remarks)
+    assert any("lowest finite number" in r.message for r in remarks)
+    rng = np.random.default_rng(0)
+    for fill in (np.finfo(np.float32).min, -np.inf):
+        feeds = {"x": rng.standard_normal((2, 4, 8), dtype=np.float32), "mask": np.zeros((2, 1, 4, 4), np.float32)}
+        feeds["mask"][0, 0, 1] = fill
+        expected = run(proto, feeds)["y"].copy()
+        if np.isfinite(fill):
+            assert not expected[0, 1].any(), "the runtime's own answer"
+            expected[0, 1] = feeds["x"][0].mean(axis=0)
+        assert_same({"y": expected}, run(model, feeds))
+
+
+def test_a_mask_without_an_axis_for_the_query_rows_is_written_out() -> None:
+    proto, remarks = parse(ATTENTION % "1"), Remarks()
+    model = graphopt.load(proto, remarks=remarks)
+    assert any("no axis for the query rows" in r.message for r in remarks)
+    rng = np.random.default_rng(0)
+    feeds = {"x": rng.standard_normal((2, 4, 8), dtype=np.float32), "mask": np.where(rng.random((2, 1, 1, 4)) < 0.3, -1e4, 0).astype(np.float32)}
+    every = {**feeds, "mask": np.repeat(feeds["mask"], 4, axis=2)}
+    assert_same(run(parse(ATTENTION % "S"), every), run(model, feeds))

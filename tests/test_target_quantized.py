@@ -181,6 +181,23 @@ def test_batched_weights(options: str, vendor: str) -> None:
     assert got.error(feeds) <= 0.03
 
 
+@pytest.mark.parametrize("options", ["", "per-channel=false"])
+@pytest.mark.parametrize("where", ["quantized", "quantized{vendor=false}", "cpu"])
+def test_a_batched_weight_keeps_its_bias(where: str, options: str) -> None:
+    """The runtime's kernels, and its own fusion of the standard spelling, add no bias to a batch of matrices with a scale for each channel."""
+    for shape, bias in (((4, 64, 32), BIAS), ((1, 64, 32), BIAS), ((4, 64, 32), BIAS.reshape(1, 1, 32))):
+        source = proto([node("MatMul", "x w", "t"), node("Add", "t b", "y")], {"w": weight(*shape), "b": 100 * bias}, "x:4,S,64")
+        got = Lowered(source, where, f"quantize{{{options}}}")
+        feeds = {"x": rng().standard_normal((4, 9, 64)).astype(np.float32)}
+        got.same(feeds)
+        assert got.error(feeds) <= 0.02
+        if "vendor=false" in where:
+            assert got.count("MatMulInteger", "MatMul") == [0, 1]
+            assert any("a bias is added" in r.message for r in got.remarks if r.kind == "missed")
+        else:
+            assert [sum(got.count(*VENDOR)), *got.count("Add")] == [1, 1]
+
+
 def test_a_batch_with_zero_points_stays_float_with_the_reason() -> None:
     codes, zero = rng().integers(-127, 128, (4, 64, 16)).astype(np.int8), np.arange(16, dtype=np.int8)
     nodes = [node("DequantizeLinear", "q s z", "w", axis=2), helper.make_node("DynamicQuantizeLinear", ["x"], ["c", "cs", "cz"], name="d")]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 
@@ -164,7 +164,8 @@ def _from_operator(node: ir.Node, tracer: Tracer) -> AttentionFacts:
     if not scale or attr(node, "is_causal", 0) or attr(node, "softcap", 0.0) or attr(node, "softmax_precision"):
         raise NotAttention("it already is an Attention node")
     mask = inputs[3]
-    terms = () if mask is None else (MaskTerm(mask, "keep" if mask.dtype == ir.DataType.BOOL else "add", 4, 1.0, float("-inf")),)
+    kind: Literal["keep", "add"] = "keep" if mask is not None and mask.dtype == ir.DataType.BOOL else "add"
+    terms = () if mask is None else (MaskTerm(mask, kind, 4, 1.0, float("-inf"), _count("query", q.heads)),)
     return _checked(AttentionFacts(node, (node,), node.outputs[0], q, k, v, _count("query", q.heads), 0, 0, 0, scale, terms))
 
 

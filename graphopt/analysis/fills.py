@@ -29,7 +29,12 @@ def fills(mask: ir.Value, factor: float = 1.0) -> tuple[list[float], bool]:
 def may_be_too_low(mask: ir.Value, factor: float = 1.0) -> bool:
     """True if the mask may hold finite numbers below `LOWEST`; one that holds -inf means "no key" and is left alone."""
     found, fed = fills(mask, factor)
-    return not any(np.isneginf(c) for c in found) and (fed or any(c <= LOWEST for c in found))
+    return not any(np.isneginf(c) for c in found) and (fed or any(is_too_low(c) for c in found))
+
+
+def is_too_low(number: float) -> bool:
+    """Below `LOWEST`, which half and single precision round."""
+    return number < 1.01 * LOWEST
 
 
 def _behind(value: ir.Value, depth: int) -> tuple[list[float], bool]:

@@ -51,6 +51,7 @@ class All:
 
 
 Meaning = Index | Lookup | All
+_SIGNED = (ir.DataType.INT32, ir.DataType.INT64)
 _READABLE = 1 << 20  # elements of a stored tensor that is looked at
 
 
@@ -173,7 +174,9 @@ class Masks:
             if isinstance(below, Index) and not below.terms and below.const:
                 return All()
             return below if isinstance(below, All) else None
-        return below if to.is_integer() and isinstance(below, (Index, Lookup)) else None
+        if isinstance(below, Index):
+            return below if to in _SIGNED else None
+        return below if isinstance(below, Lookup) and _keeps_numbers(node.inputs[0], to) else None
 
     def _arithmetic(self, node: ir.Node) -> Meaning | None:
         a, b = (self._placed(v, node.outputs[0]) for v in node.inputs)
@@ -183,7 +186,7 @@ class Masks:
                 if isinstance(index, Index) and known is not None and len(known) == 1 and index.const == 0:
                     return Index(tuple((axis, shapes.multiply(c, known[0])) for axis, c in index.terms))
             return None
-        if not isinstance(a, Index) or not isinstance(b, Index):
+        if not isinstance(a, Index) or not isinstance(b, Index) or node.outputs[0].dtype not in _SIGNED:
             return None
         return _combine(a, b, 1 if node.op_type == "Add" else -1)
 
@@ -229,6 +232,13 @@ class Masks:
         by_stride = {str(c): axis for axis, c in index.terms}
         picks = [Index(((by_stride[str(s)], 1),)) if str(s) in by_stride else None for s in strides]
         return _picked(below, picks) if len(index.terms) == len(strides) else None
+
+
+def _keeps_numbers(value: ir.Value | None, to: ir.DataType) -> bool:
+    """True if a Cast of integers or booleans to the integer type `to` changes no number."""
+    if value is None or value.dtype is None or to not in _SIGNED:
+        return False
+    return value.dtype == ir.DataType.BOOL or (value.dtype.is_integer() and (value.dtype == to or value.dtype.itemsize < to.itemsize))
 
 
 def _integer(value: ir.Value | None) -> int | None:

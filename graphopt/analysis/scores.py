@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.graph import attr, constant, consumers, is_constant, producer, rank, same_dim, scalar
+from graphopt.graph import attr, constant, consumers, is_constant, producer, rank, same_dim, scalar, static_dim
 
 _REGROUPING = ("Reshape", "Squeeze", "Unsqueeze", "Identity")
 _DEPTH = 24
@@ -23,7 +23,8 @@ class MaskTerm:
     """One term of the mask, as it stands between the scores and the softmax.
 
     kind "add": `value` (times `factor`) is added to the scores; "keep": scores stay where the boolean `value` is true and become `fill`
-    elsewhere; "drop": the other way round. `fill` is already multiplied by the factor above it. `scores_rank` is the rank of the scores there.
+    elsewhere; "drop": the other way round. `fill` is already multiplied by the factor above it. `scores_rank` is the rank of the scores there,
+    and `scores_heads` the size of their axis before the rows (None: no constant).
     """
 
     value: ir.Value
@@ -31,6 +32,7 @@ class MaskTerm:
     scores_rank: int
     factor: float = 1.0
     fill: float = 0.0
+    scores_heads: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +125,7 @@ def _factor(node: ir.Node, factor: float, depth: int) -> Scores | str:
     if node.op_type == "Mul" and (c := scalar(a)) is not None:
         return _through(node, b, factor * float(c), depth)
     for side, other in ((a, b), (b, a)):
-        if node.op_type != "Mul" or side is None or other is None or not _same_for_rows_and_keys(other):
+        if node.op_type != "Mul" or side is None or other is None or not _same_for_rows_and_keys(other, rank(side)):
             continue
         below = _through(node, side, factor, depth)
         if isinstance(below, Scores) and not below.terms and not below.softcap:
@@ -131,10 +133,12 @@ def _factor(node: ir.Node, factor: float, depth: int) -> Scores | str:
     return f"{node.op_type} `{node.name}` scales the scores by something that is not a constant number, nor one number for each head"
 
 
-def _same_for_rows_and_keys(value: ir.Value) -> bool:
-    """[.., 1, 1] of at most four axes."""
+def _same_for_rows_and_keys(value: ir.Value, scores_rank: int | None) -> bool:
+    """[.., 1, 1] beside scores of four axes, or [1, 1, 1] beside scores [batch * heads, rows, keys]."""
     shape = value.shape
-    return shape is not None and 2 <= len(shape) <= 4 and shape[-1] == 1 and shape[-2] == 1
+    if shape is None or not 2 <= len(shape) <= 4 or shape[-1] != 1 or shape[-2] != 1:
+        return False
+    return scores_rank == 4 or (scores_rank == 3 and (len(shape) == 2 or shape[0] == 1))
 
 
 def _floored(node: ir.Node) -> ir.Value | None:
@@ -162,7 +166,7 @@ def _additive(node: ir.Node, factor: float, depth: int) -> Scores | str:
             reasons.append(below)
             continue
         sign = -1.0 if node.op_type == "Sub" else 1.0
-        term = MaskTerm(other, "add", rank(side) or 0, factor * sign)
+        term = MaskTerm(other, "add", rank(side) or 0, factor * sign, 0.0, static_dim(side, -3))
         return _with_term(below, term)
     return reasons[0] if reasons else f"{node.op_type} `{node.name}` has no input"
 
@@ -175,10 +179,16 @@ def _where(node: ir.Node, factor: float, depth: int) -> Scores | str:
         below = _through(node, scores, factor, depth)
         if isinstance(below, str):
             return below
-        if float(fill) * factor > -1e9:  # exp(fill - max) must vanish beside any ordinary score, whatever is added to it
+        if float(fill) * factor > (
+            -6e4 if scores.dtype == ir.DataType.FLOAT16 else -1e9
+        ):  # exp(fill - max) must vanish beside any ordinary score, whatever is added to it
             return f"Where `{node.name}` fills the scores with {float(fill):g}, which is not low enough for a mask"
-        return _with_term(below, MaskTerm(condition, kind, rank(scores) or 0, 1.0, float(fill) * factor))  # type: ignore[arg-type]
+        return _with_term(below, _replacing(condition, kind, scores, float(fill) * factor))
     return f"Where `{node.name}` does not choose between the scores and a constant"
+
+
+def _replacing(condition: ir.Value, kind: str, scores: ir.Value, fill: float) -> MaskTerm:
+    return MaskTerm(condition, "keep" if kind == "keep" else "drop", rank(scores) or 0, 1.0, fill, static_dim(scores, -3))
 
 
 def _with_term(below: Scores, term: MaskTerm) -> Scores:
@@ -190,6 +200,8 @@ def _capped(node: ir.Node, factor: float, depth: int) -> Scores | str:
     below = _through(node, node.inputs[0], 1.0, depth)
     if isinstance(below, str):
         return below
+    if factor <= 0:
+        return f"Tanh `{node.name}` is multiplied by {factor:g}, which is no soft cap"
     if below.softcap:
         return f"a second Tanh `{node.name}` between the scores and the softmax"
     return dataclasses.replace(below, scale=below.scale * factor, softcap=factor, masked_before_cap=bool(below.terms))
