@@ -1,4 +1,4 @@
-"""The tools compared: each turns a file into graphs that onnxruntime can run, before and after lowering where it knows the difference."""
+"""The tools compared. Each gives its results for a file; several if they fuse the same number of blocks, then one whose numbers hold counts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-FUSION = "canonicalize, fuse-norm, fuse-activation, fuse-rotary, fuse-attention"
+FUSION = "canonicalize, simplify-masks, fuse-norm, fuse-activation, fuse-rotary, fuse-attention"
 ATTENTION = {
     "Attention", "MultiHeadAttention", "GroupQueryAttention", "PackedMultiHeadAttention", "PackedAttention", "DecoderMaskedMultiHeadAttention",
 }  # fmt: skip
@@ -25,15 +25,15 @@ class Output:
     missed: list[str] = dataclasses.field(default_factory=list)
 
 
-def given(path: Path) -> Output:
+def given(path: Path) -> list[Output]:
     """The file as it is."""
     import onnx
 
     model = onnx.load(path)
-    return Output(model, {"file": model.SerializeToString()})
+    return [Output(model, {"file": model.SerializeToString()})]
 
 
-def graphopt(path: Path) -> Output:
+def graphopt(path: Path) -> list[Output]:
     """Blocks are counted in the fused graph; a target may then spell a block unfused."""
     import onnx
 
@@ -47,56 +47,60 @@ def graphopt(path: Path) -> Output:
         fused.model = fused.graph
         fused.save(graph)
         lowered.save(artifact)
-        return Output(onnx.load(graph), {"graph": graph.read_bytes(), "artifact": artifact.read_bytes()}, remarks)
+        return [Output(onnx.load(graph), {"graph": graph.read_bytes(), "artifact": artifact.read_bytes()}, remarks)]
 
 
-def onnxruntime(path: Path) -> Output:
-    """onnxruntime.transformers.optimizer; it wants to be told the family, so the best of several is taken."""
-    from onnxruntime.transformers import optimizer
+def onnxruntime(path: Path) -> list[Output]:
+    """onnxruntime.transformers.optimizer. It wants to be told the family, the heads and the kind of mask: every answer that a user might give."""
+    from onnxruntime.transformers import fusion_options, optimizer
 
-    families = {"gpt": "gpt2", "bart": "bart", "t5": "t5", "vit": "vit", "clip": "clip", "swin": "swin", "phi": "phi", "deit": "vit", "dinov2": "vit"}
-    name, best, problem = path.name.split(".")[0], None, None
-    for family in sorted({"bert", next((v for k, v in families.items() if name.startswith(k)), "bert")}):
-        for heads, width in ((0, 0), (4, 64)):
-            try:
-                model = optimizer.optimize_model(str(path), model_type=family, num_heads=heads, hidden_size=width, opt_level=0).model
-            except Exception as error:  # noqa: BLE001
-                problem = error
-                continue
-            if best is None or blocks(model) > blocks(best):
-                best = model
-    if best is None:
+    families = {
+        "gpt-neox": "gpt_neox", "gpt": "gpt2", "llama": "gpt2", "bart": "bart", "whisper": "bart", "t5": "t5", "vit": "vit", "deit": "vit",
+        "dinov2": "vit", "clip": "clip", "swin": "swin", "phi": "phi", "qwen3": "qwen3",
+    }  # fmt: skip
+    found: dict[bytes, Output] = {}
+    problem: Exception | None = None
+
+    def attempt(family: str, heads: int, width: int, level: int | None, raw_mask: bool) -> int:
+        nonlocal problem
+        options = fusion_options.FusionOptions(family)
+        options.use_raw_attention_mask(raw_mask)
+        try:
+            made = optimizer.optimize_model(str(path), family, heads, width, optimization_options=options, opt_level=level).model
+        except Exception as error:  # noqa: BLE001
+            problem = error
+            return 0
+        found.setdefault(key := made.SerializeToString(), Output(made, {"model": key}))
+        return blocks(made)
+
+    for family in sorted({"bert", next((v for k, v in families.items() if path.name.startswith(k)), "bert")}):
+        for heads, width, level in ((0, 0, 0), (4, 64, 0), (0, 0, None)):
+            if attempt(family, heads, width, level, raw_mask=False):
+                attempt(family, heads, width, level, raw_mask=True)
+    if not found:
         raise RuntimeError(str(problem)) from problem
-    return Output(best, {"model": best.SerializeToString()})
+    most = max(blocks(output.counted) for output in found.values())
+    return [output for output in found.values() if blocks(output.counted) == most]
 
 
-def onnxscript(path: Path) -> Output:
+def onnxscript(path: Path) -> list[Output]:
     import onnx_ir as ir
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
-    made = optimize_for_ort(ir.load(path))
-    model = ir.to_proto(made[0] if isinstance(made, tuple) else made)
-    return Output(model, {"model": model.SerializeToString()})
+    model = ir.to_proto(optimize_for_ort(ir.load(path))[0])
+    return [Output(model, {"model": model.SerializeToString()})]
 
 
-def onnxsim(path: Path) -> Output:
+def onnxsim(path: Path) -> list[Output]:
     import onnx
     import onnxsim as package
 
     model = package.simplify(onnx.load(path))[0]
-    return Output(model, {"model": model.SerializeToString()})
+    return [Output(model, {"model": model.SerializeToString()})]
 
 
-def onnxslim(path: Path) -> Output:
-    import onnx
-    import onnxslim as package
-
-    model = package.slim(onnx.load(path))
-    return Output(model, {"model": model.SerializeToString()})
-
-
-TOOLS: dict[str, Callable[[Path], Output]] = {
-    "graphopt": graphopt, "onnxruntime": onnxruntime, "onnxscript": onnxscript, "onnxsim": onnxsim, "onnxslim": onnxslim, "none": given,
+TOOLS: dict[str, Callable[[Path], list[Output]]] = {
+    "graphopt": graphopt, "onnxruntime": onnxruntime, "onnxscript": onnxscript, "onnxsim": onnxsim, "none": given,
 }  # fmt: skip
 
 
