@@ -94,7 +94,7 @@ class Builder:
 
 
 class RewritePass(Pass, Generic[M]):
-    """A local rewrite, anchored at op types; `"com.microsoft::Gelu"` names another domain."""
+    """A local rewrite, anchored at op types; `"some.domain::Gelu"` names another domain."""
 
     anchors: ClassVar[frozenset[str]]
 

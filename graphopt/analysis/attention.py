@@ -109,6 +109,8 @@ class AttentionFacts:
             "value_dim": self.value_dim,
             "scale": self.scale,
             "mask": [t.value.name for t in self.terms],
+            "softcap": self.softcap,
+            "guarded": self.guarded,
         }
 
 
