@@ -272,12 +272,12 @@ def test_a_larger_output_is_said(tmp_path: Path) -> None:
     assert any("bytes more than the input" in remark.message for remark in report.remarks("warning"))
 
 
-@pytest.mark.parametrize(("level", "target"), [(1, "cpu"), (2, "cpu"), (2, "quantized")])
+@pytest.mark.parametrize(("level", "target"), [(1, "cpu{tune=off}"), (2, "cpu{tune=off}"), (2, "quantized{tune=off}")])
 def test_a_second_run_changes_nothing(block: onnx.ModelProto, tmp_path: Path, level: int, target: str) -> None:
     first, second, third = (tmp_path / f"{name}.onnx" for name in ("first", "second", "third"))
     onnx.save(block, first)
-    graphopt.optimize(first, level=level, target=target).save(second)
-    again = graphopt.optimize(second, level=level, target=target)
+    graphopt.optimize(first, level=level, target=target, promise=False).save(second)
+    again = graphopt.optimize(second, level=level, target=target, promise=False)
     again.save(third)
     assert again.report.changes == 0
     assert third.read_bytes() == second.read_bytes()

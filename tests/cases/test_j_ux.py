@@ -189,16 +189,16 @@ def test_f03_what_the_author_wrote_survives(tmp_path: Path) -> None:
     assert {entry.key: entry.value for entry in found.metadata_props}["license"] == "mine"
 
 
-@pytest.mark.parametrize(("level", "target"), [(1, "cpu"), (2, "cpu"), (2, "quantized")])
+@pytest.mark.parametrize(("level", "target"), [(1, "cpu{tune=off}"), (2, "cpu{tune=off}"), (2, "quantized{tune=off}")])
 @pytest.mark.parametrize("route", ["ts17", "18"])
 def test_f08_a_second_run_over_a_tiny_bert_changes_nothing(tmp_path: Path, route: str, level: int, target: str) -> None:
     first, second = tmp_path / "first.onnx", tmp_path / "second.onnx"
-    result = graphopt.optimize(tiny("bert", "sdpa", route), level=level, target=target)
+    result = graphopt.optimize(tiny("bert", "sdpa", route), level=level, target=target, promise=False)
     result.save(first)
-    again = graphopt.optimize(first, level=level, target=target)
+    again = graphopt.optimize(first, level=level, target=target, promise=False)
     again.save(second)
     assert result.report.changes > 0
     assert [record.name for record in again.report.passes if record.changes] == []
     assert second.read_bytes() == first.read_bytes()
-    in_memory = graphopt.optimize(ir.load(first), level=level, target=target)
+    in_memory = graphopt.optimize(ir.load(first), level=level, target=target, promise=False)
     assert in_memory.report.changes == 0
