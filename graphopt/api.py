@@ -130,7 +130,7 @@ def optimize(
     if any(record.changes for record in done) and _promised(promise, pipeline, level, fuel):
         keeper = Keeper(
             plan.target, plan.steps, history, lambda steps, watcher: _manager(steps, (watcher,), loss, max_loss),
-            lambda graph: context(graph, Remarks()), plan.required, tell,
+            lambda graph: context(graph, Remarks()), plan.required, tell, repaired > 0,
         )  # fmt: skip
         outcome = _keep(keeper, original, outcome, fed, shapes)
     if outcome.model is not None:

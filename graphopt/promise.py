@@ -176,6 +176,7 @@ class Keeper:
         steps: passes, then lowerings, in the order of `records`; what `history` saw before each.
         manager: makes the pass manager that repeats the rest of the pipeline, watched by a history of its own.
         named: names of passes that must stay.
+        repaired: the door mended the input, so that its own bytes are no answer, however fast.
     """
 
     target: Target
@@ -185,6 +186,7 @@ class Keeper:
     context: Callable[[ir.Model], Context]
     named: Sequence[str]
     tell: Progress
+    repaired: bool = False
 
     def keep(self, original: ir.Model, model: ir.Model, records: list[PassRecord], feeds: Feeds) -> Outcome:
         """Time, and take back what is slow.
@@ -240,8 +242,8 @@ class Keeper:
     def _last_resort(self, race: Race, original: ir.Model, current: Outcome, suspects: Sequence[int]) -> Outcome:
         kept = [r for step, r in zip(self.steps, current.records, strict=True) if r.changes and not self._lossless(step)]
         told = f"slower than its input ({_told(current.timings)})"
-        if kept:
-            names = ", ".join(r.name for r in kept)
+        if kept or self.repaired:
+            names = ", ".join([r.name for r in kept] + (["the repair of the input"] if self.repaired else []))
             warning = Remark("warning", "promise", "", f"the artifact is {told}, and {names} stays as it was asked for")
             current.records.append(PassRecord("promise", 0, 0.0, [warning]))
             return current
