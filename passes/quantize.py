@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -13,16 +12,14 @@ import onnx_ir as ir
 from graphopt.analysis.linear import Embedding, Linear, StoredOperands
 from graphopt.core import Context
 from graphopt.errors import PipelineError
-from graphopt.graph import all_nodes, constant, consumers, is_constant, producer
-from graphopt.options import near
-from graphopt.rewrite import ORIGINS, Builder, Match, Miss, RewritePass
+from graphopt.graph import producer
+from graphopt.rewrite import Builder, Match, Miss, RewritePass
 
-from ._coding import Array, Coded, encode
+from ._coding import Coded, encode
 from ._decode import DecodeWeights
+from ._eligible import LONGEST_SUM, check_patterns, numbers, passed_over, unfit_linear, unfit_table, why_no_linear
 
 _MODES, _BITS = ("dynamic",), (8,)
-_LONGEST_SUM = 2**31 // (255 * 128)  # products of 8-bit numbers that a 32-bit sum is sure to hold
-_WORTH = 4096  # bytes; a table that saves less is not worth the nodes that decode it
 _DOMINATED = 0.25  # relative error of a channel beside its largest weight, above which one input row rules its scale
 
 
@@ -96,7 +93,7 @@ class Quantize(RewritePass[QuantizeMatch]):
         return dataclasses.replace(self, embeddings=False) if self.embeddings else None
 
     def run(self, model: ir.Model, ctx: Context) -> int:
-        _check_patterns(model, (*self.include, *self.exclude))
+        check_patterns(model, (*self.include, *self.exclude), self.anchors)
         done = sum(x.quantized for x in ctx.get(StoredOperands(casts=True)).values())
         mark = len(ctx.remarks)
         changes = DecodeWeights().run(model, ctx) + super().run(model, ctx)
@@ -109,10 +106,10 @@ class Quantize(RewritePass[QuantizeMatch]):
     def match(self, node: ir.Node, ctx: Context) -> QuantizeMatch | Miss | None:
         operand = ctx.get(StoredOperands(casts=True)).get(node)
         if operand is None:
-            return None if node.op_type == "Gather" else Miss(node, f"stays float: {_why_no_linear(node)}")
+            return None if node.op_type == "Gather" else Miss(node, f"stays float: {why_no_linear(node)}")
         if operand.quantized:
             return self._match_decoded(operand, ctx)
-        reason = self._unfit(operand, ctx)
+        reason = self._unfit(operand)
         if reason is not None:
             return Miss(node, f"stays float: {reason}")
         found = self._match_table(operand) if isinstance(operand, Embedding) else self._match_linear(operand, ctx)
@@ -149,23 +146,23 @@ class Quantize(RewritePass[QuantizeMatch]):
         grid = operand.grid
         if grid is None or grid.block or operand.weight.dtype != ir.DataType.INT8 or grid.axis not in (None, operand.channel_axis):
             return Miss(operand.node, "stays float: its integer weight is not int8 with one scale for each output, or for all")
-        names = {operand.node.name or "", *operand.node.meta.get(ORIGINS, ())}
-        if any(_fits(n, self.exclude) for n in names) or (self.include and not any(_fits(n, self.include) for n in names)):
-            return Miss(operand.node, "stays float: excluded by include or exclude")
-        if operand.in_features > _LONGEST_SUM or operand.x.dtype != ir.DataType.FLOAT:
+        reason = passed_over(operand.node, self.include, self.exclude)
+        if reason is not None:
+            return Miss(operand.node, f"stays float: {reason}")
+        if operand.in_features > LONGEST_SUM or operand.x.dtype != ir.DataType.FLOAT:
             return Miss(operand.node, "stays float: its input is not FLOAT, or its sums may leave 32 bits")
         return QuantizeMatch((operand.node,), (operand.node.outputs[0],), operand.weight, None)
 
     def _match_table(self, e: Embedding) -> QuantizeMatch:
-        return QuantizeMatch((e.node,), (e.node.outputs[0],), e.table, encode(_numbers(e.table), 0, symmetric=self.symmetric))
+        return QuantizeMatch((e.node,), (e.node.outputs[0],), e.table, encode(numbers(e.table), 0, symmetric=self.symmetric))
 
     def _match_linear(self, linear: Linear, ctx: Context) -> QuantizeMatch:
         nodes, outputs = (linear.node,), (linear.node.outputs[0],)
         tied = self._tied(linear, ctx)
         if tied is not None:  # the row scales of the table are the channel scales of the multiply
-            return QuantizeMatch(nodes, outputs, tied.table, encode(_numbers(tied.table), 0, symmetric=self.symmetric), True, tied.node.name or "")
+            return QuantizeMatch(nodes, outputs, tied.table, encode(numbers(tied.table), 0, symmetric=self.symmetric), True, tied.node.name or "")
         symmetric = self.symmetric or bool(linear.batch)  # runtimes fail on a zero point for each channel of a batch of matrices
-        coded = encode(_numbers(linear.weight), linear.channel_axis, per_channel=self.per_channel, symmetric=symmetric)
+        coded = encode(numbers(linear.weight), linear.channel_axis, per_channel=self.per_channel, symmetric=symmetric)
         return QuantizeMatch(nodes, outputs, linear.weight, coded, linear.transposed)
 
     def _tied(self, linear: Linear, ctx: Context) -> Embedding | None:
@@ -173,19 +170,17 @@ class Quantize(RewritePass[QuantizeMatch]):
         if linear.transposed or linear.batch:
             return None
         tables = (e for e in ctx.get(StoredOperands(casts=True)).values() if isinstance(e, Embedding) and not e.quantized)
-        fitting = (e for e in tables if (e.rows, e.width) == (linear.out_features, linear.in_features) and self._unfit(e, ctx) is None)
-        return next((e for e in fitting if np.array_equal(_numbers(e.table).T, _numbers(linear.weight))), None)
+        fitting = (e for e in tables if (e.rows, e.width) == (linear.out_features, linear.in_features) and self._unfit(e) is None)
+        return next((e for e in fitting if np.array_equal(numbers(e.table).T, numbers(linear.weight))), None)
 
-    def _unfit(self, operand: Linear | Embedding, ctx: Context) -> str | None:
+    def _unfit(self, operand: Linear | Embedding) -> str | None:
         """Why this operand must stay float."""
-        names = {operand.node.name or "", *operand.node.meta.get(ORIGINS, ())}
-        if self.include and not any(_fits(n, self.include) for n in names):
-            return f"not among include={'+'.join(self.include)}"
-        if any(_fits(n, self.exclude) for n in names):
-            return f"excluded by exclude={'+'.join(self.exclude)}"
-        if isinstance(operand, Embedding) and not self.embeddings:
-            return "embeddings=false"
-        return _unfit_table(operand) if isinstance(operand, Embedding) else _unfit_linear(operand)
+        reason = passed_over(operand.node, self.include, self.exclude)
+        if reason is not None:
+            return reason
+        if isinstance(operand, Linear):
+            return unfit_linear(operand)
+        return unfit_table(operand) if self.embeddings else "embeddings=false"
 
 
 def _decoded(op: Builder, m: QuantizeMatch, coded: Coded, graph: object) -> ir.Value:
@@ -198,65 +193,6 @@ def _decoded(op: Builder, m: QuantizeMatch, coded: Coded, graph: object) -> ir.V
     parts = [codes, scale] if zero is None else [codes, scale, op.shared(("zero", *key), lambda: op.const(zero, f"{name}_zero_point"))]
     value: ir.Value = op.shared(("decoded", *key, graph), lambda: op.DequantizeLinear(*parts, axis=coded.axis))
     return value
-
-
-def _unfit_linear(linear: Linear) -> str | None:
-    weight = linear.weight
-    assert weight.const_value is not None
-    if linear.x.dtype != ir.DataType.FLOAT:
-        return f"its input is {linear.x.dtype}, not FLOAT"
-    if is_constant(linear.x):
-        return "both operands are stored; canonicalize folds them"
-    if weight.const_value.size == 0:
-        return f"the weight {list(weight.const_value.shape)} is empty"
-    if linear.in_features > _LONGEST_SUM:
-        return f"a sum over {linear.in_features} products of 8-bit numbers may leave 32 bits; the limit is {_LONGEST_SUM}"
-    return _not_finite(weight)
-
-
-def _unfit_table(e: Embedding) -> str | None:
-    if e.node.outputs[0].dtype != ir.DataType.FLOAT:
-        return f"its rows are {e.node.outputs[0].dtype}, not FLOAT"
-    saved = 4 * e.rows * e.width - e.rows * (e.width + 4)
-    if saved < _WORTH:
-        return f"the table [{e.rows},{e.width}] would shrink by {max(saved, 0)} bytes only"
-    floats = [n.name for n in consumers(e.table) if n.op_type not in ("Gather", "MatMul", "Gemm", "Transpose", "Identity", "Cast")]
-    if floats:
-        return f"`{floats[0]}` reads the float table too, which would be stored twice"
-    return _not_finite(e.table)
-
-
-def _not_finite(value: ir.Value) -> str | None:
-    return None if np.isfinite(_numbers(value)).all() else f"`{value.name}` holds numbers that are not finite"
-
-
-def _numbers(value: ir.Value) -> Array:
-    array = constant(value)
-    assert array is not None, f"`{value.name}` is not a constant"
-    return array
-
-
-def _why_no_linear(node: ir.Node) -> str:
-    left, right = node.inputs[0], node.inputs[1]
-    if right is not None and right.const_value is not None:
-        return "a caller may override its weight" if right.is_graph_input() else "its weight is a vector"
-    if is_constant(left):
-        return "its stored operand stands on the left"
-    return "both operands are computed at run time"
-
-
-def _fits(name: str, patterns: Iterable[str]) -> bool:
-    return any(name == p or fnmatch.fnmatchcase(name, p) for p in patterns)
-
-
-def _check_patterns(model: ir.Model, patterns: Sequence[str]) -> None:
-    if not patterns:
-        return
-    nodes = [n for n in all_nodes(model) if n.op_type in Quantize.anchors]
-    names = {name for n in nodes for name in ((n.name or ""), *n.meta.get(ORIGINS, ()))}
-    for pattern in patterns:
-        if not any(_fits(name, (pattern,)) for name in names):
-            raise PipelineError(f"`{pattern}` fits the name of no MatMul, Gemm or Gather{near(pattern, names)}")
 
 
 def _warn_of_rulers(ctx: Context, mark: int) -> None:

@@ -1,0 +1,63 @@
+"""See the values inside a graph while it runs on samples: calibration, Hessians and importance all reduce them, batch after batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import onnx_ir as ir
+
+from graphopt.core import Array
+from graphopt.errors import GraphoptError, SampleError
+from graphopt.run import Feeds
+
+Reducer = Callable[[Array], None]
+
+
+def observable(model: ir.Model, value: ir.Value) -> bool:
+    """True for what `observe` can show: a value of the main graph, not one that is computed inside a subgraph."""
+    node = value.producer()
+    return value.is_graph_input() or (node is not None and node.graph is model.graph)
+
+
+def observe(model: ir.Model, samples: Iterable[Feeds], reducers: Mapping[ir.Value, Reducer], *, optimize: bool = True) -> int:
+    """Run the graph on every sample and hand each value to its reducer; nothing is kept, so memory does not grow with the samples.
+
+    Args:
+        model: a graph that ONNX Runtime can run (standard operators); it is not changed.
+        reducers: for each value (of the main graph), what is called with its array once a batch.
+        optimize: False switches the runtime's own optimizations off.
+
+    Returns:
+        the number of samples.
+
+    Raises:
+        SampleError: there was no sample.
+        GraphoptError: a value cannot be observed.
+        TargetError: the graph does not run.
+    """
+    from graphopt.run import ort
+
+    hidden = [str(v.name) for v in reducers if not observable(model, v)]
+    if hidden:
+        raise GraphoptError(f"`{hidden[0]}` is computed inside a subgraph, where it cannot be observed")
+    names = {str(value.name): reduce for value, reduce in reducers.items()}
+    session = ort.session(_exposed(model, names), optimize=optimize)
+    inputs, count = {str(v.name) for v in model.graph.inputs}, 0
+    for feed in samples:
+        outputs = session.run(feed)
+        for name, reduce in names.items():
+            reduce(feed[name] if name in inputs else outputs[name])
+        count += 1
+    if not count:
+        raise SampleError("calibration gave 0 samples: the source is empty, or a generator that was used before")
+    return count
+
+
+def _exposed(model: ir.Model, names: Iterable[str]) -> ir.Model:
+    """A copy (the weights are shared) whose only outputs are the named values; what only the old outputs needed is not run."""
+    copy = model.clone()
+    made = {str(v.name): v for node in copy.graph for v in node.outputs if v.name}
+    wanted = [made[name] for name in dict.fromkeys(names) if name in made]
+    copy.graph.outputs.clear()
+    copy.graph.outputs.extend(wanted)
+    return copy

@@ -1,0 +1,54 @@
+"""Observation of values inside a graph: what the reference evaluator computes, one batch at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+import graphopt
+from graphopt.errors import GraphoptError, SampleError
+from graphopt.run.observe import observe
+
+TEXT = """<ir_version: 10, opset_import: ["": 23]>
+g (float[B,4] x, bool c) => (float[B,4] y) <float[4,4] w> {
+  h = MatMul(x, w)
+  z = Relu(h)
+  y = If(c) <then_branch = t () => (float[B,4] a) { a = Neg(z) }, else_branch = e () => (float[B,4] b) { b = Exp(z) }>
+}"""
+
+
+def model() -> onnx.ModelProto:
+    proto = onnx.parser.parse_model(TEXT)
+    del proto.graph.value_info[:]
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.arange(16, dtype=np.float32).reshape(4, 4) - 7, "w"))
+    return proto
+
+
+def feeds(count: int) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    return [{"x": rng.standard_normal((k + 1, 4)).astype(np.float32), "c": np.array(True)} for k in range(count)]
+
+
+def test_every_batch_is_seen_once_and_right() -> None:
+    graph = graphopt.load(model())
+    before = graphopt.load(model())
+    values = {str(v.name): v for node in graph.graph for v in node.outputs} | {str(v.name): v for v in graph.graph.inputs}
+    seen: dict[str, list[np.ndarray]] = {"x": [], "h": [], "z": []}
+    assert observe(graph, feeds(3), {values[name]: seen[name].append for name in seen}) == 3
+    weight = np.arange(16, dtype=np.float32).reshape(4, 4) - 7
+    for k, feed in enumerate(feeds(3)):
+        np.testing.assert_array_equal(seen["x"][k], feed["x"])
+        np.testing.assert_allclose(seen["h"][k], feed["x"] @ weight, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(seen["z"][k], np.maximum(feed["x"] @ weight, 0), rtol=1e-5, atol=1e-5)
+    assert [v.name for v in graph.graph.outputs] == [v.name for v in before.graph.outputs], "the graph itself stays as it was"
+
+
+def test_what_cannot_be_observed_says_so() -> None:
+    graph = graphopt.load(model())
+    branch = next(n for n in graph.graph if n.op_type == "If").attributes["then_branch"].as_graph()
+    inside = branch.outputs[0]
+    with pytest.raises(GraphoptError, match="inside a subgraph"):
+        observe(graph, feeds(1), {inside: lambda array: None})
+    with pytest.raises(SampleError, match="0 samples"):
+        observe(graph, [], {next(iter(graph.graph)).outputs[0]: lambda array: None})
