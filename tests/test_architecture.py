@@ -64,7 +64,7 @@ ROWS = [
     | {"extract", "tunecache", "tuning", "promise"},
     {"api"},
     {"inspect", "demo"},
-    {"comparison"},
+    {"blocks", "comparison"},
     {"tables"},
     {"cli", "cli_tune", "cli_compare"},
     {"__main__"},
