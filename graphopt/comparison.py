@@ -26,7 +26,7 @@ from graphopt.remarks import Remarks
 from graphopt.run.observe import exposed
 from graphopt.samples import Batch, Samples, runnable_samples
 
-ROUNDING = 80.0  # dB; a block that is closer than this differs by the rounding of float32 sums in another order
+ROUNDING = 100.0  # dB; a block that is closer than this differs by the rounding of float32 sums in another order
 _CHANNELS = 5
 _EXACT, _STRANGER = 120.0, 40.0  # dB; a value so much further off than the outputs (which count as exact at most) is another of the same name
 
@@ -97,7 +97,9 @@ class Comparison:
         if not self.blocks:
             return f"where the error enters is not known: {self.note}"
         if self.enters is None:
-            return f"no block of {len(self.blocks)} adds more than rounding (each at least {min(b.own for b in self.blocks):.0f} dB alone)"
+            least = min(b.own for b in self.blocks)
+            how = f"adds more than rounding (each at least {least:.0f} dB alone)" if least < math.inf else "adds anything (equal in every bit)"
+            return f"no block of {len(self.blocks)} {how}"
         return f"the error enters most in {self.enters.name}: {self.enters.own:.1f} dB alone, at `{self.enters.value}`"
 
     def as_dict(self) -> dict[str, Any]:
@@ -206,6 +208,7 @@ def _blocks(
     for feed in samples:
         base, other = left.run(feed), right.run(feed)
         if cut is None:
+            names = [name for name in names if base[name].dtype.kind == other[name].dtype.kind == "f"]  # types that were not declared
             strangers = [name for name in names if _snr(base[name], other[name]) < floor]
             names = [name for name in names if name not in strangers]
             cut = ort.session(_cut(b, {name: other[name] for name in names}), threads=threads)
@@ -221,7 +224,7 @@ def _blocks(
 
 def _snr(a: Array, b: Array) -> float:
     """In dB; -inf where they cannot be compared."""
-    if a.shape != b.shape or a.dtype.kind != "f" or b.dtype.kind != "f":
+    if a.shape != b.shape:
         return -math.inf
     running = Running()
     running.add(a, _like(b, a))

@@ -6,11 +6,13 @@ import json
 import math
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import onnx
 import pytest
 from models import minilm, parse, text_feeds  # type: ignore[import-not-found]
+from tiny import tiny  # type: ignore[import-not-found]
 from typer.testing import CliRunner
 
 import graphopt
@@ -113,6 +115,20 @@ def test_values_of_the_same_name_that_are_others_are_left_out(export: Path) -> N
     assert len(found.blocks) == len(ORDER) - 2
 
 
+@pytest.mark.parametrize("route", ["18", "ts17"])
+def test_a_decoder(route: str, tmp_path: Path) -> None:
+    """Blocks end in the residual stream and the norm behind it; the head is a block of its own."""
+    path = tiny("llama", "sdpa", route)
+    names = ["embeddings", "layer 0 attention", "layer 0 ffn", "layer 1 attention", "layer 1 ffn", "head"]
+    graphopt.optimize(path, pipeline="to-half", target="cpu{tune=off}", promise=False).save(tmp_path / "half.onnx")
+    for other, low, high in ((path, math.inf, math.inf), (tmp_path / "half.onnx", 50, 90)):
+        found = graphopt.compare(path, other)
+        assert [block.name for block in found.blocks] == names
+        assert found.note == ""
+        assert all(low <= block.snr <= high for block in found.blocks if block.name != "head"), [b.snr for b in found.blocks]
+    assert graphopt.compare(path, path).verdict == "no block of 6 adds anything (equal in every bit)"
+
+
 # ---- the numbers ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -165,7 +181,11 @@ def test_the_command_prints_and_writes(export: Path, tmp_path: Path) -> None:
     page = (tmp_path / "r.html").read_text()
     assert page.count("<rect") == page.count("<circle") == len(ORDER)
     assert re.search(r"<script|src=|href=|url\(", page) is None, "the page needs nothing else"
-    assert "layer 3 ffn" in page
+    plot = ElementTree.fromstring(page[page.index("<svg") : page.index("</svg>") + len("</svg>")])
+    width = float(plot.attrib["width"])
+    assert all(0 < float(mark.attrib["cx"]) < width for mark in plot.iter("{http://www.w3.org/2000/svg}circle"))
+    rings = [float(mark.attrib["cx"]) for mark in plot.iter("{http://www.w3.org/2000/svg}circle")]
+    assert ORDER[rings.index(min(rings))] == "layer 3 ffn", "the worst block is the leftmost ring"
     done = CliRunner().invoke(app, [*arguments, "--json", "--report", str(tmp_path / "r.json")])
     told = json.loads(done.stdout)
     assert told == json.loads((tmp_path / "r.json").read_text())
