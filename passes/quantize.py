@@ -80,7 +80,7 @@ class Quantize(RewritePass[QuantizeMatch]):
 
     mode: str = "dynamic"
     calibrate: str = "minmax"
-    percentile: float = 99.99
+    percentile: float = 99.999
     per_channel: bool = True
     symmetric: bool = True
     bits: int = 8

@@ -48,7 +48,7 @@ class Ranges(Analysis[Mapping[ir.Value, Range]]):
     """
 
     method: str = "minmax"
-    percentile: float = 99.99
+    percentile: float = 99.999
 
     def compute(self, model: ir.Model, ctx: Context) -> Mapping[ir.Value, Range]:
         values = {x.x: Histogram() for x in ctx.get(Linears(casts=True)) if x.x.dtype == ir.DataType.FLOAT and not is_constant(x.x)}
