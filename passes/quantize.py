@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Linear, StoredOperands
+from graphopt.analysis.ranges import Ranges
 from graphopt.core import Context
 from graphopt.errors import PipelineError
 from graphopt.graph import producer
@@ -18,24 +19,28 @@ from graphopt.rewrite import Builder, Match, Miss, RewritePass
 from ._coding import Coded, encode
 from ._decode import DecodeWeights
 from ._eligible import LONGEST_SUM, check_patterns, numbers, passed_over, unfit_linear, unfit_table, why_no_linear
+from ._static import METHODS, ActivationGrid, calibrated, on_grid
 
-_MODES, _BITS = ("dynamic",), (8,)
+_MODES, _BITS = ("dynamic", "static"), (8,)
 _DOMINATED = 0.25  # relative error of a channel beside its largest weight, above which one input row rules its scale
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeMatch(Match):
     """`source`: the stored float constant, `coded`: what replaces it (None: it is decoded from integers already, and only the activation
-    is quantized); `transposed`: the multiply wants its last two axes exchanged."""
+    is quantized); `transposed`: the multiply wants its last two axes exchanged; `activation`: the fixed grid of its input, if it has one."""
 
     source: ir.Value
     coded: Coded | None
     transposed: bool = False
     tied: str = ""
+    activation: ActivationGrid | None = None
 
     @property
     def facts(self) -> Mapping[str, Any]:
         told: dict[str, Any] = {"name": self.nodes[0].name, "op": self.nodes[0].op_type, "weight": self.source.name}
+        if self.activation is not None:
+            told = {**told, "covers": [self.activation.low, self.activation.high], "seen": list(self.activation.seen)}
         if self.coded is None:
             return told
         told = {
@@ -51,14 +56,16 @@ class QuantizeMatch(Match):
 
 @dataclasses.dataclass(frozen=True)
 class Quantize(RewritePass[QuantizeMatch]):
-    """Dynamic 8-bit quantization: the scale of a weight is stored, that of an activation is measured at run time.
+    """8-bit quantization: the scale of a weight is stored; that of an activation is measured at run time, or (static) on samples beforehand.
 
     A stored weight [in, out] becomes int8 with one scale for each output feature, an embedding table int8 with one for each row. The multiply
     stays a MatMul or Gemm between DequantizeLinear nodes; the target turns that into integer arithmetic. One activation is quantized
     once for all its readers; a weight with several readers, also one that is the transpose of an embedding table, is stored once.
 
     Args:
-        mode: `dynamic`.
+        mode: `dynamic`, or `static`, which needs samples; activations are uint8 in both. A bias stays float.
+        calibrate: what the range of a static activation is: `minmax`, `percentile`, `mse` or `entropy` (graphopt.analysis.ranges).
+        percentile: how many percent of its values calibrate=percentile covers.
         per_channel: one scale for each output feature; False: one for the whole weight. Embedding tables always have one for each row.
         symmetric: codes in [-127, 127] around zero; False: an int8 zero point as well.
         bits: 8.
@@ -67,10 +74,13 @@ class Quantize(RewritePass[QuantizeMatch]):
         exclude: not the nodes whose name fits one of these.
 
     Raises:
-        PipelineError: a mode or width that does not exist; when it runs: a pattern that fits no node.
+        PipelineError: a mode, width or way to calibrate that does not exist; when it runs: a pattern that fits no node.
+        SampleError: when it runs: static without samples.
     """
 
     mode: str = "dynamic"
+    calibrate: str = "minmax"
+    percentile: float = 99.999
     per_channel: bool = True
     symmetric: bool = True
     bits: int = 8
@@ -81,19 +91,23 @@ class Quantize(RewritePass[QuantizeMatch]):
     anchors: ClassVar[frozenset[str]] = frozenset({"MatMul", "Gemm", "Gather"})
 
     def __post_init__(self) -> None:
-        for key, value, known in (("mode", self.mode, _MODES), ("bits", self.bits, _BITS)):
+        for key, value, known in (("mode", self.mode, _MODES), ("bits", self.bits, _BITS), ("calibrate", self.calibrate, METHODS)):
             if value not in known:
-                error = PipelineError(f"quantize: option `{key}` expects {' or '.join(map(str, known))} in this version, found `{value}`")
-                error.bad_key = key  # type: ignore[attr-defined]
-                raise error
+                _refuse(key, f"{' or '.join(map(str, known))} in this version", value)
+        if not 50 < self.percentile <= 100:
+            _refuse("percentile", "more than 50 and at most 100", self.percentile)
 
     def weaker(self) -> Self | None:
         if not self.per_channel:
             return dataclasses.replace(self, per_channel=True)
+        if self.mode == "static":
+            return dataclasses.replace(self, mode="dynamic")
         return dataclasses.replace(self, embeddings=False) if self.embeddings else None
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         check_patterns(model, (*self.include, *self.exclude), self.anchors)
+        if self.mode == "static":
+            ctx.require_samples()
         done = sum(x.quantized for x in ctx.get(StoredOperands(casts=True)).values())
         mark = len(ctx.remarks)
         changes = DecodeWeights().run(model, ctx) + super().run(model, ctx)
@@ -104,6 +118,14 @@ class Quantize(RewritePass[QuantizeMatch]):
         return changes
 
     def match(self, node: ir.Node, ctx: Context) -> QuantizeMatch | Miss | None:
+        found = self._match(node, ctx)
+        if self.mode != "static" or not isinstance(found, QuantizeMatch) or node.op_type == "Gather":
+            return found
+        assert node.inputs[0] is not None
+        grid = calibrated(node.inputs[0], Ranges(self.calibrate, self.percentile), ctx)
+        return Miss(node, f"stays float: {grid}") if isinstance(grid, str) else dataclasses.replace(found, activation=grid)
+
+    def _match(self, node: ir.Node, ctx: Context) -> QuantizeMatch | Miss | None:
         operand = ctx.get(StoredOperands(casts=True)).get(node)
         if operand is None:
             return None if node.op_type == "Gather" else Miss(node, f"stays float: {why_no_linear(node)}")
@@ -125,9 +147,9 @@ class Quantize(RewritePass[QuantizeMatch]):
         weight = node.inputs[1] if m.coded is None else _decoded(op, m, m.coded, graph)
         if node.op_type == "Gather":
             return [op.Gather(weight, node.inputs[1], axis=0)]
-        x = node.inputs[0]
-        assert x is not None
-        x = op.shared(("activation", x, graph), lambda: op.DequantizeLinear(*op.DynamicQuantizeLinear(x, _outputs=3)))
+        source, grid = node.inputs[0], m.activation
+        assert source is not None
+        x = op.shared(("activation", source, graph), lambda: _measured(op, source) if grid is None else on_grid(op, source, grid))
         if node.op_type == "Gemm":
             kept = {name: a.value for name, a in node.attributes.items() if name != "transB"}
             swapped = node.attributes["transB"].as_int() if m.coded is None and "transB" in node.attributes else int(m.transposed)
@@ -181,6 +203,18 @@ class Quantize(RewritePass[QuantizeMatch]):
         if isinstance(operand, Linear):
             return unfit_linear(operand)
         return unfit_table(operand) if self.embeddings else "embeddings=false"
+
+
+def _refuse(key: str, expected: str, found: object) -> None:
+    error = PipelineError(f"quantize: option `{key}` expects {expected}, found `{found}`")
+    error.bad_key = key  # type: ignore[attr-defined]
+    raise error
+
+
+def _measured(op: Builder, x: ir.Value) -> ir.Value:
+    """x rounded to a grid that is measured at run time."""
+    value: ir.Value = op.DequantizeLinear(*op.DynamicQuantizeLinear(x, _outputs=3))
+    return value
 
 
 def _decoded(op: Builder, m: QuantizeMatch, coded: Coded, graph: object) -> ir.Value:

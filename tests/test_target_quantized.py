@@ -248,7 +248,11 @@ def weight_only() -> onnx.ModelProto:
 
 def test_a_weight_only_multiply_is_reported_as_float() -> None:
     got = Lowered(weight_only(), pipeline="")
-    assert got.report == {"integer": [], "float": [{"name": "q", "reason": "its input is not quantized at run time (weight-only)"}], "tables": []}
+    assert got.report == {
+        "integer": [],
+        "float": [{"name": "q", "reason": "its input is not quantized to 8 bits by one scale (weight-only)"}],
+        "tables": [],
+    }
     assert any("`q` is multiplied as float" in r.message for r in got.remarks)
 
 
