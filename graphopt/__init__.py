@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphopt.api import optimize
+    from graphopt.comparison import Comparison, compare
     from graphopt.core import Analysis, Artifact, Budget, Context, Pass, Target
     from graphopt.errors import GraphoptError, PassError
     from graphopt.frontend import load
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from graphopt.samples import Samples
 
 _HOME = {
+    "compare": "comparison", "Comparison": "comparison",
     "optimize": "api", "Result": "result", "load": "frontend", "PassManager": "pipeline", "Samples": "samples",
     "Pass": "core", "Context": "core", "Target": "core", "Analysis": "core", "Artifact": "core", "Budget": "core",
     "RewritePass": "rewrite", "Match": "rewrite", "Miss": "rewrite", "Builder": "rewrite",
@@ -23,8 +25,8 @@ _HOME = {
 }  # fmt: skip
 
 __all__ = [
-    "Analysis", "Artifact", "Budget", "Builder", "Context", "GraphoptError", "Match", "Miss", "Pass", "PassError", "PassManager",
-    "Result", "RewritePass", "Samples", "Target", "load", "optimize",
+    "Analysis", "Artifact", "Budget", "Builder", "Comparison", "Context", "GraphoptError", "Match", "Miss", "Pass", "PassError", "PassManager",
+    "Result", "RewritePass", "Samples", "Target", "compare", "load", "optimize",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
-from graphopt import cli_tune
+from graphopt import cli_compare, cli_tune
 from graphopt.errors import GraphoptError, SaveError
 
 P = ParamSpec("P")
@@ -245,6 +245,7 @@ def demo(
     print_demo(found, _console())
 
 
+app.command("compare")(one_line_errors(cli_compare.compare))
 for _name, _command in cli_tune.COMMANDS.items():
     cli_tune.app.command(_name)(one_line_errors(_command))
 app.add_typer(cli_tune.app, name="tune")

@@ -154,3 +154,66 @@ def _cosines(a: Array, b: Array) -> Array:
     product = lengths[0] * lengths[1]
     cosines = (a * b).sum(1) / np.where(product > 0, product, 1.0)
     return np.where((lengths[0] == 0) & (lengths[1] == 0), 1.0, cosines)
+
+
+class Running:
+    """The distance of two values over many batches, each batch seen once: memory does not grow with their number.
+
+    The last axis runs along the channels. The same infinity on both sides is no difference; strings count as 1 where they differ.
+    """
+
+    def __init__(self) -> None:
+        self._signal = self._noise = self._cosines = 0.0
+        self._rows = 0
+        self.max_abs, self.cosine_min = 0.0, 1.0
+        self._channels: Array | None = np.zeros((2, 0))  # squares of the noise and of the signal by channel; None: their number changes
+
+    def add(self, base: Array, other: Array) -> None:
+        """Take in one batch; both have one shape."""
+        base, other = np.asarray(base), np.asarray(other)
+        errors = _errors(base, other)
+        if base.dtype.kind in "OUS":
+            errors = np.minimum(errors, 1.0)
+            numbers, others = np.ones(base.shape), 1 - errors
+        else:
+            numbers, others = _finite(base), _finite(other)
+        self._signal += float(np.square(numbers).sum())
+        self._noise += float(np.square(errors).sum())
+        self.max_abs = max(self.max_abs, float(errors.max(initial=0.0)))
+        if base.size:
+            cosines = _cosines(numbers, others)
+            self._cosines, self._rows = self._cosines + float(cosines.sum()), self._rows + len(cosines)
+            self.cosine_min = min(self.cosine_min, float(cosines.min()))
+        self._by_channel(errors, numbers)
+
+    def _by_channel(self, errors: Array, numbers: Array) -> None:
+        if self._channels is None or errors.ndim < 2:
+            return
+        now = np.stack([np.square(x).reshape(-1, x.shape[-1]).sum(0) for x in (errors, numbers)])
+        if self._channels.shape[1] not in (0, now.shape[1]):
+            self._channels = None
+            return
+        self._channels = now + (self._channels if self._channels.shape[1] else 0.0)
+
+    @property
+    def l2(self) -> float:
+        return _ratio(math.sqrt(self._noise), math.sqrt(self._signal))
+
+    @property
+    def snr(self) -> float:
+        """10 log10(||baseline||^2 / ||d||^2), in dB; inf where nothing differs."""
+        if self._noise == 0:
+            return math.inf
+        return 10 * math.log10(self._signal / self._noise) if self._signal and math.isfinite(self._noise) else -math.inf
+
+    @property
+    def cosine(self) -> float:
+        return self._cosines / self._rows if self._rows else 1.0
+
+    def worst_channels(self, count: int) -> list[tuple[int, float]]:
+        """(channel, ||d|| / ||baseline|| of it), the largest share of the error first; none where all are equal."""
+        if self._channels is None or not self._channels.shape[1]:
+            return []
+        noise, signal = self._channels
+        order = [int(k) for k in np.argsort(-noise, kind="stable")[:count] if noise[k] > 0]
+        return [(k, _ratio(math.sqrt(noise[k]), math.sqrt(signal[k]))) for k in order]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from math import inf
 from typing import TYPE_CHECKING
 
 from graphopt.report import megabytes, plural, rise_text
 
 if TYPE_CHECKING:
+    from graphopt.comparison import BlockDifference, Comparison
     from graphopt.report import Report
 
 _STYLE = """
@@ -45,8 +47,57 @@ def page(report: Report) -> str:
         _section("Passes", ["pass", "changes", "seconds", "missed"], passes),
         _section("Remarks", ["kind", "pass", "node", "message"], remarks),
     ]
+    return _document("graphopt report", parts)
+
+
+def comparison_page(found: Comparison) -> str:
+    """Two models side by side: outputs, worst channels, and a plot of the signal-to-noise ratio along the blocks."""
+    outputs = [(x.name, f"{x.snr:.1f}", f"{x.l2:.3g}", f"{x.cosine:.6f}", f"{x.cosine_min:.6f}", f"{x.max_abs:.3g}") for x in found.outputs]
+    channels = [(x.name, channel, f"{share:.3g}") for x in found.outputs for channel, share in x.channels]
+    blocks = [(x.name, f"{x.snr:.1f}", f"{x.own:.1f}", f"{x.l2:.3g}", f"{x.cosine:.6f}", f"{x.max_abs:.3g}", x.value) for x in found.blocks]
+    made = ", made up by type" if found.made_up else ""
+    parts = [
+        f"<p>A: <code>{escape(found.a)}</code>, B: <code>{escape(found.b)}</code>; {plural(found.samples, 'batch', 'batches')}{made}</p>",
+        f"<p>{escape(found.verdict)}</p>",
+        f"<p>{escape(found.note)}</p>" if found.note and found.blocks else "",
+        _plot(found.blocks),
+        _section("Blocks", ["block", "SNR, dB", "alone", "relative L2", "cosine", "max |d|", "value"], blocks),
+        _section("Outputs", ["output", "SNR, dB", "relative L2", "cosine", "smallest cosine", "max |d|"], outputs),
+        _section("Worst channels", ["output", "channel", "relative L2"], channels),
+    ]
+    return _document("graphopt compare", parts)
+
+
+def _plot(blocks: Sequence[BlockDifference]) -> str:
+    """Signal-to-noise ratio of each block: a bar as the models run, a ring for the block alone. What reaches the right border has no error."""
+    if not blocks:
+        return ""
+    left, wide, step = 170, 560, 20
+    top = max(20.0, *(20 * (x // 20 + 1) for b in blocks for x in (b.snr, b.own) if abs(x) < inf))
+
+    def place(ratio: float) -> float:
+        return round(left + wide * min(max(ratio, 0.0), top) / top, 1)
+
+    high = step * (len(blocks) + 2)
+    marks = [
+        f'<line x1="{place(x)}" y1="0" x2="{place(x)}" y2="{high - 2 * step}" stroke="#ddd"/><text x="{place(x)}" y="{high - 1.3 * step}" text-anchor="middle">{x}</text>'  # noqa: E501
+        for x in range(0, int(top) + 1, 20)
+    ]
+    ring = 'r="4" fill="none" stroke="#b03030" stroke-width="2"'
+    rows = [
+        f'<text x="{left - 8}" y="{step * k + 14}" text-anchor="end">{escape(b.name)}</text>'
+        f'<rect x="{left}" y="{step * k + 4}" width="{round(place(b.snr) - left, 1)}" height="12" fill="#7aa6c2"><title>{b.snr:.1f} dB</title></rect>'
+        f'<circle cx="{place(b.own)}" cy="{step * k + 10}" {ring}><title>alone {b.own:.1f} dB</title></circle>'
+        for k, b in enumerate(blocks)
+    ]
+    legend = f'<text x="{left}" y="{high - 4}">signal-to-noise ratio, dB: bar, as the models run; ring, the block alone</text>'
+    size = f'width="{left + wide + 30}" height="{high}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-size="12" role="img">{"".join((*marks, *rows, legend))}</svg>'
+
+
+def _document(title: str, parts: Iterable[str]) -> str:
     body = "\n".join(parts)
-    return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>graphopt report</title><style>{_STYLE}</style></head>\n<body><h1>graphopt report</h1>\n{body}\n</body></html>\n'  # noqa: E501
+    return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style></head>\n<body><h1>{title}</h1>\n{body}\n</body></html>\n'  # noqa: E501
 
 
 def _section(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -24,8 +24,8 @@ from graphopt.report import Size
 from graphopt.samples import default_shapes
 
 Facts = dict[str, Any]
-_RECOGNIZE = "canonicalize"  # attention facts are read off the graph in its one spelling
-_FUSE = "simplify-masks, fuse-norm, fuse-activation, fuse-rotary, fuse-attention"  # and the blocks off the fused graph
+RECOGNIZE = "canonicalize"  # attention facts are read off the graph in its one spelling
+FUSE = "simplify-masks, fuse-norm, fuse-activation, fuse-rotary, fuse-attention"  # and the blocks off the fused graph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ def inspect(source: Any, *, plugins: Sequence[str] = (), **options: Any) -> Insp
 def _card(model: ir.Model, plugins: tuple[str, ...]) -> Card:
     """The card of a canonicalized model, which is fused for it; FLOPs for one sequence of 128, or what the model has instead."""
     ctx = Context(model)
-    PassManager(parse(_FUSE, registry.passes(plugins))).run(model, ctx)
+    PassManager(parse(FUSE, registry.passes(plugins))).run(model, ctx)
     ctx.invalidate()
     return card(model, ctx, default_shapes(model)[:2][-1])
 
@@ -90,7 +90,7 @@ def _card(model: ir.Model, plugins: tuple[str, ...]) -> Card:
 def attention(model: ir.Model, plugins: tuple[str, ...] = ()) -> tuple[list[Facts], list[Facts]]:
     """The attentions of a model in normal form, and the candidates that are none, in the order of the graph; `model` is canonicalized."""
     ctx = Context(model)
-    PassManager(parse(_RECOGNIZE, registry.passes(plugins))).run(model, ctx)
+    PassManager(parse(RECOGNIZE, registry.passes(plugins))).run(model, ctx)
     blocks, declined = [], []
     for node, facts in ctx.get(Attentions()).items():
         if not isinstance(facts, str):

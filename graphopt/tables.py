@@ -12,6 +12,7 @@ from graphopt.report import Report, megabytes, plural, rise_text
 
 if TYPE_CHECKING:
     from graphopt.card import Card
+    from graphopt.comparison import Comparison
     from graphopt.demo import Demo
     from graphopt.inspect import Inspection
     from graphopt.measure import Timings
@@ -124,3 +125,20 @@ def print_demo(found: Demo, console: Console) -> None:
     console.print("speed-up: geometric mean over the shapes, against the plain export; timed in interleaved rounds")
     console.print("Pearson: cosine similarity of embeddings against human similarity, Lee documents; cosine: to the plain export's embeddings")
     console.print(f"{found.seconds:.0f} s in all")
+
+
+def print_comparison(found: Comparison, console: Console) -> None:
+    """Every output with its worst channels, every block with its error, and where the error enters."""
+    title = f"outputs on {plural(found.samples, 'batch', 'batches')}{', made up' if found.made_up else ''}"
+    rows = [
+        (x.name, f"{x.snr:.1f}", f"{x.l2:.3g}", f"{x.cosine:.6f}", f"{x.cosine_min:.6f}", f"{x.max_abs:.3g}",
+         ", ".join(f"{channel} ({share:.2g})" for channel, share in x.channels))
+        for x in found.outputs
+    ]  # fmt: skip
+    console.print(table(title, ["output", "SNR dB", "relative L2", "cosine", "smallest", "max |d|", "worst channels (relative L2)"], rows))
+    if found.blocks:
+        blocks = [(x.name, f"{x.snr:.1f}", f"{x.own:.1f}", f"{x.l2:.3g}", f"{x.cosine:.6f}", f"{x.max_abs:.3g}", x.value) for x in found.blocks]
+        console.print(table("blocks, in order", ["block", "SNR dB", "alone", "relative L2", "cosine", "max |d|", "value"], blocks))
+    console.print(found.verdict, markup=False)
+    if found.note and found.blocks:
+        console.print(found.note, markup=False)

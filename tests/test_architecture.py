@@ -64,8 +64,9 @@ ROWS = [
     | {"extract", "tunecache", "tuning", "promise"},
     {"api"},
     {"inspect", "demo"},
+    {"blocks", "comparison"},
     {"tables"},
-    {"cli", "cli_tune"},
+    {"cli", "cli_tune", "cli_compare"},
     {"__main__"},
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}

@@ -42,7 +42,7 @@ def observe(model: ir.Model, samples: Iterable[Feeds], reducers: Mapping[ir.Valu
         raise GraphoptError(f"`{hidden[0]}` is computed inside a subgraph, where it cannot be observed")
     names = {str(value.name): reduce for value, reduce in reducers.items()}
     inputs, count = {str(v.name) for v in model.graph.inputs}, 0
-    session = None if inputs >= set(names) else ort.session(_exposed(model, names), optimize=optimize)  # a session without outputs does not run
+    session = None if inputs >= set(names) else ort.session(exposed(model, names), optimize=optimize)  # a session without outputs does not run
     for feed in samples:
         outputs = {} if session is None else session.run(feed)
         for name, reduce in names.items():
@@ -53,7 +53,7 @@ def observe(model: ir.Model, samples: Iterable[Feeds], reducers: Mapping[ir.Valu
     return count
 
 
-def _exposed(model: ir.Model, names: Iterable[str]) -> ir.Model:
+def exposed(model: ir.Model, names: Iterable[str]) -> ir.Model:
     """A copy (the weights are shared) whose only outputs are the named values; what only the old outputs needed is not run."""
     copy = model.clone()
     made = {str(v.name): v for node in copy.graph for v in node.outputs if v.name}
