@@ -73,8 +73,8 @@ class WeightMatch(Match):
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        told = {"name": self.nodes[0].name, "op": self.nodes[0].op_type, "weight": self.source.name, "shape": list(self.coded.codes.shape)}
-        told |= {"axis": self.coded.axis, "block": self.coded.block, "worst_error": round(self.coded.error, 6)}
+        told: dict[str, Any] = {"name": self.nodes[0].name, "op": self.nodes[0].op_type, "weight": self.source.name}
+        told |= {"shape": list(self.coded.codes.shape), "axis": self.coded.axis, "block": self.coded.block, "worst_error": round(self.coded.error, 6)}
         return {**told, "tied_to": self.tied} if self.tied else told
 
 

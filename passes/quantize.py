@@ -91,7 +91,9 @@ class Quantize(RewritePass[QuantizeMatch]):
     def __post_init__(self) -> None:
         for key, value, known in self._known():
             if value not in known:
-                error = PipelineError(f"quantize: option `{key}` expects {' or '.join(str(x) for x in known if x is not None)} in this version, found `{value}`")
+                error = PipelineError(
+                    f"quantize: option `{key}` expects {' or '.join(str(x) for x in known if x is not None)} in this version, found `{value}`"
+                )
                 error.bad_key = key  # type: ignore[attr-defined]
                 raise error
 

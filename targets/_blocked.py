@@ -135,7 +135,8 @@ def _source(codes: ir.Value, grid: Grid, axis: int, model: ir.Model) -> Source |
         return f"it is stored as {codes.dtype}"
     if grid.scale.dtype != ir.DataType.FLOAT:
         return f"its scales are {grid.scale.dtype}"
-    if grid.block and grid.axis != axis or not grid.block and grid.axis not in (None, 1 - axis):
+    wanted = (axis,) if grid.block else (None, 1 - axis)
+    if grid.axis not in wanted:
         return "its scales do not run along the input features"
     if grid.block and grid.block not in _BLOCKS:
         return f"the runtime has no kernel for blocks of {grid.block}"
@@ -177,12 +178,13 @@ def _zeros(source: Source) -> Array:
 
 def _by_block(source: Source, value: ir.Value) -> Array:
     """Scales or zero points as [rows, blocks]."""
-    array, shape = constant(value), source.codes.shape
+    array, tensor = constant(value), source.codes.const_value
     assert array is not None
-    assert shape is not None
+    assert tensor is not None
     if source.grid.block:
         return np.ascontiguousarray(np.moveaxis(array, source.axis, -1))
-    count, width = int(shape[1 - source.axis]), int(shape[source.axis])  # type: ignore[call-overload]
+    shape = tensor.shape.numpy()
+    count, width = shape[1 - source.axis], shape[source.axis]
     return np.ascontiguousarray(np.broadcast_to(array.reshape(-1, 1), (count, -(-width // source.block))))
 
 
@@ -197,7 +199,8 @@ def _nibbles(array: Array, bits: int) -> Array:
     if bits == 8:
         return np.ascontiguousarray(array)
     array = np.pad(array, ((0, 0), (0, array.shape[-1] % 2)))
-    return array[:, ::2] | array[:, 1::2] << 4
+    pairs: Array = array[:, ::2] | array[:, 1::2] << 4
+    return pairs
 
 
 def blocked_weights(node: ir.Node) -> tuple[str, str, bool] | None:
