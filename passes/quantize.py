@@ -20,8 +20,11 @@ from ._coding import Coded, encode
 from ._decode import DecodeWeights
 from ._eligible import LONGEST_SUM, check_patterns, numbers, passed_over, unfit_linear, unfit_table, why_no_linear
 from ._static import METHODS, ActivationGrid, calibrated, on_grid
+from ._weight_only import WeightOnly
 
-_MODES, _BITS = ("dynamic", "static"), (8,)
+_BITS = {"dynamic": (8,), "static": (8,), "weight-only": (8, 4)}
+_CODERS = ("nearest", "gptq")
+_BLOCKS = (None, 0, 16, 32, 64, 128, 256)
 _DOMINATED = 0.25  # relative error of a channel beside its largest weight, above which one input row rules its scale
 
 
@@ -56,19 +59,24 @@ class QuantizeMatch(Match):
 
 @dataclasses.dataclass(frozen=True)
 class Quantize(RewritePass[QuantizeMatch]):
-    """8-bit quantization: the scale of a weight is stored; that of an activation is measured at run time, or (static) on samples beforehand.
+    """Stored weights become integers. Activations too: their scale is measured at run time, or (static) on samples beforehand, or they stay float.
 
     A stored weight [in, out] becomes int8 with one scale for each output feature, an embedding table int8 with one for each row. The multiply
     stays a MatMul or Gemm between DequantizeLinear nodes; the target turns that into integer arithmetic. One activation is quantized
     once for all its readers; a weight with several readers, also one that is the transpose of an embedding table, is stored once.
 
     Args:
-        mode: `dynamic`, or `static`, which needs samples; activations are uint8 in both. A bias stays float.
+        mode: `dynamic`: integer products; `static`: the same, and needs samples; activations are uint8 in both, and a bias stays float.
+            `weight-only`: float products with weights of `bits` bits, for size and memory traffic.
         calibrate: what the range of a static activation is: `minmax`, `percentile`, `mse` or `entropy` (graphopt.analysis.ranges).
         percentile: how many percent of its values calibrate=percentile covers.
         per_channel: one scale for each output feature; False: one for the whole weight. Embedding tables always have one for each row.
-        symmetric: codes in [-127, 127] around zero; False: an int8 zero point as well.
-        bits: 8.
+        symmetric: codes around zero ([-127, 127] in mode `dynamic`); False: a zero point as well.
+        bits: 8; weight-only also 4. Weights that are quantized already are left alone, so that two of these passes can mix widths.
+        block: weight-only: so many neighbours along the input features share a scale (16 to 256, a power of two); 0: each output feature
+            has one. The default is 0 for 8 bits and 32 for 4.
+        method: weight-only: `nearest`, with the scale of least error; `gptq` corrects the error of each rounded column in the columns that
+            follow, as the samples weigh it (Frantar et al. 2022); tables that are also looked up are rounded to nearest.
         embeddings: also the tables that Gather reads rows of.
         include: only the nodes whose name (here or in the input model) fits one of these patterns (`*`, `?`, `[abc]`).
         exclude: not the nodes whose name fits one of these.
@@ -84,6 +92,8 @@ class Quantize(RewritePass[QuantizeMatch]):
     per_channel: bool = True
     symmetric: bool = True
     bits: int = 8
+    block: int | None = None
+    method: str = "nearest"
     embeddings: bool = True
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -91,23 +101,35 @@ class Quantize(RewritePass[QuantizeMatch]):
     anchors: ClassVar[frozenset[str]] = frozenset({"MatMul", "Gemm", "Gather"})
 
     def __post_init__(self) -> None:
-        for key, value, known in (("mode", self.mode, _MODES), ("bits", self.bits, _BITS), ("calibrate", self.calibrate, METHODS)):
+        for key, value, known in self._known():
             if value not in known:
-                _refuse(key, f"{' or '.join(map(str, known))} in this version", value)
+                _refuse(key, f"{' or '.join(str(x) for x in known if x is not None)} in this version", value)
         if not 50 < self.percentile <= 100:
             _refuse("percentile", "more than 50 and at most 100", self.percentile)
+
+    def _known(self) -> Sequence[tuple[str, Any, Sequence[Any]]]:
+        """(option, its value, the values that it may have)."""
+        if self.mode not in _BITS:
+            return (("mode", self.mode, tuple(_BITS)),)
+        blocks, methods = (_BLOCKS, _CODERS) if self.mode == "weight-only" else ((None, 0), _CODERS[:1])
+        own = ("bits", self.bits, _BITS[self.mode]), ("block", self.block, blocks), ("method", self.method, methods)
+        return *own, ("calibrate", self.calibrate, METHODS)
 
     def weaker(self) -> Self | None:
         if not self.per_channel:
             return dataclasses.replace(self, per_channel=True)
         if self.mode == "static":
             return dataclasses.replace(self, mode="dynamic")
+        if self.bits == 4:
+            return dataclasses.replace(self, bits=8)
         return dataclasses.replace(self, embeddings=False) if self.embeddings else None
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         check_patterns(model, (*self.include, *self.exclude), self.anchors)
         if self.mode == "static":
             ctx.require_samples()
+        if self.mode == "weight-only":
+            return WeightOnly(self).run(model, ctx)
         done = sum(x.quantized for x in ctx.get(StoredOperands(casts=True)).values())
         mark = len(ctx.remarks)
         changes = DecodeWeights().run(model, ctx) + super().run(model, ctx)

@@ -64,6 +64,15 @@ class IntegerMatmul(Analysis[tuple[Piece, ...]]):
 
 
 @dataclasses.dataclass(frozen=True)
+class BlockedMatmul(Analysis[tuple[Piece, ...]]):
+    """A multiply of a float activation with a weight that is stored as integers."""
+
+    def compute(self, model: ir.Model, ctx: Context) -> tuple[Piece, ...]:
+        linears = (x for x in ctx.get(Linears()) if x.quantized and producer(x.x, "DequantizeLinear") is None)
+        return _pieces(model, ((*x.path, x.node) for x in linears))
+
+
+@dataclasses.dataclass(frozen=True)
 class Lookup(Analysis[tuple[Piece, ...]]):
     """Rows gathered from a stored table of 8-bit codes."""
 
