@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
+REDUCED = 64  # codes up to this size are safe where a CPU adds two products with uint8 in 16 bits
 _CHUNK = 1 << 22  # elements that are coded at a time, so that a large table needs little memory beside its codes
 
 
@@ -38,16 +39,18 @@ class Coded:
         return self.codes.nbytes + self.scale.nbytes + (0 if self.zero_point is None else self.zero_point.nbytes)
 
 
-def encode(array: Array, axis: int, *, per_channel: bool = True, symmetric: bool = True) -> Coded:
+def encode(array: Array, axis: int, *, per_channel: bool = True, symmetric: bool = True, reduced: bool = False) -> Coded:
     """Round to int8: codes in [-127, 127] around zero, or (not symmetric) in [-128, 127] with a zero point.
 
     Args:
         array: numbers, finite and not empty.
         axis: runs along the channels; each gets its own scale, a channel of zeros the scale 1.
         per_channel: False gives one scale for all.
+        reduced: codes in [-64, 64] in both cases: then two products with uint8 add up within 16 bits (2 * 255 * 64 < 2^15).
     """
+    codes_from, codes_to = (-REDUCED, REDUCED) if reduced else (-127 if symmetric else -128, 127)
     rows = np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
-    scale, zero = _grid(rows if per_channel else rows.reshape(1, -1), symmetric)
+    scale, zero = _grid(rows if per_channel else rows.reshape(1, -1), symmetric, codes_from, codes_to)
     scales, zeros = (np.broadcast_to(x, len(rows)) for x in (scale, zero))
     codes = np.empty(rows.shape, np.int8)
     error, norm, rest, left = (np.empty(len(rows), np.float64) for _ in range(4))
@@ -55,7 +58,7 @@ def encode(array: Array, axis: int, *, per_channel: bool = True, symmetric: bool
     for k in range(0, len(rows), step):
         now = slice(k, k + step)
         part, s, z = rows[now].astype(np.float32), scales[now, None], zeros[now, None].astype(np.float32)
-        code = np.clip(np.rint(part / s) + z, -127 if symmetric else -128, 127)
+        code = np.clip(np.rint(part / s) + z, codes_from, codes_to)
         codes[now] = code.astype(np.int8)
         off, weight = np.square((code - z) * s - part), np.square(part)
         error[now], norm[now] = off.sum(1), weight.sum(1)
@@ -79,12 +82,12 @@ def encode(array: Array, axis: int, *, per_channel: bool = True, symmetric: bool
     )
 
 
-def _grid(rows: Array, symmetric: bool) -> tuple[Array, Array]:
+def _grid(rows: Array, symmetric: bool, codes_from: int, codes_to: int) -> tuple[Array, Array]:
     """Scale (float32) and zero point (int8) of each row."""
     low, high = np.minimum(rows.min(1), 0).astype(np.float32), np.maximum(rows.max(1), 0).astype(np.float32)
-    width = np.maximum(-low, high) / 127 if symmetric else (high - low) / 255
+    width = np.maximum(-low, high) / codes_to if symmetric else (high - low) / (codes_to - codes_from)
     scale = np.where(width < np.finfo(np.float32).tiny, 1, width).astype(np.float32)
-    zero = np.zeros(len(rows)) if symmetric else np.clip(np.rint(-128 - low / scale), -128, 127)
+    zero = np.zeros(len(rows)) if symmetric else np.clip(np.rint(codes_from - low / scale), codes_from, codes_to)
     return scale, zero.astype(np.int8)
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
 from graphopt.core import Artifact, Pass
-from graphopt.errors import PipelineError
 
 from ._decompose import portable
 from ._limits import save_within
 from ._ort import LEVELS, CpuProvider, level_text
+from ._saturation import EVERYWHERE, WITH_VNNI, GuardRange, exceeding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,21 +24,25 @@ class Quantized(CpuProvider):
     Args:
         vendor: False writes MatMulInteger, Cast and Mul, which any runtime knows and ONNX Runtime fuses when it loads the model.
         vnni: the CPU adds products of 8-bit numbers in 32 bits (AVX-VNNI, AVX512-VNNI, ARM dot product), so that all 8 bits are safe to use.
+            False: level 2 keeps the codes of weights in [-64, 64], and what has larger ones is multiplied as float, with a warning.
     """
 
     vnni: bool = True
 
-    def __post_init__(self) -> None:
-        if not self.vnni:
-            error = PipelineError("quantized: vnni=false needs weights of 7 bits, which quantize does not make in this version; leave it out")
-            error.bad_key = "vnni"  # type: ignore[attr-defined]
-            raise error
-
     def pipeline(self, level: int) -> str:
-        return level_text(self.name, level, LEVELS)
+        text = level_text(self.name, level, LEVELS)
+        return text if self.vnni else text.replace("quantize{mode=dynamic}", "quantize{mode=dynamic reduce-range=true}")
 
     def lowerings(self) -> Sequence[Pass]:
-        return [*super().lowerings(), *portable(self.opset, self.vendor)]
+        guard = [] if self.vnni else [GuardRange()]
+        return [*guard, *super().lowerings(), *portable(self.opset, self.vendor)]
+
+    def report(self, model: ir.Model) -> dict[str, Any]:
+        """Also `safe_on`: the CPUs on which no sum of the integer multiplies can clip."""
+        found = super().report(model)
+        if not found["integer"]:
+            return found
+        return {**found, "safe_on": WITH_VNNI if exceeding(model, found["integer"]) else EVERYWHERE}
 
     def save(self, model: ir.Model, path: Path) -> Artifact:
         return save_within(model, path, self.opset, vendor=self.vendor)

@@ -441,7 +441,7 @@ def test_what_this_version_does_not_have(text: str, message: str) -> None:
 
 
 def test_options_round_trip() -> None:
-    text = 'quantize{per-channel=false symmetric=false embeddings=false include=/a/*+"b c" exclude=d}'
+    text = 'quantize{per-channel=false symmetric=false reduce-range=true embeddings=false include=/a/*+"b c" exclude=d}'
     (made,) = parse(text, passes())
     assert str(made) == text
     assert not made.exact
