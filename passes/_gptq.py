@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,26 @@ _PANEL = 128  # columns that are rounded before the rest of the matrix hears of 
 _DAMPING = 0.01  # of the mean of the diagonal
 
 
-def gptq(rows: Array, moments: Array, grid: Steps) -> Array:
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What GPTQ wants to know of the inputs of a layer, made once for all weights that read them.
+
+    Attributes:
+        order: the columns by falling second moment.
+        root: upper triangular [in, in] in that order, root^T root = (moments + damping)^-1.
+    """
+
+    order: Array
+    root: Array
+
+    @classmethod
+    def of(cls, moments: Array) -> Inputs:
+        """`moments` [in, in]: sum or mean of x x^T over the samples."""
+        order = np.argsort(-np.diag(moments), kind="stable")
+        return cls(order, _inverse_root(moments[np.ix_(order, order)]))
+
+
+def gptq(rows: Array, inputs: Inputs, grid: Steps) -> Array:
     """Codes int16 [rows, in] that keep rows @ x near what it was, for inputs x with these second moments.
 
     Columns are taken in the order of falling moments, with the scales of the original weight (Frantar et al. 2022, "GPTQ: Accurate
@@ -21,12 +41,11 @@ def gptq(rows: Array, moments: Array, grid: Steps) -> Array:
 
     Args:
         rows: [rows, in].
-        moments: [in, in], sum or mean of x x^T over the samples.
+        inputs: of the samples.
         grid: scales and zero points of `rows`.
     """
     width = rows.shape[1]
-    order = np.argsort(-np.diag(moments), kind="stable")
-    inverse = _inverse_root(moments[np.ix_(order, order)])
+    order, inverse = inputs.order, inputs.root
     scale, zero = (np.ascontiguousarray(a[:, order].T) for a in grid.spread(width))
     left = np.ascontiguousarray(rows[:, order].T, dtype=np.float32)  # [in, rows]: a column of the weight lies together
     codes = np.empty(left.shape, np.int16)

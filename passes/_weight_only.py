@@ -19,7 +19,7 @@ from graphopt.run.observe import observable
 
 from ._blocks import Steps, steps
 from ._eligible import Array, numbers, passed_over, unfit_linear, unfit_table, why_no_linear
-from ._gptq import gptq
+from ._gptq import Inputs, gptq
 
 _TYPES: Mapping[tuple[int, bool], Any] = {(4, True): ml_dtypes.int4, (4, False): ml_dtypes.uint4, (8, True): np.int8, (8, False): np.uint8}
 
@@ -178,25 +178,30 @@ class WeightOnly(RewritePass[WeightMatch]):
         return Blocked(stored, back(grid.scale, np.float32), zero, where, self.block, float(np.sqrt(off.max())))
 
     def _solve(self, model: ir.Model, ctx: Context) -> None:
-        """GPTQ for every weight of a multiply that fits; multiplies of one input share its moments, and are solved as one matrix."""
+        """GPTQ for every weight of a multiply that fits; multiplies of one input share its moments."""
         groups: dict[ir.Value, dict[ir.Value, Linear]] = {}
+        hidden: list[Linear] = []
         for operand in ctx.get(StoredOperands(casts=True)).values():
             if not isinstance(operand, Linear) or operand.quantized or self._unfit(operand) is not None:
                 continue
             if self._tied(operand, ctx) is not None or self._read_as_rows(operand, ctx):
                 continue  # the lookup would pay for the errors that the multiply no longer makes
             if operand.batch or operand.trans_x or not observable(model, operand.x) or static_dim(operand.x, -1) is None:
-                ctx.remarks.missed(operand.node.name or "", "rounded to nearest: its input cannot be observed as rows of features")
+                hidden.append(operand)
                 continue
             groups.setdefault(operand.x, {}).setdefault(operand.weight, operand)
         for x, moments in input_moments(model, ctx.require_samples(), list(groups)):
-            linears = [linear for linear in groups[x].values() if (linear.weight, _input_axis(linear)) not in self._coded]
-            for linear in linears:
-                rows = _rows(numbers(linear.weight), _input_axis(linear))
+            inputs = Inputs.of(moments)
+            for linear in groups[x].values():
+                key = linear.weight, _input_axis(linear)
+                if key in self._coded:
+                    continue
+                rows = _rows(numbers(linear.weight), key[1])
                 grid = self._grid(rows, np.diag(moments))
-                self._coded[linear.weight, _input_axis(linear)] = self._stored(
-                    linear.weight, _input_axis(linear), rows, grid, gptq(rows, moments, grid)
-                )
+                self._coded[key] = self._stored(*key, rows, grid, gptq(rows, inputs, grid))
+        for linear in hidden:
+            if (linear.weight, _input_axis(linear)) not in self._coded:
+                ctx.remarks.missed(linear.node.name or "", "rounded to nearest: its input cannot be observed as rows of features")
 
     def _read_as_rows(self, linear: Linear, ctx: Context) -> bool:
         return any(isinstance(e, Embedding) and e.table is linear.weight for e in ctx.get(StoredOperands(casts=True)).values())

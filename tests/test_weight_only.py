@@ -313,3 +313,48 @@ def test_gptq_keeps_the_output_nearer(layout: str, options: str) -> None:
 def test_gptq_needs_samples() -> None:
     with pytest.raises(PassError, match="needs samples"):
         Quantized(proto(*LAYOUTS["MatMul"][:2]), "bits=4 method=gptq")
+
+
+def test_weights_of_branches_are_stored_once() -> None:
+    """C12: both branches read one weight; its blocks are packed once."""
+
+    def branch(name: str) -> onnx.GraphProto:
+        return helper.make_graph([node("MatMul", "x w", name)], name, [], [value(name)])
+
+    both = helper.make_node("If", ["cond"], ["y"], name="if", then_branch=branch("a"), else_branch=branch("b"))
+    source = proto([both], {"w": columns(64, 64)}, "x:B,64")
+    source.graph.input.append(helper.make_tensor_value_info("cond", TensorProto.BOOL, []))
+    made = Quantized(source, "bits=4")
+    assert made.changes == [2]
+    assert stored_bytes(made.model) == 64 * 32 + 64 * 2 * 4
+    assert made.count("MatMulNBits") == [2]
+    for cond in (True, False):
+        assert made.error({"x": rows(64), "cond": np.array(cond)}) <= 0.13
+
+
+def test_gptq_falls_back_where_it_cannot_look() -> None:
+    """A multiply inside a branch has no input that can be observed: rounded to nearest, with a remark."""
+    then = helper.make_graph([node("Relu", "x", "r"), node("MatMul", "r w", "a")], "then", [], [value("a")])
+    other = helper.make_graph([node("MatMul", "x v", "b")], "other", [], [value("b")])
+    both = helper.make_node("If", ["cond"], ["y"], name="if", then_branch=then, else_branch=other)
+    source = proto([both], {"w": W, "v": W * np.float32(0.5)})
+    source.graph.input.append(helper.make_tensor_value_info("cond", TensorProto.BOOL, []))
+    samples = Samples([{**batch, "cond": np.array(True)} for batch in calibration()])
+    made = Quantized(source, "bits=4 method=gptq", samples=samples)
+    assert made.changes == [2]
+    assert "/a/MatMul: rounded to nearest: its input cannot be observed" in made.told()
+    assert "/b/MatMul" not in made.told()
+    assert made.error({"x": rows(), "cond": np.array(True)}) <= 0.5
+
+
+def test_the_same_spelling_from_the_command_of_the_user(tmp_path: Path) -> None:
+    """Through optimize, with measured spellings: the file runs, and is as small as its codes."""
+    nodes = [node("Gather", "w ids", "h"), node("MatMul", "h a", "t"), node("MatMul", "t wt", "y")]
+    source = proto(nodes, {"w": TABLE, "wt": TABLE.T.copy(), "a": columns(64, 64)}, "ids:B,S")
+    result = graphopt.optimize(source, "canonicalize, quantize{mode=weight-only bits=4}", target="cpu", promise=False)
+    path = tmp_path / "model.onnx"
+    result.save(path)
+    assert path.stat().st_size <= 512 * 40 + 64 * 40 + 2500
+    feeds = {"ids": rng().integers(0, 512, (2, 7))}
+    base, got = session(source, optimize=False).run(feeds)["y"], session(onnx.load(path)).run(feeds)["y"]
+    assert np.linalg.norm(base - got) <= 0.3 * np.linalg.norm(base)
