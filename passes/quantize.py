@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -12,12 +12,13 @@ import onnx_ir as ir
 from graphopt.analysis.linear import Embedding, Linear, StoredOperands
 from graphopt.core import Context
 from graphopt.errors import PipelineError
-from graphopt.graph import producer
+from graphopt.graph import attr, producer
 from graphopt.rewrite import Builder, Match, Miss, RewritePass
 
 from ._coding import Coded, encode
 from ._decode import DecodeWeights
 from ._eligible import LONGEST_SUM, check_patterns, numbers, passed_over, unfit_linear, unfit_table, why_no_linear
+from ._rows import even_rows, row_scale, wants_rows
 
 _MODES, _BITS = ("dynamic",), (8,)
 _DOMINATED = 0.25  # relative error of a channel beside its largest weight, above which one input row rules its scale
@@ -26,16 +27,19 @@ _DOMINATED = 0.25  # relative error of a channel beside its largest weight, abov
 @dataclasses.dataclass(frozen=True)
 class QuantizeMatch(Match):
     """`source`: the stored float constant, `coded`: what replaces it (None: it is decoded from integers already, and only the activation
-    is quantized); `transposed`: the multiply wants its last two axes exchanged."""
+    is quantized); `transposed`: the multiply wants its last two axes exchanged; `rows`: each row of the activation has its own scale."""
 
     source: ir.Value
     coded: Coded | None
     transposed: bool = False
     tied: str = ""
+    rows: bool = False
 
     @property
     def facts(self) -> Mapping[str, Any]:
         told: dict[str, Any] = {"name": self.nodes[0].name, "op": self.nodes[0].op_type, "weight": self.source.name}
+        if self.rows:
+            told["rows"] = True
         if self.coded is None:
             return told
         told = {
@@ -62,6 +66,8 @@ class Quantize(RewritePass[QuantizeMatch]):
         per_channel: one scale for each output feature; False: one for the whole weight. Embedding tables always have one for each row.
         symmetric: codes in [-127, 127] around zero; False: an int8 zero point as well.
         bits: 8.
+        rows: a scale for each row of an activation, so that one large token does not coarsen the others: `false`, `true`, or `auto`, where
+            the samples show that it is needed. It costs four elementwise nodes.
         embeddings: also the tables that Gather reads rows of.
         include: only the nodes whose name (here or in the input model) fits one of these patterns (`*`, `?`, `[abc]`).
         exclude: not the nodes whose name fits one of these.
@@ -74,6 +80,7 @@ class Quantize(RewritePass[QuantizeMatch]):
     per_channel: bool = True
     symmetric: bool = True
     bits: int = 8
+    rows: Literal["false", "true", "auto"] = "false"
     embeddings: bool = True
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -127,17 +134,22 @@ class Quantize(RewritePass[QuantizeMatch]):
             return [op.Gather(weight, node.inputs[1], axis=0)]
         x = node.inputs[0]
         assert x is not None
-        x = op.shared(("activation", x, graph), lambda: op.DequantizeLinear(*op.DynamicQuantizeLinear(x, _outputs=3)))
+        back = row_scale(op, x, graph) if m.rows else None
+        source = even_rows(op, x, graph) if m.rows else x
+        x = op.shared(("activation", source, graph), lambda: op.DequantizeLinear(*op.DynamicQuantizeLinear(source, _outputs=3)))
         if node.op_type == "Gemm":
             kept = {name: a.value for name, a in node.attributes.items() if name != "transB"}
             swapped = node.attributes["transB"].as_int() if m.coded is None and "transB" in node.attributes else int(m.transposed)
-            return [op.Gemm(x, weight, *node.inputs[2:], transB=swapped, **kept)]
+            added = [] if m.rows else node.inputs[2:]
+            product = op.Gemm(x, weight, *added, transB=swapped, **(_without_beta(kept) if m.rows else kept))
+            return [product if back is None else _plus(op, op.Mul(product, back), node)]
         coded = m.coded
         if m.transposed and coded is not None:
             rank = coded.codes.ndim
             order = [*range(rank - 2), rank - 1, rank - 2]
             weight = op.shared(("transposed", m.source, coded.axis, graph), lambda: op.Transpose(_decoded(op, m, coded, graph), perm=order))
-        return [op.MatMul(x, weight)]
+        product = op.MatMul(x, weight)
+        return [product if back is None else op.Mul(product, back)]
 
     def _match_decoded(self, operand: Linear | Embedding, ctx: Context) -> QuantizeMatch | Miss | None:
         """A multiply of a float activation with a weight that is stored as integers: only the activation is still to be quantized."""
@@ -151,19 +163,22 @@ class Quantize(RewritePass[QuantizeMatch]):
             return Miss(operand.node, f"stays float: {reason}")
         if operand.in_features > LONGEST_SUM or operand.x.dtype != ir.DataType.FLOAT:
             return Miss(operand.node, "stays float: its input is not FLOAT, or its sums may leave 32 bits")
-        return QuantizeMatch((operand.node,), (operand.node.outputs[0],), operand.weight, None)
+        rows = wants_rows(operand, self.rows, ctx)
+        return QuantizeMatch((operand.node,), (operand.node.outputs[0],), operand.weight, None, rows=rows)
 
     def _match_table(self, e: Embedding) -> QuantizeMatch:
         return QuantizeMatch((e.node,), (e.node.outputs[0],), e.table, encode(numbers(e.table), 0, symmetric=self.symmetric))
 
     def _match_linear(self, linear: Linear, ctx: Context) -> QuantizeMatch:
-        nodes, outputs = (linear.node,), (linear.node.outputs[0],)
+        nodes, outputs, rows = (linear.node,), (linear.node.outputs[0],), wants_rows(linear, self.rows, ctx)
         tied = self._tied(linear, ctx)
         if tied is not None:  # the row scales of the table are the channel scales of the multiply
-            return QuantizeMatch(nodes, outputs, tied.table, encode(numbers(tied.table), 0, symmetric=self.symmetric), True, tied.node.name or "")
+            return QuantizeMatch(
+                nodes, outputs, tied.table, encode(numbers(tied.table), 0, symmetric=self.symmetric), True, tied.node.name or "", rows
+            )
         symmetric = self.symmetric or bool(linear.batch)  # runtimes fail on a zero point for each channel of a batch of matrices
         coded = encode(numbers(linear.weight), linear.channel_axis, per_channel=self.per_channel, symmetric=symmetric)
-        return QuantizeMatch(nodes, outputs, linear.weight, coded, linear.transposed)
+        return QuantizeMatch(nodes, outputs, linear.weight, coded, linear.transposed, rows=rows)
 
     def _tied(self, linear: Linear, ctx: Context) -> Embedding | None:
         """An embedding that will be quantized and whose table is the transpose of this weight, as another constant."""
@@ -181,6 +196,20 @@ class Quantize(RewritePass[QuantizeMatch]):
         if isinstance(operand, Linear):
             return unfit_linear(operand)
         return unfit_table(operand) if self.embeddings else "embeddings=false"
+
+
+def _without_beta(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if name != "beta"}
+
+
+def _plus(op: Builder, product: ir.Value, gemm: ir.Node) -> ir.Value:
+    """beta * C of a Gemm, added behind the scales of the rows."""
+    third = gemm.inputs[2] if len(gemm.inputs) > 2 else None
+    if third is None:
+        return product
+    beta = attr(gemm, "beta", 1.0)
+    value: ir.Value = op.Add(product, third if beta == 1.0 else op.Mul(third, op.const(np.array(beta, np.float32), "beta")))
+    return value
 
 
 def _decoded(op: Builder, m: QuantizeMatch, coded: Coded, graph: object) -> ir.Value:
