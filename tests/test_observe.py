@@ -52,3 +52,9 @@ def test_what_cannot_be_observed_says_so() -> None:
         observe(graph, feeds(1), {inside: lambda array: None})
     with pytest.raises(SampleError, match="0 samples"):
         observe(graph, [], {next(iter(graph.graph)).outputs[0]: lambda array: None})
+
+
+def test_an_input_alone_needs_no_run() -> None:
+    graph, seen = graphopt.load(model()), list[np.ndarray]()
+    assert observe(graph, feeds(2), {graph.graph.inputs[0]: seen.append}) == 2
+    assert [len(x) for x in seen] == [1, 2]
