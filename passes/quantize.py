@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -13,12 +13,13 @@ from graphopt.analysis.linear import Embedding, Linear, StoredOperands
 from graphopt.analysis.ranges import Ranges
 from graphopt.core import Context
 from graphopt.errors import PipelineError
-from graphopt.graph import producer
+from graphopt.graph import attr, producer
 from graphopt.rewrite import Builder, Match, Miss, RewritePass
 
 from ._coding import REDUCED, Coded, encode
 from ._decode import DecodeWeights
 from ._eligible import LONGEST_SUM, check_patterns, numbers, passed_over, unfit_linear, unfit_table, why_no_linear
+from ._rows import even_rows, row_scale, wants_rows
 from ._static import METHODS, ActivationGrid, calibrated, on_grid
 from ._weight_only import WeightOnly
 
@@ -31,19 +32,23 @@ _DOMINATED = 0.25  # relative error of a channel beside its largest weight, abov
 @dataclasses.dataclass(frozen=True)
 class QuantizeMatch(Match):
     """`source`: the stored float constant, `coded`: what replaces it (None: it is decoded from integers already, and only the activation
-    is quantized); `transposed`: the multiply wants its last two axes exchanged; `activation`: the fixed grid of its input, if it has one."""
+    is quantized); `transposed`: the multiply wants its last two axes exchanged; `activation`: the fixed grid of its input, if it has one;
+    `rows`: each row of its input has a scale of its own."""
 
     source: ir.Value
     coded: Coded | None
     transposed: bool = False
     tied: str = ""
     activation: ActivationGrid | None = None
+    rows: bool = False
 
     @property
     def facts(self) -> Mapping[str, Any]:
         told: dict[str, Any] = {"name": self.nodes[0].name, "op": self.nodes[0].op_type, "weight": self.source.name}
         if self.activation is not None:
             told = {**told, "covers": [self.activation.low, self.activation.high], "seen": list(self.activation.seen)}
+        if self.rows:
+            told["rows"] = True
         if self.coded is None:
             return told
         told = {
@@ -78,6 +83,8 @@ class Quantize(RewritePass[QuantizeMatch]):
         method: weight-only: `nearest`, with the scale of least error; `gptq` corrects the error of each rounded column in the columns that
             follow, as the samples weigh it (Frantar et al. 2022); tables that are also looked up are rounded to nearest.
         reduce_range: codes of multiplied weights in [-64, 64]: safe on CPUs that add two products in 16 bits (no VNNI), one bit less exact.
+        rows: dynamic: a scale for each row of an activation, so that one large token does not coarsen the others: `false`, `true`, or `auto`,
+            where the samples show that it is needed. It costs four elementwise nodes.
         embeddings: also the tables that Gather reads rows of.
         include: only the nodes whose name (here or in the input model) fits one of these patterns (`*`, `?`, `[abc]`).
         exclude: not the nodes whose name fits one of these.
@@ -96,6 +103,7 @@ class Quantize(RewritePass[QuantizeMatch]):
     block: int | None = None
     method: str = "nearest"
     reduce_range: bool = False
+    rows: Literal["false", "true", "auto"] = "false"
     embeddings: bool = True
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -116,7 +124,8 @@ class Quantize(RewritePass[QuantizeMatch]):
         blocks, methods = (_BLOCKS, _CODERS) if self.mode == "weight-only" else ((None, 0), _CODERS[:1])
         own = ("bits", self.bits, _BITS[self.mode]), ("block", self.block, blocks), ("method", self.method, methods)
         reduced = (False,) if self.mode == "weight-only" else (False, True)  # float products cannot saturate
-        return *own, ("calibrate", self.calibrate, METHODS), ("reduce_range", self.reduce_range, reduced)
+        rows = ("false", "true", "auto") if self.mode == "dynamic" else ("false",)
+        return *own, ("calibrate", self.calibrate, METHODS), ("reduce_range", self.reduce_range, reduced), ("rows", self.rows, rows)
 
     def weaker(self) -> Self | None:
         if not self.per_channel:
@@ -144,8 +153,10 @@ class Quantize(RewritePass[QuantizeMatch]):
 
     def match(self, node: ir.Node, ctx: Context) -> QuantizeMatch | Miss | None:
         found = self._match(node, ctx)
-        if self.mode != "static" or not isinstance(found, QuantizeMatch) or node.op_type == "Gather":
+        if not isinstance(found, QuantizeMatch) or node.op_type == "Gather":
             return found
+        if self.mode == "dynamic":
+            return dataclasses.replace(found, rows=wants_rows(node, self.rows, ctx))
         assert node.inputs[0] is not None
         grid = calibrated(node.inputs[0], Ranges(self.calibrate, self.percentile), ctx)
         return Miss(node, f"stays float: {grid}") if isinstance(grid, str) else dataclasses.replace(found, activation=grid)
@@ -172,19 +183,24 @@ class Quantize(RewritePass[QuantizeMatch]):
         weight = node.inputs[1] if m.coded is None else _decoded(op, m, m.coded, graph)
         if node.op_type == "Gather":
             return [op.Gather(weight, node.inputs[1], axis=0)]
-        source, grid = node.inputs[0], m.activation
-        assert source is not None
+        x, grid = node.inputs[0], m.activation
+        assert x is not None
+        back = row_scale(op, x, graph) if m.rows else None
+        source = even_rows(op, x, graph) if m.rows else x
         x = op.shared(("activation", source, graph), lambda: _measured(op, source) if grid is None else on_grid(op, source, grid))
         if node.op_type == "Gemm":
             kept = {name: a.value for name, a in node.attributes.items() if name != "transB"}
             swapped = node.attributes["transB"].as_int() if m.coded is None and "transB" in node.attributes else int(m.transposed)
-            return [op.Gemm(x, weight, *node.inputs[2:], transB=swapped, **kept)]
+            added = [] if m.rows else node.inputs[2:]
+            product = op.Gemm(x, weight, *added, transB=swapped, **(_without_beta(kept) if m.rows else kept))
+            return [product if back is None else _plus(op, op.Mul(product, back), node)]
         coded = m.coded
         if m.transposed and coded is not None:
             rank = coded.codes.ndim
             order = [*range(rank - 2), rank - 1, rank - 2]
             weight = op.shared(("transposed", m.source, coded.axis, graph), lambda: op.Transpose(_decoded(op, m, coded, graph), perm=order))
-        return [op.MatMul(x, weight)]
+        product = op.MatMul(x, weight)
+        return [product if back is None else op.Mul(product, back)]
 
     def _match_decoded(self, operand: Linear | Embedding, ctx: Context) -> QuantizeMatch | Miss | None:
         """A multiply of a float activation with a weight that is stored as integers: only the activation is still to be quantized."""
@@ -244,6 +260,20 @@ def _refuse(key: str, expected: str, found: object) -> None:
 def _measured(op: Builder, x: ir.Value) -> ir.Value:
     """x rounded to a grid that is measured at run time."""
     value: ir.Value = op.DequantizeLinear(*op.DynamicQuantizeLinear(x, _outputs=3))
+    return value
+
+
+def _without_beta(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if name != "beta"}
+
+
+def _plus(op: Builder, product: ir.Value, gemm: ir.Node) -> ir.Value:
+    """beta * C of a Gemm, added behind the scales of the rows."""
+    third = gemm.inputs[2] if len(gemm.inputs) > 2 else None
+    if third is None:
+        return product
+    beta = attr(gemm, "beta", 1.0)
+    value: ir.Value = op.Add(product, third if beta == 1.0 else op.Mul(third, op.const(np.array(beta, np.float32), "beta")))
     return value
 
 
