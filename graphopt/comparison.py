@@ -24,7 +24,8 @@ from graphopt.distance import Running
 from graphopt.errors import GraphoptError, SaveError
 from graphopt.remarks import Remarks
 from graphopt.run.observe import exposed
-from graphopt.samples import Batch, Samples, runnable_samples
+from graphopt.samples import Samples, runnable_samples
+from graphopt.sources import Batch
 
 ROUNDING = 100.0  # dB; a block that is closer than this differs by the rounding of float32 sums in another order
 _CHANNELS = 5

@@ -129,6 +129,20 @@ def nbytes(model: ir.Model) -> int:
     return sum(v.const_value.nbytes for g in graphs(model) for v in g.initializers.values() if v.const_value is not None)
 
 
+def annotated(model: ir.Model) -> Iterator[dict[str, str]]:
+    """The metadata of every graph, node and value (of functions too), each once; not that of the model itself."""
+    places: list[ir.Graph | ir.Function] = [*graphs(model), *model.functions.values()]
+    for graph in places:
+        stored = graph.initializers.values() if isinstance(graph, ir.Graph) else ()
+        values = dict.fromkeys((*graph.inputs, *stored, *(v for node in graph for v in node.outputs)))
+        yield from (thing.metadata_props for thing in (graph, *graph, *values))
+
+
+def metadata_bytes(model: ir.Model) -> int:
+    """Bytes of the keys and texts of `annotated`."""
+    return sum(len(text.encode()) for properties in annotated(model) for item in properties.items() for text in item)
+
+
 class Names:
     """Fresh names for one model: values and nodes never collide with what is there."""
 

@@ -31,6 +31,7 @@ def page(report: Report) -> str:
         ("parameters", f"{a.parameters:,}", f"{b.parameters:,}", ""),
         ("opset", a.opset, b.opset, ""),
         ("IR version", a.ir_version, b.ir_version, ""),
+        ("metadata of nodes", megabytes(a.metadata), megabytes(b.metadata), ""),
     ]
     latency = [(t.shape, f"{t.input_ms:.2f}", f"{t.output_ms:.2f}", f"{t.speed_up:.2f}x") for t in report.latency]
     passes = [(r.name, r.changes, f"{r.seconds:.2f}", sum(x.kind == "missed" for x in r.remarks)) for r in report.passes]

@@ -24,18 +24,23 @@ _VARYING = re.compile(r"`[^`]*`|\d+(\.\d+)?%?")  # what differs between remarks 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How large a model is: nodes (subgraphs counted), bytes as a file with its weights, stored weight elements, opset and IR version."""
+    """How large a model is: nodes (subgraphs counted), bytes as a file with its weights, stored weight elements, opset and IR version.
+
+    `metadata`: bytes of the keys and texts that an exporter wrote to graphs, nodes and values (`strip-metadata` removes them).
+    """
 
     nodes: int
     bytes: int
     parameters: int
     opset: int
     ir_version: int
+    metadata: int
 
     @classmethod
     def of(cls, model: ir.Model, nbytes: int) -> Size:
         nodes = sum(1 for _ in graph.all_nodes(model))
-        return cls(nodes, nbytes, graph.parameters(model), model.opset_imports.get("", 0), model.ir_version)
+        opset, metadata = model.opset_imports.get("", 0), graph.metadata_bytes(model)
+        return cls(nodes, nbytes, graph.parameters(model), opset, model.ir_version, metadata)
 
 
 @dataclasses.dataclass(frozen=True)

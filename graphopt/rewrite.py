@@ -71,7 +71,7 @@ class Builder:
 
     def const(self, array: Array, name: str = "const") -> ir.Value:
         """An initializer; equal small ones are stored once."""
-        if array.nbytes > _SMALL:
+        if array.nbytes > _SMALL or array.dtype.kind == "V":  # types that numpy lacks share one code
             return self._initializer(np.ascontiguousarray(array), name)
         return self.shared((array.dtype.str, array.shape, array.tobytes()), lambda: self._initializer(array, name))
 

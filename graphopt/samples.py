@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import os
-import zipfile
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +16,27 @@ from graphopt.core import Array, Session
 from graphopt.errors import GraphoptError, SampleError
 from graphopt.feeds import random_feed
 from graphopt.sizes import Bindings, dim_at, fed_inputs, fits, limits, size_of, symbols
+from graphopt.sources import TEXT_INPUTS, Batch, Spool, encode, open_path
 
-Batch = dict[str, Array]
-_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # what a tokenizer can give; a model takes those that it has
+Prepare = Callable[[Any, int], Batch]  # an item of a source and its number -> a batch
 
 
 class Samples:
-    """Batches (name -> array), in order, as often as you iterate.
+    """Batches (name -> array), in order, as often as you iterate; one at a time is in memory.
 
-    `Samples(batches)` takes dicts as they are; `Samples.load` reads any source and checks it against a model.
+    `Samples(batches)` takes dicts as they are; `Samples.load` reads any source and checks it against a model. A list is read where it lies, and
+    files when their turn comes; what may not come twice, or not in the same order (a generator, a DataLoader), is written to a temporary folder.
     `optional` names are dropped by `fit` where the model has no such input.
     """
 
     def __init__(self, batches: Iterable[Mapping[str, Any]], *, optional: Iterable[str] = ()) -> None:
-        self._batches = [_named(batch, f"batch {k}") for k, batch in enumerate(batches, start=1)]
-        self._optional = frozenset(optional)
-        if not self._batches:
-            raise SampleError("samples gave 0 batches: the source is empty, or a generator that was used before")
+        self._read(batches, lambda batch, number: _named(batch, f"batch {number}"), frozenset(optional))
 
     def __iter__(self) -> Iterator[Batch]:
-        return (dict(batch) for batch in self._batches)
+        return (self._again(batch, number) for number, batch in enumerate(self._source, start=1))
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self._source)
 
     @classmethod
     def load(
@@ -61,21 +58,24 @@ class Samples:
         if isinstance(data, Samples):
             return data.fit(model)
         if isinstance(data, (str, os.PathLike)):
-            data = _read(Path(data))
+            data = open_path(Path(data))
         if isinstance(data, Mapping):
             data = [data]
         if not isinstance(data, Iterable):
             raise SampleError(f"samples must be a path or an iterable of batches, found {type(data).__name__}")
+        if isinstance(data, Sequence) and not (data and isinstance(data[0], str)):
+            return cls._checked(data if limit is None else data[:limit], model)
         items = itertools.islice(data, limit) if limit is not None else iter(data)
         first = next(items, None)
         if isinstance(first, str):
             texts = [first, *map(str, items)]
             bound = min(limits(model).values(), default=128)
-            return cls(_encode(texts, tokenizer, batch, max_length or min(128, bound)), optional=_TEXT_INPUTS).fit(model)
+            return cls(encode(texts, tokenizer, batch, max_length or min(128, bound)), optional=TEXT_INPUTS).fit(model)
         if first is None:
             return cls(())
-        names = [str(v.name) for v in fed_inputs(model)]
-        return cls(_by_name(x, names, k) for k, x in enumerate(itertools.chain([first], items), start=1)).fit(model)
+        head = [first]
+        del first  # or it would be in memory until the last batch is read
+        return cls._checked(itertools.chain(_emptied(head), items), model)
 
     def fit(self, model: ir.Model) -> Samples:
         """The same samples with every array of the dtype that the model declares.
@@ -85,8 +85,45 @@ class Samples:
         Raises:
             SampleError: an input is missing or unknown, or has another dtype, rank or size than the model declares.
         """
-        fitted = (_fit(batch, model, self._optional, f"batch {k}") for k, batch in enumerate(self._batches, start=1))
-        return Samples(fitted, optional=self._optional)
+        return self._checked(self._source, model, self._again, self._optional)
+
+    @classmethod
+    def _checked(cls, source: Iterable[Any], model: ir.Model, named: Prepare | None = None, optional: frozenset[str] = frozenset()) -> Samples:
+        """Fitted samples of batches that `named` makes of the items of `source`."""
+        names = [str(v.name) for v in fed_inputs(model)]
+        dtypes = {str(v.name): _dtype(v) for v in model.graph.inputs}
+
+        def name(item: Any, number: int) -> Batch:
+            return _named(_by_name(item, names, number), f"batch {number}") if named is None else named(item, number)
+
+        def again(item: Any, number: int) -> Batch:  # checked before; and the model may be another by then
+            batch = name(item, number)
+            return {key: batch[key] if dtype is None else batch[key].astype(dtype, copy=False) for key, dtype in dtypes.items() if key in batch}
+
+        made = cls.__new__(cls)
+        made._read(source, lambda item, number: _fit(name(item, number), model, optional, f"batch {number}"), optional, again)
+        return made
+
+    def _read(self, source: Iterable[Any], first: Prepare, optional: frozenset[str], again: Prepare | None = None) -> None:
+        """`first` names and checks each item, once and now; `again` makes the same batch of it each time that it is needed."""
+        prepared = (first(item, number) for number, item in enumerate(source, start=1))
+        if isinstance(source, Sequence):
+            self._source, self._again = source, again or first
+            collections.deque(prepared, maxlen=0)
+        else:
+            self._source, self._again = Spool(prepared), _as_it_is
+        self._optional = optional
+        if not self._source:
+            raise SampleError("samples gave 0 batches: the source is empty, or a generator that was used before")
+
+
+def _as_it_is(batch: Batch, number: int) -> Batch:
+    return dict(batch)
+
+
+def _emptied(items: list[Any]) -> Iterator[Any]:
+    while items:
+        yield items.pop(0)
 
 
 def random_samples(model: ir.Model, sizes: Sequence[Bindings] | None = None, *, seed: int = 0) -> Samples:
@@ -101,7 +138,7 @@ def random_samples(model: ir.Model, sizes: Sequence[Bindings] | None = None, *, 
     """
     sizes = sizes if sizes is not None else next(_proposals(model))
     try:
-        return Samples(random_feed(model, bindings, seed=seed, turn=turn) for turn, bindings in enumerate(sizes))
+        return Samples([random_feed(model, bindings, seed=seed, turn=turn) for turn, bindings in enumerate(sizes)])
     except ValueError as error:
         raise SampleError(f"cannot make up samples: {error}; add --samples DATA (or samples=... in Python)") from error
 
@@ -162,56 +199,6 @@ def _sizes(axes: Mapping[str, int], turn: int, factor: int, distinct: bool, boun
     return sizes
 
 
-def _read(path: Path) -> list[Batch] | list[str]:
-    if path.is_dir():
-        files = sorted(path.glob("*.npz"))
-        if not files:
-            raise SampleError(f"{path} has no .npz file; each one is a batch with an array for every input")
-        return [_read_npz(file) for file in files]
-    if not path.is_file():
-        raise SampleError(f"{path} does not exist; give a .npz file, a folder of them, or a text file")
-    if path.suffix == ".npz":
-        return [_read_npz(path)]
-    try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise SampleError(f"{path} is neither .npz nor text; give a .npz file, a folder of them, or a text file") from error
-
-
-def _read_npz(path: Path) -> Batch:
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise SampleError(f"{path} is a .npy file, one array without a name; write it with numpy.savez, under the names of the inputs")
-        with archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError, AttributeError, NotImplementedError) as error:
-        raise SampleError(f"{path} cannot be read as a .npz file of plain arrays: {error}") from error
-
-
-def _encode(texts: Sequence[str], tokenizer: Any, batch: int, max_length: int) -> Iterator[Batch]:
-    """Batches of tokens, each padded to its longest text."""
-    if tokenizer is None:
-        raise SampleError("text samples need a tokenizer; add --tokenizer tokenizer.json (or tokenizer=... in Python)")
-    if isinstance(tokenizer, (str, os.PathLike)):
-        from tokenizers import Tokenizer
-
-        try:
-            tokenizer = Tokenizer.from_file(os.fspath(tokenizer))
-        except Exception as error:
-            raise SampleError(f"{os.fspath(tokenizer)} is no tokenizer.json: {error}") from error
-    tokenizer = type(tokenizer).from_str(tokenizer.to_str())  # the caller's stays as it is
-    padding = {k: v for k, v in (tokenizer.padding or {}).items() if k in ("direction", "pad_id", "pad_type_id", "pad_token")}
-    tokenizer.enable_padding(**padding)
-    tokenizer.enable_truncation(max_length)
-    for start in range(0, len(texts), batch):
-        rows = tokenizer.encode_batch(list(texts[start : start + batch]))
-        ids = np.array([row.ids for row in rows], np.int64)
-        mask = np.array([row.attention_mask for row in rows], np.int64)
-        types = np.array([row.type_ids for row in rows], np.int64)
-        yield dict(zip(_TEXT_INPUTS, (ids, mask, types, np.maximum(mask.cumsum(1) - 1, 0)), strict=True))
-
-
 def _by_name(item: Any, names: Sequence[str], number: int) -> Mapping[str, Any]:
     """A batch as a mapping; a tuple or a bare array is taken in the order of the inputs."""
     if isinstance(item, Mapping):
@@ -260,12 +247,18 @@ def _fit(batch: Batch, model: ir.Model, optional: frozenset[str], where: str) ->
     return out
 
 
-def _cast(array: Array, value: ir.Value, where: str) -> Array:
+def _dtype(value: ir.Value) -> np.dtype[Any] | None:
+    """What an input takes; None where the model does not say."""
     if value.dtype is None:
+        return None
+    return np.dtype(object) if value.dtype == ir.DataType.STRING else value.dtype.numpy()
+
+
+def _cast(array: Array, value: ir.Value, where: str) -> Array:
+    want = _dtype(value)
+    if want is None or array.dtype == want:
         return array
-    want = np.dtype(object) if value.dtype == ir.DataType.STRING else value.dtype.numpy()
-    if array.dtype == want:
-        return array
+    assert value.dtype is not None
     floats = value.dtype.is_floating_point() and array.dtype.kind == "f"
     if not floats and not (array.dtype.kind in "iu" and want.kind in "iu"):
         raise SampleError(f"samples, {where} must be {want.name}, found {array.dtype.name}")

@@ -29,6 +29,7 @@ def print_report(report: Report, console: Console) -> None:
         ("parameters", f"{a.parameters:,}", f"{b.parameters:,}", ""),
         ("opset", a.opset, b.opset, ""),
         ("IR version", a.ir_version, b.ir_version, ""),
+        ("metadata", megabytes(a.metadata), megabytes(b.metadata), ""),
     ]
     console.print(table("", ["model", "input", "output", ""], rows))
     if report.latency:
@@ -78,8 +79,8 @@ def print_card(card: Card, console: Console) -> None:
 def print_inspection(found: Inspection, console: Console) -> None:
     facts: Mapping[str, Any] = found.as_dict()
     rows: list[tuple[object, ...]] = [
-        (key.replace("_", " "), megabytes(facts[key]) if key == "bytes" else f"{facts[key]:,}")
-        for key in ("nodes", "parameters", "bytes", "opset", "ir_version")
+        (key.replace("_", " "), megabytes(facts[key]) if key in ("bytes", "metadata") else f"{facts[key]:,}")
+        for key in ("nodes", "parameters", "bytes", "metadata", "opset", "ir_version")
     ]
     console.print(table("", ["model", found.source], [*rows, ("producer", found.producer or "not named")]))
     console.print(table("inputs and outputs", ["", "name", "type"], [("in", *p) for p in found.inputs] + [("out", *p) for p in found.outputs]))

@@ -28,7 +28,8 @@ def passed_over(node: ir.Node, include: Sequence[str], exclude: Sequence[str]) -
     return f"excluded by exclude={'+'.join(exclude)}" if any(fits(n, exclude) for n in names) else None
 
 
-def unfit_linear(linear: Linear) -> str | None:
+def unfit_linear(linear: Linear, *, integer: bool = True) -> str | None:
+    """`integer`: the products are added as 32-bit integers."""
     weight = linear.weight
     assert weight.const_value is not None
     if linear.x.dtype != ir.DataType.FLOAT:
@@ -37,7 +38,7 @@ def unfit_linear(linear: Linear) -> str | None:
         return "both operands are stored; canonicalize folds them"
     if weight.const_value.size == 0:
         return f"the weight {list(weight.const_value.shape)} is empty"
-    if linear.in_features > LONGEST_SUM:
+    if integer and linear.in_features > LONGEST_SUM:
         return f"a sum over {linear.in_features} products of 8-bit numbers may leave 32 bits; the limit is {LONGEST_SUM}"
     return _not_finite(weight)
 

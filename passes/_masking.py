@@ -12,7 +12,7 @@ import onnx_ir as ir
 from graphopt.analysis.attention import AttentionFacts, Choice
 from graphopt.analysis.fills import LOWEST, fills, is_too_low, may_be_too_low
 from graphopt.analysis.scores import MaskTerm
-from graphopt.graph import is_constant, producer, same_dim, scalar
+from graphopt.graph import producer, same_dim, scalar
 from graphopt.rewrite import Builder
 
 
@@ -55,7 +55,7 @@ def _total(op: Builder, f: AttentionFacts, queries: Rows) -> ir.Value:
     if hiding:  # each replaces scores by one and the same number, so a key that two of them hide is hidden once
         seen = [_four_axes(op, t.value if t.kind == "keep" else op.Not(t.value), t, f, queries) for t in hiding]
         keep = functools.reduce(op.And, seen)
-        parts.append(_choice(op, keep, 0.0, hiding[0].fill if np.isneginf(hiding[0].fill) else -np.finfo(np.float64).max, dtype, True, f.clamped))
+        parts.append(_choice(op, keep, hiding[0].fill if np.isneginf(hiding[0].fill) else -np.finfo(np.float64).max, dtype, True, f.clamped))
     total: ir.Value = functools.reduce(op.Add, parts)
     if dtype == ir.DataType.FLOAT16 and len(parts) > 1:  # two of its lowest numbers add up to -inf
         total = op.Max(total, op.const(np.array(_lowest(dtype), dtype.numpy()), "lowest"))
@@ -85,10 +85,10 @@ def _expanded(op: Builder, mask: ir.Value, f: AttentionFacts, queries: Rows, key
         return mask
 
     def build() -> ir.Value:
-        sizes = [_count(op, rows) if wanted else _int(op, 1) for wanted, rows in zip(missing, (queries, keys), strict=True)]
-        if all(is_constant(s) or s in op.initializers for s in sizes):
-            numbers = [int(r.size) if wanted else 1 for wanted, r in zip(missing, (queries, keys), strict=True)]
+        numbers = [rows.size if wanted else 1 for wanted, rows in zip(missing, (queries, keys), strict=True)]
+        if all(isinstance(n, int) for n in numbers):
             return op.Expand(mask, op.const(np.array(numbers, np.int64), "rows"))  # type: ignore[no-any-return]
+        sizes = [_count(op, rows) if wanted else _int(op, 1) for wanted, rows in zip(missing, (queries, keys), strict=True)]
         return op.Expand(mask, op.Concat(*sizes, axis=0))  # type: ignore[no-any-return]
 
     out: ir.Value = op.shared(("expand", mask, str(queries.size), str(keys.size), *missing), build)
@@ -116,17 +116,17 @@ def _additive(op: Builder, term: MaskTerm, dtype: ir.DataType, clamped: bool) ->
     if node is not None and term.factor == 1.0:  # Where(condition, 0, low) as exporters spell it: lower the constant, not the tensor
         x, y = scalar(node.inputs[1]), scalar(node.inputs[2])
         if x == 0.0 and y is not None and node.inputs[0] is not None:
-            return value if not is_too_low(y) else _choice(op, node.inputs[0], 0.0, float(y), dtype, keep=True, clamped=clamped)
+            return value if not is_too_low(y) else _choice(op, node.inputs[0], float(y), dtype, keep=True, clamped=clamped)
         if y == 0.0 and x is not None and node.inputs[0] is not None:
-            return value if not is_too_low(x) else _choice(op, node.inputs[0], 0.0, float(x), dtype, keep=False, clamped=clamped)
+            return value if not is_too_low(x) else _choice(op, node.inputs[0], float(x), dtype, keep=False, clamped=clamped)
     if term.factor != 1.0:
         value = op.Mul(value, op.const(np.array(term.factor, dtype.numpy()), "factor"))
     return _clamped(op, value, term, dtype, clamped)
 
 
-def _choice(op: Builder, condition: ir.Value, zero: float, fill: float, dtype: ir.DataType, keep: bool, clamped: bool) -> ir.Value:
+def _choice(op: Builder, condition: ir.Value, fill: float, dtype: ir.DataType, keep: bool, clamped: bool) -> ir.Value:
     finite = fill if np.isneginf(fill) and not clamped else max(fill, _lowest(dtype))
-    low, nought = op.const(np.array(finite, dtype.numpy()), "masked"), op.const(np.array(zero, dtype.numpy()), "zero")
+    low, nought = op.const(np.array(finite, dtype.numpy()), "masked"), op.const(np.array(0.0, dtype.numpy()), "zero")
     out: ir.Value = op.Where(condition, nought, low) if keep else op.Where(condition, low, nought)
     return out
 

@@ -4,38 +4,51 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Linear, StoredOperands
+from graphopt.analysis.ranges import Ranges
 from graphopt.core import Context
 from graphopt.errors import PipelineError
-from graphopt.graph import producer
+from graphopt.graph import attr, producer
 from graphopt.rewrite import Builder, Match, Miss, RewritePass
 
 from ._coding import REDUCED, Coded, encode
 from ._decode import DecodeWeights
 from ._eligible import LONGEST_SUM, check_patterns, numbers, passed_over, unfit_linear, unfit_table, why_no_linear
+from ._rows import even_rows, row_scale, wants_rows
+from ._static import METHODS, ActivationGrid, calibrated, on_grid
+from ._weight_only import WeightOnly
 
-_MODES, _BITS = ("dynamic",), (8,)
+_BITS = {"dynamic": (8,), "static": (8,), "weight-only": (8, 4)}
+_CODERS = ("nearest", "gptq")
+_BLOCKS = (None, 0, 16, 32, 64, 128, 256)
 _DOMINATED = 0.25  # relative error of a channel beside its largest weight, above which one input row rules its scale
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeMatch(Match):
     """`source`: the stored float constant, `coded`: what replaces it (None: it is decoded from integers already, and only the activation
-    is quantized); `transposed`: the multiply wants its last two axes exchanged."""
+    is quantized); `transposed`: the multiply wants its last two axes exchanged; `activation`: the fixed grid of its input, if it has one;
+    `rows`: each row of its input has a scale of its own."""
 
     source: ir.Value
     coded: Coded | None
     transposed: bool = False
     tied: str = ""
+    activation: ActivationGrid | None = None
+    rows: bool = False
 
     @property
     def facts(self) -> Mapping[str, Any]:
         told: dict[str, Any] = {"name": self.nodes[0].name, "op": self.nodes[0].op_type, "weight": self.source.name}
+        if self.activation is not None:
+            told = {**told, "covers": [self.activation.low, self.activation.high], "seen": list(self.activation.seen)}
+        if self.rows:
+            told["rows"] = True
         if self.coded is None:
             return told
         told = {
@@ -51,31 +64,46 @@ class QuantizeMatch(Match):
 
 @dataclasses.dataclass(frozen=True)
 class Quantize(RewritePass[QuantizeMatch]):
-    """Dynamic 8-bit quantization: the scale of a weight is stored, that of an activation is measured at run time.
+    """Stored weights become integers. Activations too: their scale is measured at run time, or (static) on samples beforehand, or they stay float.
 
     A stored weight [in, out] becomes int8 with one scale for each output feature, an embedding table int8 with one for each row. The multiply
     stays a MatMul or Gemm between DequantizeLinear nodes; the target turns that into integer arithmetic. One activation is quantized
     once for all its readers; a weight with several readers, also one that is the transpose of an embedding table, is stored once.
 
     Args:
-        mode: `dynamic`.
+        mode: `dynamic`: integer products; `static`: the same, and needs samples; activations are uint8 in both, and a bias stays float.
+            `weight-only`: float products with weights of `bits` bits, for size and memory traffic.
+        calibrate: what the range of a static activation is: `minmax`, `percentile`, `mse` or `entropy` (graphopt.analysis.ranges).
+        percentile: how many percent of its values calibrate=percentile covers.
         per_channel: one scale for each output feature; False: one for the whole weight. Embedding tables always have one for each row.
-        symmetric: codes in [-127, 127] around zero; False: an int8 zero point as well.
-        bits: 8.
+        symmetric: codes around zero ([-127, 127] in mode `dynamic`); False: a zero point as well.
+        bits: 8; weight-only also 4. Weights that are quantized already are left alone, so that two of these passes can mix widths.
+        block: weight-only: so many neighbours along the input features share a scale (16 to 256, a power of two); 0: each output feature
+            has one. The default is 0 for 8 bits and 32 for 4.
+        method: weight-only: `nearest`, with the scale of least error; `gptq` corrects the error of each rounded column in the columns that
+            follow, as the samples weigh it (Frantar et al. 2022); tables that are also looked up are rounded to nearest.
         reduce_range: codes of multiplied weights in [-64, 64]: safe on CPUs that add two products in 16 bits (no VNNI), one bit less exact.
+        rows: dynamic: a scale for each row of an activation, so that one large token does not coarsen the others: `false`, `true`, or `auto`,
+            where the samples show that it is needed. It costs four elementwise nodes.
         embeddings: also the tables that Gather reads rows of.
         include: only the nodes whose name (here or in the input model) fits one of these patterns (`*`, `?`, `[abc]`).
         exclude: not the nodes whose name fits one of these.
 
     Raises:
-        PipelineError: a mode or width that does not exist; when it runs: a pattern that fits no node.
+        PipelineError: a mode, width or way to calibrate that does not exist; when it runs: a pattern that fits no node.
+        SampleError: when it runs: static without samples.
     """
 
     mode: str = "dynamic"
+    calibrate: str = "minmax"
+    percentile: float = 99.999
     per_channel: bool = True
     symmetric: bool = True
     bits: int = 8
+    block: int | None = None
+    method: str = "nearest"
     reduce_range: bool = False
+    rows: Literal["false", "true", "auto"] = "false"
     embeddings: bool = True
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -83,19 +111,37 @@ class Quantize(RewritePass[QuantizeMatch]):
     anchors: ClassVar[frozenset[str]] = frozenset({"MatMul", "Gemm", "Gather"})
 
     def __post_init__(self) -> None:
-        for key, value, known in (("mode", self.mode, _MODES), ("bits", self.bits, _BITS)):
+        for key, value, known in self._known():
             if value not in known:
-                error = PipelineError(f"quantize: option `{key}` expects {' or '.join(map(str, known))} in this version, found `{value}`")
-                error.bad_key = key  # type: ignore[attr-defined]
-                raise error
+                _refuse(key, f"{' or '.join(str(x) for x in known if x is not None)} in this version", value)
+        if not 50 < self.percentile <= 100:
+            _refuse("percentile", "more than 50 and at most 100", self.percentile)
+
+    def _known(self) -> Sequence[tuple[str, Any, Sequence[Any]]]:
+        """(option, its value, the values that it may have)."""
+        if self.mode not in _BITS:
+            return (("mode", self.mode, tuple(_BITS)),)
+        blocks, methods = (_BLOCKS, _CODERS) if self.mode == "weight-only" else ((None, 0), _CODERS[:1])
+        own = ("bits", self.bits, _BITS[self.mode]), ("block", self.block, blocks), ("method", self.method, methods)
+        reduced = (False,) if self.mode == "weight-only" else (False, True)  # float products cannot saturate
+        rows = ("false", "true", "auto") if self.mode == "dynamic" else ("false",)
+        return *own, ("calibrate", self.calibrate, METHODS), ("reduce_range", self.reduce_range, reduced), ("rows", self.rows, rows)
 
     def weaker(self) -> Self | None:
         if not self.per_channel:
             return dataclasses.replace(self, per_channel=True)
+        if self.mode == "static":
+            return dataclasses.replace(self, mode="dynamic")
+        if self.bits == 4:
+            return dataclasses.replace(self, bits=8)
         return dataclasses.replace(self, embeddings=False) if self.embeddings else None
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         check_patterns(model, (*self.include, *self.exclude), self.anchors)
+        if self.mode == "static":
+            ctx.require_samples()
+        if self.mode == "weight-only":
+            return WeightOnly(self).run(model, ctx)
         done = sum(x.quantized for x in ctx.get(StoredOperands(casts=True)).values())
         mark = len(ctx.remarks)
         changes = DecodeWeights().run(model, ctx) + super().run(model, ctx)
@@ -106,6 +152,16 @@ class Quantize(RewritePass[QuantizeMatch]):
         return changes
 
     def match(self, node: ir.Node, ctx: Context) -> QuantizeMatch | Miss | None:
+        found = self._match(node, ctx)
+        if not isinstance(found, QuantizeMatch) or node.op_type == "Gather":
+            return found
+        if self.mode == "dynamic":
+            return dataclasses.replace(found, rows=wants_rows(node, self.rows, ctx))
+        assert node.inputs[0] is not None
+        grid = calibrated(node.inputs[0], Ranges(self.calibrate, self.percentile), ctx)
+        return Miss(node, f"stays float: {grid}") if isinstance(grid, str) else dataclasses.replace(found, activation=grid)
+
+    def _match(self, node: ir.Node, ctx: Context) -> QuantizeMatch | Miss | None:
         operand = ctx.get(StoredOperands(casts=True)).get(node)
         if operand is None:
             return None if node.op_type == "Gather" else Miss(node, f"stays float: {why_no_linear(node)}")
@@ -127,19 +183,24 @@ class Quantize(RewritePass[QuantizeMatch]):
         weight = node.inputs[1] if m.coded is None else _decoded(op, m, m.coded, graph)
         if node.op_type == "Gather":
             return [op.Gather(weight, node.inputs[1], axis=0)]
-        x = node.inputs[0]
+        x, grid = node.inputs[0], m.activation
         assert x is not None
-        x = op.shared(("activation", x, graph), lambda: op.DequantizeLinear(*op.DynamicQuantizeLinear(x, _outputs=3)))
+        back = row_scale(op, x, graph) if m.rows else None
+        source = even_rows(op, x, graph) if m.rows else x
+        x = op.shared(("activation", source, graph), lambda: _measured(op, source) if grid is None else on_grid(op, source, grid))
         if node.op_type == "Gemm":
             kept = {name: a.value for name, a in node.attributes.items() if name != "transB"}
             swapped = node.attributes["transB"].as_int() if m.coded is None and "transB" in node.attributes else int(m.transposed)
-            return [op.Gemm(x, weight, *node.inputs[2:], transB=swapped, **kept)]
+            added = [] if m.rows else node.inputs[2:]
+            product = op.Gemm(x, weight, *added, transB=swapped, **(_without_beta(kept) if m.rows else kept))
+            return [product if back is None else _plus(op, op.Mul(product, back), node)]
         coded = m.coded
         if m.transposed and coded is not None:
             rank = coded.codes.ndim
             order = [*range(rank - 2), rank - 1, rank - 2]
             weight = op.shared(("transposed", m.source, coded.axis, graph), lambda: op.Transpose(_decoded(op, m, coded, graph), perm=order))
-        return [op.MatMul(x, weight)]
+        product = op.MatMul(x, weight)
+        return [product if back is None else op.Mul(product, back)]
 
     def _match_decoded(self, operand: Linear | Embedding, ctx: Context) -> QuantizeMatch | Miss | None:
         """A multiply of a float activation with a weight that is stored as integers: only the activation is still to be quantized."""
@@ -188,6 +249,32 @@ class Quantize(RewritePass[QuantizeMatch]):
         if isinstance(operand, Linear):
             return unfit_linear(operand)
         return unfit_table(operand) if self.embeddings else "embeddings=false"
+
+
+def _refuse(key: str, expected: str, found: object) -> None:
+    error = PipelineError(f"quantize: option `{key}` expects {expected}, found `{found}`")
+    error.bad_key = key  # type: ignore[attr-defined]
+    raise error
+
+
+def _measured(op: Builder, x: ir.Value) -> ir.Value:
+    """x rounded to a grid that is measured at run time."""
+    value: ir.Value = op.DequantizeLinear(*op.DynamicQuantizeLinear(x, _outputs=3))
+    return value
+
+
+def _without_beta(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if name != "beta"}
+
+
+def _plus(op: Builder, product: ir.Value, gemm: ir.Node) -> ir.Value:
+    """beta * C of a Gemm, added behind the scales of the rows."""
+    third = gemm.inputs[2] if len(gemm.inputs) > 2 else None
+    if third is None:
+        return product
+    beta = attr(gemm, "beta", 1.0)
+    value: ir.Value = op.Add(product, third if beta == 1.0 else op.Mul(third, op.const(np.array(beta, np.float32), "beta")))
+    return value
 
 
 def _decoded(op: Builder, m: QuantizeMatch, coded: Coded, graph: object) -> ir.Value:

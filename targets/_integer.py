@@ -19,8 +19,10 @@ import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Linear, StoredOperands, stored
 from graphopt.core import Context
-from graphopt.graph import all_nodes, constant, consumers, producer, rank
+from graphopt.graph import all_nodes, constant, consumers, is_constant, producer, rank
 from graphopt.rewrite import Builder, Match, Miss, RewritePass
+
+from ._blocked import blocked_weights
 
 _VENDOR = "com.microsoft"
 _EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
@@ -67,13 +69,14 @@ def _of_row(op: Builder, m: TableMatch, per_row: ir.Value) -> ir.Value:
 
 @dataclasses.dataclass(frozen=True)
 class MatmulMatch(Match):
-    """`codes`, `x_scale`, `x_zero`: the quantized activation; `x`: what it was made from; `shared`: whether others read it as well."""
+    """`codes`, `x_scale`, `x_zero`: the quantized activation; `x`: what it was made from at run time, None where its grid is stored;
+    `shared`: it is quantized by a node of its own, as others read it too or its grid is stored."""
 
     linear: Linear
-    x: ir.Value
+    x: ir.Value | None
     codes: ir.Value
     x_scale: ir.Value
-    x_zero: ir.Value
+    x_zero: ir.Value | None
     shared: bool
 
     @property
@@ -84,13 +87,14 @@ class MatmulMatch(Match):
 
 @dataclasses.dataclass(frozen=True)
 class SpellIntegerMatmul(RewritePass[MatmulMatch]):
-    """MatMul or Gemm of a dynamically quantized activation and an int8 weight -> one integer multiply, with the bias inside.
+    """MatMul or Gemm of a quantized activation and an int8 weight -> one integer multiply, with the bias inside.
 
     The runtime's kernels add no bias to a batch of matrices with a scale for each channel, so there it is added behind the multiply.
 
     Args:
         vendor: with operators of the runtime.
         form: `each` multiply quantizes its input itself; it is quantized `once` by a node of its own; `auto`: once where several read it.
+            An activation on a stored grid is quantized once in any case, and is left to `auto`.
     """
 
     vendor: bool = True
@@ -105,13 +109,16 @@ class SpellIntegerMatmul(RewritePass[MatmulMatch]):
         if reason is not None:
             return Miss(node, f"`{linear.weight.name}` is multiplied as float: {reason}")
         decode = producer(linear.x, "DequantizeLinear")
-        dynamic = None if decode is None else producer(decode.inputs[0], "DynamicQuantizeLinear")
         assert decode is not None
-        assert dynamic is not None
-        (codes, scale, zero), x = dynamic.outputs, dynamic.inputs[0]
-        assert x is not None
+        dynamic = producer(decode.inputs[0], "DynamicQuantizeLinear")
+        if dynamic is None and self.form != "auto":
+            return None
+        codes, scale, zero = (*decode.inputs, None)[:3]
+        assert codes is not None
+        assert scale is not None
         several = len(consumers(linear.x)) > 1 or len(consumers(codes)) > 1
-        shared = linear.trans_x or self.form == "once" or (self.form == "auto" and several)
+        shared = dynamic is None or linear.trans_x or self.form == "once" or (self.form == "auto" and several)
+        x = None if dynamic is None else dynamic.inputs[0]
         nodes = (node,) if linear.bias_node is None else (node, linear.bias_node)
         return MatmulMatch(nodes, (linear.output,), linear, x, codes, scale, zero, shared)
 
@@ -143,8 +150,8 @@ def why_float(linear: Linear) -> str | None:
     assert grid is not None
     decode = producer(linear.x, "DequantizeLinear")
     dynamic = None if decode is None else producer(decode.inputs[0], "DynamicQuantizeLinear")
-    if decode is None or dynamic is None or tuple(decode.inputs) != tuple(dynamic.outputs):
-        return "its input is not quantized at run time (weight-only)"
+    if decode is None or not (_on_stored_grid(decode) if dynamic is None else tuple(decode.inputs) == tuple(dynamic.outputs)):
+        return "its input is not quantized to 8 bits by one scale (weight-only)"
     if grid.block or grid.axis not in (None, linear.channel_axis):
         return "its scales do not run along the output features"
     if linear.weight.dtype not in _EIGHT_BITS:
@@ -152,6 +159,13 @@ def why_float(linear: Linear) -> str | None:
     if linear.batch and grid.zero_point is not None:
         return "it is batched and has a zero point"
     return None
+
+
+def _on_stored_grid(decode: ir.Node) -> bool:
+    """A uint8 activation with one constant scale and zero point. (The runtime has no integer kernel for int8 beside uint8 weights.)"""
+    codes, scale, zero = (*decode.inputs, None)[:3]
+    sizes = [None if v is None or v.const_value is None else v.const_value.size for v in (scale, zero)]
+    return codes is not None and codes.dtype == ir.DataType.UINT8 and is_constant(scale) and sizes[0] == 1 and (zero is None or sizes[1] == 1)
 
 
 def _bias_lost(linear: Linear) -> str | None:
@@ -222,8 +236,12 @@ def integer_report(model: ir.Model) -> dict[str, Any]:
     tables: dict[str, None] = {}
     floats: dict[str, str] = {}
     operands = Context(model).get(StoredOperands())
+    blocked: dict[str, None] = {}
     for node in all_nodes(model):
-        if node.op_type in _INTEGER and (weight := stored(node.inputs[1])) is not None:
+        if (found := blocked_weights(node)) is not None:
+            kind, name, whole = found
+            (tables if kind == "table" else integer if whole else blocked)[name] = None
+        elif node.op_type in _INTEGER and (weight := stored(node.inputs[1])) is not None:
             integer[weight.value.name or ""] = None
         elif node.op_type == "Gather" and (table := stored(node.inputs[0])) is not None and table.value.dtype in _EIGHT_BITS:
             if rank(table.value) != 1:  # not the zero points of the rows
@@ -234,6 +252,7 @@ def integer_report(model: ir.Model) -> dict[str, Any]:
         fused = _fused_at_load(model)
         integer.update(dict.fromkeys(name for name in floats if name in fused))
     told = [{"name": name, "reason": reason} for name, reason in floats.items() if name not in integer and name not in tables]
+    told += [{"name": name, "reason": "blocks of it are decoded inside MatMulNBits, which multiplies floats"} for name in blocked]
     return {"integer": list(integer), "float": told, "tables": list(tables)}
 
 

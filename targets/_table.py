@@ -11,11 +11,12 @@ import functools
 from typing import Any
 
 from graphopt import registry
-from graphopt.analysis.pieces import Activation, AttentionCore, IntegerMatmul, Lookup, Projections, ResidualNorm
+from graphopt.analysis.pieces import Activation, AttentionCore, BlockedMatmul, IntegerMatmul, Lookup, Projections, ResidualNorm
 from graphopt.choices import Spelling
 from graphopt.core import Pass
 
 from ._attention import DecomposeAttention
+from ._blocked import SpellBlockedMatmul, SpellBlockedTable
 from ._integer import SpellIntegerMatmul, SpellQuantizedTable
 from ._kernels import SpellBiasGelu, SpellMultiHead, SpellSkipNorm
 from ._spell import SpellResidual
@@ -25,7 +26,8 @@ from ._spell import SpellResidual
 def cpu_table(*, vendor: bool) -> tuple[Spelling, ...]:
     """`vendor`: with operators of the runtime."""
     shared = (
-        Spelling(Lookup(), "codes", (SpellQuantizedTable(),)),
+        Spelling(Lookup(), "codes", (*((SpellBlockedTable(),) if vendor else ()), SpellQuantizedTable())),
+        Spelling(BlockedMatmul(), "blocks" if vendor else "decoded", (SpellBlockedMatmul(),) if vendor else ()),
         Spelling(IntegerMatmul(), "auto", (SpellIntegerMatmul(vendor=vendor),)),
         Spelling(Projections(), "separate"),
         Spelling(Projections(), "merged", (_pass("merge-projections"),)),
@@ -38,6 +40,7 @@ def cpu_table(*, vendor: bool) -> tuple[Spelling, ...]:
     own = (
         Spelling(IntegerMatmul(), "quantize-each", (SpellIntegerMatmul(form="each"),)),
         Spelling(IntegerMatmul(), "quantize-once", (SpellIntegerMatmul(form="once"),)),
+        Spelling(BlockedMatmul(), "int8-blocks", (SpellBlockedMatmul(accuracy_level=4),)),
         Spelling(AttentionCore(), "multi-head", (SpellMultiHead(),)),
         Spelling(ResidualNorm(), "skip-norm", (SpellSkipNorm(),)),
         Spelling(Activation(), "bias-gelu", (SpellBiasGelu(),)),

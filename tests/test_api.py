@@ -426,7 +426,7 @@ def test_report_as_json(block: onnx.ModelProto, tmp_path: Path) -> None:
     result.report.save(tmp_path / "report.json")
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report) >= {"input", "output", "passes", "latency", "loss", "target", "speed_up", "compression_ratio"}
-    assert set(report["input"]) == set(report["output"]) == {"nodes", "bytes", "parameters", "opset", "ir_version"}
+    assert set(report["input"]) == set(report["output"]) == {"nodes", "bytes", "parameters", "opset", "ir_version", "metadata"}
     assert report["input"]["bytes"] == (tmp_path / "in.onnx").stat().st_size
     assert report["output"]["bytes"] == artifact.nbytes == (tmp_path / "out.onnx").stat().st_size
     assert report["latency"][0]["input_ms"] > 0

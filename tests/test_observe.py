@@ -52,3 +52,10 @@ def test_what_cannot_be_observed_says_so() -> None:
         observe(graph, feeds(1), {inside: lambda array: None})
     with pytest.raises(SampleError, match="0 samples"):
         observe(graph, [], {next(iter(graph.graph)).outputs[0]: lambda array: None})
+
+
+def test_inputs_alone_can_be_observed() -> None:
+    graph = graphopt.load(model())
+    seen: list[np.ndarray] = []
+    assert observe(graph, feeds(2), {graph.graph.inputs[0]: seen.append}) == 2
+    assert [x.shape for x in seen] == [(1, 4), (2, 4)]

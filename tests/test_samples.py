@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -265,3 +266,50 @@ def test_bad_files(tmp_path: Path) -> None:
         with pytest.raises(SampleError, match=expected) as caught:
             Samples.load(tmp_path / name, build(PAIR))
         assert "\n" not in str(caught.value)
+
+
+def test_what_can_be_read_once_is_not_kept_in_memory_and_comes_again_as_it_was(tmp_path: Path) -> None:
+    text = np.array([["a", "b c"], ["", "d"]], object)
+    model = build("g (string[b,2] file, float[b,2] x, bfloat16[b] h) => (float[b,2] y) { y = Relu(x) }")
+    batches = [{"file": text, "x": np.full((2, 2), k, np.float64), "h": np.array([1.5, k], ml_dtypes.bfloat16)} for k in range(3)]
+    samples = Samples.load((b for b in batches), model)
+    for _ in range(2):
+        for expected, found in zip(batches, samples, strict=True):
+            assert [a.dtype for a in found.values()] == [np.dtype(object), np.float32, ml_dtypes.bfloat16]
+            assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    again = samples.fit(model)
+    assert [float(b["x"][0, 0]) for b in again] == [0, 1, 2]
+
+
+def test_files_are_read_when_their_turn_comes(tmp_path: Path) -> None:
+    for k in range(3):
+        np.savez(tmp_path / f"{k}.npz", ids=GOOD["ids"].astype(np.int32), x=np.full((2, 4), k, np.float32))
+    samples = Samples.load(tmp_path, build(PAIR))
+    batches = iter(samples)
+    assert next(batches)["ids"].dtype == np.int64
+    np.savez(tmp_path / "1.npz", ids=GOOD["ids"], x=np.full((2, 4), 7, np.float32))
+    assert float(next(batches)["x"][0, 0]) == 7
+    assert len(Samples.load(tmp_path, build(PAIR), limit=2)) == 2
+    (tmp_path / "2.npz").write_bytes(b"no zip")
+    with pytest.raises(SampleError, match=r"2\.npz cannot be read"):
+        next(batches)
+
+
+def test_a_shuffled_loader_gives_one_order() -> None:
+    class Shuffled:
+        turn = 0
+
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            self.turn += 1
+            return iter([{**GOOD, "x": GOOD["x"] + k * self.turn} for k in range(3)])
+
+    samples = Samples.load(Shuffled(), build(PAIR))
+    assert [[float(b["x"].max()) for b in samples] for _ in range(2)] == [[0, 1, 2]] * 2
+
+
+def test_a_generator_used_twice_says_so() -> None:
+    """I05"""
+    generator = (GOOD for _ in range(2))
+    assert len(Samples.load(generator, build(PAIR))) == 2
+    with pytest.raises(SampleError, match="a generator that was used before"):
+        Samples.load(generator, build(PAIR))

@@ -176,20 +176,21 @@ def dequantize(value: ir.Value, grid: Grid | None) -> Array:
     assert array is not None, f"`{value.name}` is not a constant"
     if grid is None:
         return array
-    scale = _spread(constant(grid.scale), grid, array.ndim)
-    zero = _spread(constant(grid.zero_point), grid, array.ndim) if grid.zero_point is not None else 0
+    scale = _spread(constant(grid.scale), grid, array.shape)
+    zero = _spread(constant(grid.zero_point), grid, array.shape) if grid.zero_point is not None else 0
     shifted = array.astype(np.float32) - np.asarray(zero, np.float32)
     return (shifted * scale).astype(scale.dtype)
 
 
-def _spread(array: Array | None, grid: Grid, rank: int) -> Array:
+def _spread(array: Array | None, grid: Grid, shape: tuple[int, ...]) -> Array:
     """Scales or zero points in the shape in which they broadcast to the stored constant."""
     assert array is not None
     if grid.axis is None:
         return array.reshape(())
     if grid.block:
-        return np.repeat(array, grid.block, axis=grid.axis)
-    return array.reshape([-1 if k == grid.axis else 1 for k in range(rank)])
+        spread = np.repeat(array, grid.block, axis=grid.axis)
+        return spread.take(range(shape[grid.axis]), axis=grid.axis)  # the last block may be shorter
+    return array.reshape([-1 if k == grid.axis else 1 for k in range(len(shape))])
 
 
 def _grid(node: ir.Node) -> Grid | None:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import shapes
-from graphopt.analysis.layout import Dim, Tracer
+from graphopt.analysis.layout import Dim, Group, Tracer
 from graphopt.core import Analysis, Context
 from graphopt.graph import attr, constant, producer, rank
 
@@ -295,15 +295,15 @@ def _picked(below: Meaning, picks: Sequence[Meaning | None]) -> Meaning | None:
     return _renamed(below, dict(enumerate(axes)))
 
 
-def _moved(below: Meaning, axes: list[tuple[object, ...]], shifted: bool) -> Meaning | None:
+def _moved(below: Meaning, axes: Sequence[Group], shifted: bool) -> Meaning | None:
     """The meaning of a view: each of its axes is a whole axis of the root, or new."""
     where: dict[int, int] = {}
     for k, group in enumerate(axes):
-        atoms = [a for a in group if a.axis >= 0]  # type: ignore[attr-defined]
-        if len(atoms) > 1 or (atoms and atoms[0].stride != 1) or shifted:  # type: ignore[attr-defined]
+        atoms = [a for a in group if a.axis >= 0]
+        if len(atoms) > 1 or (atoms and atoms[0].stride != 1) or shifted:
             return None
         if atoms:
-            where[atoms[0].axis] = k  # type: ignore[attr-defined]
+            where[atoms[0].axis] = k
     return _renamed(below, where)
 
 

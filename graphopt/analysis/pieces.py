@@ -55,12 +55,21 @@ class Projections(Analysis[tuple[Piece, ...]]):
 
 @dataclasses.dataclass(frozen=True)
 class IntegerMatmul(Analysis[tuple[Piece, ...]]):
-    """Every multiply of int8 weights that reads one activation, quantized at run time; with the quantization and the biases."""
+    """Every multiply of int8 weights that reads one activation, quantized at run time or on a fixed grid; with the quantization and the biases."""
 
     def compute(self, model: ir.Model, ctx: Context) -> tuple[Piece, ...]:
         operands = ctx.get(StoredOperands())
-        dynamic = [n for n in all_nodes(model) if n.domain == "" and n.op_type == "DynamicQuantizeLinear"]
-        return _pieces(model, (found for n in dynamic if (found := _integer(n, operands)) is not None))
+        made = [n for n in all_nodes(model) if n.domain == "" and n.op_type in ("DynamicQuantizeLinear", "QuantizeLinear")]
+        return _pieces(model, (found for n in made if (found := _integer(n, operands)) is not None))
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockedMatmul(Analysis[tuple[Piece, ...]]):
+    """A multiply of a float activation with a weight that is stored as integers."""
+
+    def compute(self, model: ir.Model, ctx: Context) -> tuple[Piece, ...]:
+        linears = (x for x in ctx.get(Linears()) if x.quantized and producer(x.x, "DequantizeLinear") is None)
+        return _pieces(model, ((*x.path, x.node) for x in linears))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +131,10 @@ def _reaches(value: ir.Value | None, made_by: dict[ir.Value, Linear], depth: int
     return node is not None and any(_reaches(v, made_by, depth - 1) for v in node.inputs)
 
 
-def _integer(dynamic: ir.Node, operands: object) -> list[ir.Node] | None:
+def _integer(quantize: ir.Node, operands: object) -> list[ir.Node] | None:
     assert hasattr(operands, "get")
-    nodes = [dynamic]
-    for decode in consumers(dynamic.outputs[0]):
+    nodes = [quantize]
+    for decode in consumers(quantize.outputs[0]):
         if decode.op_type != "DequantizeLinear" or decode.domain != "":
             return None
         nodes.append(decode)

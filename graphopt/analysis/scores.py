@@ -179,9 +179,8 @@ def _where(node: ir.Node, factor: float, depth: int) -> Scores | str:
         below = _through(node, scores, factor, depth)
         if isinstance(below, str):
             return below
-        if float(fill) * factor > (
-            -6e4 if scores.dtype == ir.DataType.FLOAT16 else -1e9
-        ):  # exp(fill - max) must vanish beside any ordinary score, whatever is added to it
+        limit = -6e4 if scores.dtype == ir.DataType.FLOAT16 else -1e9  # exp(fill - max) must vanish beside any ordinary score, whatever is added
+        if float(fill) * factor > limit:
             return f"Where `{node.name}` fills the scores with {float(fill):g}, which is not low enough for a mask"
         return _with_term(below, _replacing(condition, kind, scores, float(fill) * factor))
     return f"Where `{node.name}` does not choose between the scores and a constant"

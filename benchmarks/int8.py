@@ -1,0 +1,124 @@
+"""How right int8 activations stay: one scale for a tensor beside one for each row.
+
+    python benchmarks/int8.py [--smol FILE.onnx --tokens FILE.npz] [--only minilm|smol]
+
+MiniLM: Pearson with human similarity on the Lee documents, and the mean cosine to the float32 embeddings. --smol is a decoder
+(input_ids, attention_mask -> logits) and --tokens an .npz with `test` and `calibration` of token ids [rows, length]: perplexity on `test`.
+Prefill is timed at 1 x length, one thread, float32 and int8 in turn, medians. The share of multiply-accumulates in integers is counted from
+the lowered graph: every multiply with a stored weight, the output head too; attention scores are no such multiply and are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import graphopt
+from graphopt import demo
+from graphopt.run.ort import session
+
+EXACT = "canonicalize, simplify, simplify-masks, canonicalize, fuse-norm, fuse-activation, fuse-rotary, fuse-attention"
+FORMS = ("quantize", "quantize{rows=auto}", "quantize{rows=true}")
+ROUNDS = 15
+_INTEGER = ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
+
+
+def integer_share(model: Any) -> float:
+    """Multiply-accumulates of a token in integers, as a fraction of those with a stored weight."""
+    integer = total = 0
+    for node in model.graph:
+        stored = node.inputs[1] if len(node.inputs) > 1 else None
+        if node.op_type not in (*_INTEGER, "MatMul", "Gemm") or stored is None:
+            continue
+        while stored.const_value is None and stored.producer() is not None and stored.producer().op_type in ("Transpose", "DequantizeLinear"):
+            stored = stored.producer().inputs[0]
+        if stored.const_value is None:
+            continue
+        total += stored.const_value.size
+        integer += stored.const_value.size if node.op_type in _INTEGER else 0
+    return integer / total
+
+
+def speedup(base: Any, other: Any, feed: dict[str, Any]) -> float:
+    """Median time of `base` over that of `other`, in turn."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(ROUNDS + 2):
+        for runner, spent in zip((base, other), seconds, strict=True):
+            start = time.process_time()
+            runner.run(feed)
+            spent.append(time.process_time() - start)
+    return float(np.median(seconds[0][2:]) / np.median(seconds[1][2:]))
+
+
+def feed_of(ids: Any) -> dict[str, Any]:
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+
+def perplexity(runner: Any, rows: Any) -> float:
+    loss, count = 0.0, 0
+    for row in rows:
+        logits = runner.run(feed_of(row[None]))["logits"][0, :-1].astype(np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        loss -= float((logits[np.arange(len(row) - 1), row[1:]] - np.log(np.exp(logits).sum(-1))).sum())
+        count += len(row) - 1
+    return float(np.exp(loss / count))
+
+
+def smol(path: Path, tokens: Path) -> None:
+    data = np.load(tokens)
+    samples = [feed_of(row[None]) for row in data["calibration"]]
+    base = session(path)
+    print(f"| SmolLM2 float32 | perplexity {perplexity(base, data['test']):.2f} | 1.00x | 0 % |", flush=True)
+    for form in FORMS:
+        result = graphopt.optimize(path, f"{EXACT}, {form}", target="quantized{tune=off}", samples=samples, promise=False)
+        runner = session(result.model)
+        ratio = speedup(base, runner, feed_of(data["test"][:1]))
+        print(f"| {form} | perplexity {perplexity(runner, data['test']):.2f} | {ratio:.2f}x | {integer_share(result.model):.0%} |", flush=True)
+
+
+def minilm() -> None:
+    model, (texts, human) = demo._model_dir(), demo._lee()
+    background = (Path(demo._folder_of("gensim"), "test", "test_data", "lee_background.cor")).read_text(encoding="utf-8", errors="replace")
+    samples = background.strip().splitlines()[40:72]
+    with tempfile.TemporaryDirectory() as name:
+        source = Path(name, "minilm.onnx")
+        graphopt.optimize(model, level=0, promise=False).save_input(source)
+        base = demo._session(source)
+        before = demo.embed(base, model / "tokenizer.json", texts)
+        plain = None
+        for form in FORMS:
+            result = graphopt.optimize(
+                source, f"{EXACT}, {form}", target="quantized{tune=off}", samples=samples, tokenizer=model / "tokenizer.json", promise=False
+            )
+            result.save(Path(name, "int8.onnx"))
+            runner = demo._session(Path(name, "int8.onnx"))
+            plain = plain or runner
+            after = demo.embed(runner, model / "tokenizer.json", texts)
+            ids = np.random.default_rng(0).integers(1000, 20000, (8, 64))
+            feed = {**feed_of(ids), "token_type_ids": np.zeros_like(ids)}
+            cosine = float((before * after).sum(-1).mean())
+            times = f"{speedup(base, runner, feed):.2f}x of float32, {speedup(plain, runner, feed):.2f}x of plain"
+            print(f"| MiniLM {form} | Pearson {demo.pearson(after, human):.4f}, cosine {cosine:.4f} | {times} | {integer_share(result.model):.0%} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smol", type=Path)
+    parser.add_argument("--tokens", type=Path)
+    parser.add_argument("--only", choices=("minilm", "smol"))
+    chosen = parser.parse_args()
+    if chosen.only != "smol":
+        minilm()
+    if chosen.only != "minilm" and chosen.smol is not None:
+        if chosen.tokens is None:
+            parser.error("--smol needs --tokens")
+        smol(chosen.smol, chosen.tokens)
+
+
+if __name__ == "__main__":
+    main()

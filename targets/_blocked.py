@@ -1,0 +1,215 @@
+"""Weights that are quantized while activations stay float, as MatMulNBits and GatherBlockQuantized: codes and scales in one packed layout.
+
+Both operators read uint8 [rows, blocks, block * bits / 8] with scales [rows, blocks] and zero points packed along the blocks; the lookup wants
+the codes as [rows, in * bits / 8], which a Reshape gives without a copy. So a table that a multiply reads too is stored once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analysis.linear import Embedding, Grid, Linear, StoredOperands
+from graphopt.core import Context
+from graphopt.graph import constant, producer
+from graphopt.rewrite import Builder, Match, Miss, RewritePass
+
+_VENDOR = "com.microsoft"
+_BITS = {ir.DataType.INT4: 4, ir.DataType.UINT4: 4, ir.DataType.INT8: 8, ir.DataType.UINT8: 8}
+_BLOCKS = (16, 32, 64, 128, 256)  # that the runtime's kernels have
+_WHOLE_ROWS = (64, 32, 16)  # in which a row of one scale is cut, its scale repeated
+_PACKED = "graphopt.packed"  # value.meta of an initializer: (what it was packed from, the block); another spelling of the model finds it there
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Codes with their grid, as rows along the input features; `axis`: that of the input features. `known`: already packed initializers."""
+
+    codes: ir.Value
+    grid: Grid
+    axis: int
+    block: int
+    known: tuple[tuple[str, ir.Value], ...] = ()
+
+    @property
+    def bits(self) -> int:
+        assert self.codes.dtype is not None
+        return _BITS[self.codes.dtype]
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return str(self.codes.name), str(self.grid.scale.name), self.block
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockedMatch(Match):
+    operand: Linear | Embedding
+    source: Source
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return {"weight": self.source.codes.name, "bits": self.source.bits, "block": self.source.block}
+
+
+@dataclasses.dataclass(frozen=True)
+class SpellBlockedTable(RewritePass[BlockedMatch]):
+    """Gather(DequantizeLinear(table)) of blocks, or of a table that a float multiply reads too -> GatherBlockQuantized."""
+
+    anchors: ClassVar[frozenset[str]] = frozenset({"Gather"})
+
+    def match(self, node: ir.Node, ctx: Context) -> BlockedMatch | Miss | None:
+        operands = ctx.get(StoredOperands())
+        e = operands.get(node)
+        if not isinstance(e, Embedding) or e.grid is None:
+            return None
+        tied = any(isinstance(x, Linear) and x.weight is e.table and weight_only(x) for x in operands.values())
+        if not e.grid.block and not tied:
+            return None
+        source = _source(e.table, e.grid, 1, ctx.model)
+        if isinstance(source, str) or e.width % source.block:
+            return Miss(node, f"the table is decoded as a whole: {source if isinstance(source, str) else 'its last block is short'}")
+        return BlockedMatch((node,), (node.outputs[0],), e, source)
+
+    def build(self, op: Builder, m: BlockedMatch) -> Sequence[ir.Value]:
+        packed, scale, zero = _packed(op, m.source)
+        assert isinstance(m.operand, Embedding)
+        rows = op.Reshape(packed, op.const(np.array([m.operand.rows, -1], np.int64), "rows"))
+        inputs = [v for v in (rows, m.operand.ids, scale, zero) if v is not None]
+        options = {"bits": m.source.bits, "block_size": m.source.block, "gather_axis": 0, "quantize_axis": 1}
+        return [op.node("GatherBlockQuantized", inputs, _domain=_VENDOR, **options)]
+
+
+@dataclasses.dataclass(frozen=True)
+class SpellBlockedMatmul(RewritePass[BlockedMatch]):
+    """MatMul or Gemm of float activations and a quantized weight -> MatMulNBits.
+
+    Args:
+        accuracy_level: 4: the runtime rounds each block of the activations to 8 bits and multiplies integers; None: it multiplies floats.
+    """
+
+    accuracy_level: int | None = None
+    anchors: ClassVar[frozenset[str]] = frozenset({"MatMul", "Gemm"})
+
+    def match(self, node: ir.Node, ctx: Context) -> BlockedMatch | Miss | None:
+        linear = ctx.get(StoredOperands()).get(node)
+        if not isinstance(linear, Linear) or linear.grid is None or not weight_only(linear):
+            return None
+        if linear.batch or linear.trans_x or linear.x.dtype != ir.DataType.FLOAT:
+            return Miss(node, f"`{linear.weight.name}` is decoded as a whole: a batch of matrices, transposed or half-precision activations")
+        source = _source(linear.weight, linear.grid, 1 if linear.transposed else 0, ctx.model)
+        if isinstance(source, str):
+            return Miss(node, f"`{linear.weight.name}` is decoded as a whole: {source}")
+        return BlockedMatch((node,), (node.outputs[0],), linear, source)
+
+    def build(self, op: Builder, m: BlockedMatch) -> Sequence[ir.Value]:
+        linear = m.operand
+        assert isinstance(linear, Linear)
+        packed, scale, zero = _packed(op, m.source)
+        inputs = [v for v in (linear.x, packed, scale, zero) if v is not None]
+        options = {"K": linear.in_features, "N": linear.out_features, "bits": m.source.bits, "block_size": m.source.block}
+        out = op.node("MatMulNBits", inputs, _domain=_VENDOR, accuracy_level=self.accuracy_level, **options)
+        if linear.alpha != 1.0:
+            out = op.Mul(out, op.const(np.array(linear.alpha, np.float32), "alpha"))
+        added = linear.addend if linear.bias is None or linear.bias_node is not None else linear.bias
+        if added is None:
+            return [out]
+        return [op.Add(out, added if linear.beta == 1.0 else op.Mul(added, op.const(np.array(linear.beta, np.float32), "beta")))]
+
+
+def weight_only(linear: Linear) -> bool:
+    """The weight is quantized, the activation is not."""
+    return linear.grid is not None and producer(linear.x, "DequantizeLinear") is None
+
+
+def _source(codes: ir.Value, grid: Grid, axis: int, model: ir.Model) -> Source | str:
+    """What can be packed, or why it cannot; `axis` runs along the input features."""
+    assert codes.const_value is not None
+    width = int(codes.const_value.shape.numpy()[axis])
+    if codes.dtype not in _BITS:
+        return f"it is stored as {codes.dtype}"
+    if grid.scale.dtype != ir.DataType.FLOAT:
+        return f"its scales are {grid.scale.dtype}"
+    wanted = (axis,) if grid.block else (None, 1 - axis)
+    if grid.axis not in wanted:
+        return "its scales do not run along the input features"
+    if grid.block and grid.block not in _BLOCKS:
+        return f"the runtime has no kernel for blocks of {grid.block}"
+    block = grid.block or next((b for b in _WHOLE_ROWS if width % b == 0), _WHOLE_ROWS[-1])
+    source = Source(codes, grid, axis, block)
+    found = ((v.meta.get(_PACKED), v) for v in model.graph.initializers.values())
+    return dataclasses.replace(source, known=tuple((str(key[3]), v) for key, v in found if key is not None and key[:3] == source.key))
+
+
+def _packed(op: Builder, source: Source) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+    """Codes, scales and zero points as the operators want them; made once."""
+    known, name = dict(source.known), source.codes.name
+
+    def once(part: str, make: Any) -> ir.Value:
+        def build() -> ir.Value:
+            value: ir.Value = op.const(make(), f"{name}_{part}")
+            value.meta[_PACKED] = (*source.key, part)
+            return value
+
+        return known.get(part) or op.shared((_PACKED, *source.key, part), build)
+
+    zero = None if source.grid.zero_point is None else once("block_zeros", lambda: _zeros(source))
+    return once("blocks", lambda: _codes(source)), once("block_scales", lambda: _by_block(source, source.grid.scale)), zero
+
+
+def _codes(source: Source) -> Array:
+    array = constant(source.codes)
+    assert array is not None
+    rows = _unsigned(np.moveaxis(array, source.axis, -1), source)
+    blocks = -(-rows.shape[1] // source.block)
+    rows = np.pad(rows, ((0, 0), (0, blocks * source.block - rows.shape[1])))
+    return _nibbles(rows, source.bits).reshape(len(rows), blocks, -1)
+
+
+def _zeros(source: Source) -> Array:
+    assert source.grid.zero_point is not None
+    return _nibbles(_unsigned(_by_block(source, source.grid.zero_point), source), source.bits)
+
+
+def _by_block(source: Source, value: ir.Value) -> Array:
+    """Scales or zero points as [rows, blocks]."""
+    array, tensor = constant(value), source.codes.const_value
+    assert array is not None
+    assert tensor is not None
+    if source.grid.block:
+        return np.ascontiguousarray(np.moveaxis(array, source.axis, -1))
+    shape = tensor.shape.numpy()
+    count, width = shape[1 - source.axis], shape[source.axis]
+    return np.ascontiguousarray(np.broadcast_to(array.reshape(-1, 1), (count, -(-width // source.block))))
+
+
+def _unsigned(array: Array, source: Source) -> Array:
+    """uint8 around 2^(bits-1) where the codes are signed: the zero point that the operators assume."""
+    signed = source.codes.dtype in (ir.DataType.INT4, ir.DataType.INT8)
+    return (array.astype(np.int16) + ((1 << source.bits - 1) if signed else 0)).astype(np.uint8)
+
+
+def _nibbles(array: Array, bits: int) -> Array:
+    """Two 4-bit numbers in a byte along the last axis, the first one low."""
+    if bits == 8:
+        return np.ascontiguousarray(array)
+    array = np.pad(array, ((0, 0), (0, array.shape[-1] % 2)))
+    pairs: Array = array[:, ::2] | array[:, 1::2] << 4
+    return pairs
+
+
+def blocked_weights(node: ir.Node) -> tuple[str, str, bool] | None:
+    """(`table` or `weight`, the name of the codes, whether it multiplies integers) of an operator that this module writes."""
+    if node.domain != _VENDOR or node.op_type not in ("MatMulNBits", "GatherBlockQuantized"):
+        return None
+    value = node.inputs[1 if node.op_type == "MatMulNBits" else 0]
+    reshape = producer(value, "Reshape")
+    value = value if reshape is None else reshape.inputs[0]
+    level = node.attributes.get("accuracy_level")
+    name = "" if value is None else value.name or ""
+    return ("weight" if node.op_type == "MatMulNBits" else "table"), name, level is not None and level.as_int() == 4
