@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from graphopt.analysis.linear import Linear, StoredOperands
 from graphopt.core import Context
-from graphopt.graph import constant
-from graphopt.rewrite import Builder, Match, RewritePass
+from graphopt.graph import constant, producer
+from graphopt.rewrite import Builder, Match, Miss, RewritePass
 
 from ._integer import why_float
 
@@ -63,15 +63,15 @@ class GuardRange(RewritePass[RangeMatch]):
                 ctx.remarks.warning(remark.node, text, **remark.facts)
         return changes
 
-    def match(self, node: ir.Node, ctx: Context) -> RangeMatch | None:
+    def match(self, node: ir.Node, ctx: Context) -> RangeMatch | Miss | None:
         linear = ctx.get(StoredOperands()).get(node)
         if not isinstance(linear, Linear) or linear.grid is None or why_float(linear) is not None or not saturates(linear.weight):
             return None
-        decode = linear.x.producer()
-        dynamic = None if decode is None or decode.inputs[0] is None else decode.inputs[0].producer()
-        assert dynamic is not None
-        assert dynamic.inputs[0] is not None
-        return RangeMatch((node,), (node.outputs[0],), linear, dynamic.inputs[0])
+        decode = producer(linear.x, "DequantizeLinear")
+        quantized = None if decode is None else producer(decode.inputs[0], "DynamicQuantizeLinear", "QuantizeLinear")
+        if quantized is None or quantized.inputs[0] is None:
+            return Miss(node, f"`{linear.weight.name}` may clip without VNNI, and its activation comes as codes; quantize it with reduce-range=true")
+        return RangeMatch((node,), (node.outputs[0],), linear, quantized.inputs[0])
 
     def build(self, op: Builder, m: RangeMatch) -> Sequence[ir.Value]:
         node = m.nodes[0]

@@ -191,6 +191,24 @@ def test_c11_weights_of_eight_bits_are_not_multiplied_as_integers_without_vnni()
     assert np.linalg.norm(base - got) <= 0.01 * np.linalg.norm(base)
 
 
+def test_c11_stored_ranges_of_activations_are_guarded_too() -> None:
+    w = np.full((64, 16), 100, np.int8)
+    coded = "w = DequantizeLinear<axis = 1>(q, s)  y = MatMul(d, w)"
+    given = {"q": w, "s": np.full(16, 0.01, np.float32), "t": np.array(1 / 255, np.float32), "z": np.array(0, np.uint8)}
+    stored = parse(f"{OPSET} g (float[B,64] x) => (float[B,16] y) {{ c = QuantizeLinear(x, t, z)  d = DequantizeLinear(c, t, z)  {coded} }}", **given)
+    where = targets()["quantized"](vnni=False)
+    model, (warning,) = lowered(stored, where, "canonicalize")
+    assert "codes beyond 64" in warning.message
+    assert where.report(model)["integer"] == []
+    x = {"x": rng().uniform(0, 1, (8, 64)).astype(np.float32)}
+    assert np.allclose(run(stored, x)["y"], run(model, x)["y"], rtol=0.01)
+    public = parse(f"{OPSET} g (uint8[B,64] c) => (float[B,16] y) {{ d = DequantizeLinear(c, t, z)  {coded} }}", **given)
+    model, _ = quantized(public, "canonicalize")
+    records = PassManager(list(where.lowerings())).run(model, Context(model, target=where))
+    assert any("its activation comes as codes" in r.message for record in records for r in record.remarks if r.kind == "missed")
+    assert "VNNI" in where.report(model)["safe_on"]
+
+
 def test_c11_codes_of_somebody_else_stay_float_with_the_reason() -> None:
     codes = np.full((64, 16), 100, np.int8)
     text = f"{OPSET} g (float[B,64] x) => (float[B,16] y) {{ w = DequantizeLinear<axis = 1>(q, s)  y = MatMul(x, w) }}"
