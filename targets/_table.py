@@ -27,6 +27,7 @@ def cpu_table(*, vendor: bool) -> tuple[Spelling, ...]:
     shared = (
         Spelling(Lookup(), "codes", (SpellQuantizedTable(),)),
         Spelling(IntegerMatmul(), "auto", (SpellIntegerMatmul(vendor=vendor),)),
+        Spelling(IntegerMatmul(), "runtime", (SpellIntegerMatmul(vendor=vendor, form="runtime"),)),
         Spelling(Projections(), "separate"),
         Spelling(Projections(), "merged", (_pass("merge-projections"),)),
         Spelling(AttentionCore(), "attention"),

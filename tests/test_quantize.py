@@ -432,7 +432,8 @@ def test_tables_can_be_left_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("mode=static", "expects dynamic in this version, found `static`"), ("bits=4", "expects 8 in this version, found `4`")]
+    ("text", "message"),
+    [("mode=fast", "expects dynamic or static in this version, found `fast`"), ("bits=4", "expects 8 in this version, found `4`")],
 )
 def test_what_this_version_does_not_have(text: str, message: str) -> None:
     with pytest.raises(PipelineError, match=message):
