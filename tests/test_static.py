@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ import pytest
 from models import minilm, run  # type: ignore[import-not-found]
 from onnx import helper
 from test_quantize import columns, error, node, ops, proto, reasons, rows, value  # type: ignore[import-not-found]
+from typer.testing import CliRunner
 
 import graphopt
 from graphopt.analysis.pieces import IntegerMatmul
 from graphopt.analysis.ranges import Histogram, Ranges
 from graphopt.api import parse_target
+from graphopt.cli import app
 from graphopt.core import Context, Target
 from graphopt.errors import PassError, PipelineError
 from graphopt.pipeline import PassManager, parse
@@ -311,3 +314,23 @@ def test_memory_does_not_grow_with_the_samples(method: str) -> None:
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout) * scale)
     assert peaks[1] - peaks[0] <= 20e6, peaks
+
+
+def test_bad_samples_are_one_line_and_leave_no_file(tmp_path: Path) -> None:
+    """I05, from the command line."""
+    source, out, given = tmp_path / "in.onnx", tmp_path / "out.onnx", tmp_path / "given.npz"
+    onnx.save(layer(), source)
+    for arrays, expected in (
+        (None, "needs samples of the model's inputs; add --samples DATA"),
+        ({}, "input `x` missing; the model needs x"),
+        ({"x": rows(), "mask": rows()}, "the model has no input `mask`; it needs x"),
+        ({"x": rows().astype(np.int64)}, "input `x` must be float32, found int64"),
+    ):
+        more = []
+        if arrays is not None:
+            np.savez(given, **arrays)
+            more = ["--samples", str(given)]
+        done = CliRunner().invoke(app, ["optimize", str(source), "-o", str(out), "--pipeline", "quantize{mode=static}", "--no-measure", *more])
+        assert done.exit_code == 1
+        assert expected in " ".join(done.output.split())
+        assert not out.exists()
