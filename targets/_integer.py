@@ -94,11 +94,12 @@ class SpellIntegerMatmul(RewritePass[MatmulMatch]):
     Args:
         vendor: with operators of the runtime.
         form: `each` multiply quantizes its input itself; it is quantized `once` by a node of its own; `auto`: once where several read it.
-            An activation on a stored grid is quantized once in any case, and is left to `auto`.
+            An activation on a stored grid is quantized once in any case; `runtime` leaves its MatMuls as they are, for the runtime to fuse
+            (without the bias), and is `auto` for the others, and for matrices: the runtime makes a float Gemm of MatMul and Add first.
     """
 
     vendor: bool = True
-    form: Literal["auto", "each", "once"] = "auto"
+    form: Literal["auto", "each", "once", "runtime"] = "auto"
     anchors: ClassVar[frozenset[str]] = frozenset({"MatMul", "Gemm"})
 
     def match(self, node: ir.Node, ctx: Context) -> MatmulMatch | Miss | None:
@@ -111,13 +112,13 @@ class SpellIntegerMatmul(RewritePass[MatmulMatch]):
         decode = producer(linear.x, "DequantizeLinear")
         assert decode is not None
         dynamic = producer(decode.inputs[0], "DynamicQuantizeLinear")
-        if dynamic is None and self.form != "auto":
+        if dynamic is None and self.form == "runtime" and node.op_type == "MatMul" and (rank(linear.x) or 0) > 2:
             return None
         codes, scale, zero = (*decode.inputs, None)[:3]
         assert codes is not None
         assert scale is not None
         several = len(consumers(linear.x)) > 1 or len(consumers(codes)) > 1
-        shared = dynamic is None or linear.trans_x or self.form == "once" or (self.form == "auto" and several)
+        shared = dynamic is None or linear.trans_x or self.form == "once" or (self.form in ("auto", "runtime") and several)
         x = None if dynamic is None else dynamic.inputs[0]
         nodes = (node,) if linear.bias_node is None else (node, linear.bias_node)
         return MatmulMatch(nodes, (linear.output,), linear, x, codes, scale, zero, shared)

@@ -29,6 +29,7 @@ def cpu_table(*, vendor: bool) -> tuple[Spelling, ...]:
         Spelling(Lookup(), "codes", (*((SpellBlockedTable(),) if vendor else ()), SpellQuantizedTable())),
         Spelling(BlockedMatmul(), "blocks" if vendor else "decoded", (SpellBlockedMatmul(),) if vendor else ()),
         Spelling(IntegerMatmul(), "auto", (SpellIntegerMatmul(vendor=vendor),)),
+        Spelling(IntegerMatmul(), "runtime", (SpellIntegerMatmul(vendor=vendor, form="runtime"),)),
         Spelling(Projections(), "separate"),
         Spelling(Projections(), "merged", (_pass("merge-projections"),)),
         Spelling(AttentionCore(), "attention"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,13 @@ import pytest
 from models import minilm, run  # type: ignore[import-not-found]
 from onnx import helper
 from test_quantize import columns, error, node, ops, proto, reasons, rows, value  # type: ignore[import-not-found]
+from typer.testing import CliRunner
 
 import graphopt
+from graphopt.analysis.pieces import IntegerMatmul
 from graphopt.analysis.ranges import Histogram, Ranges
 from graphopt.api import parse_target
+from graphopt.cli import app
 from graphopt.core import Context, Target
 from graphopt.errors import PassError, PipelineError
 from graphopt.pipeline import PassManager, parse
@@ -29,7 +33,7 @@ from graphopt.verify import interface, verify
 
 Array = np.ndarray[Any, Any]
 METHODS = ("minmax", "percentile", "mse", "entropy")
-COSINE = {"minmax": 0.98, "percentile": 0.98, "mse": 0.97, "entropy": 0.75}  # entropy cuts off the few channels that LayerNorm makes large
+COSINE = {"minmax": 0.98, "percentile": 0.98, "mse": 0.97, "entropy": 0.86}  # entropy cuts off the few channels that LayerNorm makes large
 CLOSE = 3e-6  # of the largest output: the same integers, scaled in another order
 
 
@@ -102,6 +106,24 @@ def test_yardstick_and_the_lowered_numbers(op: str, where: str) -> None:
     for optimize in (False, True):
         got = session(model, optimize=optimize).run({"x": rows()})["y"]
         np.testing.assert_allclose(got, exact, rtol=0, atol=CLOSE * (1 + np.abs(exact).max()))
+
+
+def test_static_pieces_are_found_and_have_two_spellings() -> None:
+    """A multiply that is left to the runtime counts as integer too: it fuses what stands between DequantizeLinear nodes."""
+    nodes = [node("MatMul", "x w", "t"), node("Add", "t b", "y")]
+    source = proto(nodes, {"w": columns(), "b": np.linspace(-1, 1, 16, dtype=np.float32)}, "x:B,S,64")
+    graph, _ = quantize(source, {"x": rows().reshape(8, 32, 64)})
+    (piece,) = Context(graph).get(IntegerMatmul())
+    assert [n.op_type for n in piece.nodes].count("QuantizeLinear") == 1
+    target = parse_target("quantized{tune=off}")
+    made = {}
+    for spelling in target.spellings():
+        if isinstance(spelling.kind, IntegerMatmul):
+            model = graph.clone()
+            PassManager(list(spelling.passes)).run(model, Context(model, target=target))
+            made[spelling.name] = ops(model, "MatMul", "MatMulIntegerToFloat", "Add")
+            assert len(target.report(model)["integer"]) == 1
+    assert made == {"auto": [0, 1, 0], "quantize-each": [0, 1, 0], "quantize-once": [0, 1, 0], "runtime": [1, 0, 1]}
 
 
 def test_values_beyond_the_calibrated_range_are_clipped() -> None:
@@ -292,3 +314,23 @@ def test_memory_does_not_grow_with_the_samples(method: str) -> None:
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout) * scale)
     assert peaks[1] - peaks[0] <= 20e6, peaks
+
+
+def test_bad_samples_are_one_line_and_leave_no_file(tmp_path: Path) -> None:
+    """I05, from the command line."""
+    source, out, given = tmp_path / "in.onnx", tmp_path / "out.onnx", tmp_path / "given.npz"
+    onnx.save(layer(), source)
+    for arrays, expected in (
+        (None, "needs samples of the model's inputs; add --samples DATA"),
+        ({}, "input `x` missing; the model needs x"),
+        ({"x": rows(), "mask": rows()}, "the model has no input `mask`; it needs x"),
+        ({"x": rows().astype(np.int64)}, "input `x` must be float32, found int64"),
+    ):
+        more = []
+        if arrays is not None:
+            np.savez(given, **arrays)
+            more = ["--samples", str(given)]
+        done = CliRunner().invoke(app, ["optimize", str(source), "-o", str(out), "--pipeline", "quantize{mode=static}", "--no-measure", *more])
+        assert done.exit_code == 1
+        assert expected in " ".join(done.output.split())
+        assert not out.exists()
