@@ -103,7 +103,10 @@ def minilm() -> None:
             feed = {**feed_of(ids), "token_type_ids": np.zeros_like(ids)}
             cosine = float((before * after).sum(-1).mean())
             times = f"{speedup(base, runner, feed):.2f}x of float32, {speedup(plain, runner, feed):.2f}x of plain"
-            print(f"| MiniLM {form} | Pearson {demo.pearson(after, human):.4f}, cosine {cosine:.4f} | {times} | {integer_share(result.model):.0%} |")
+            print(
+                f"| MiniLM {form} | Pearson {demo.pearson(after, human):.4f}, cosine {cosine:.4f} | {times} | {integer_share(result.model):.0%} |",
+                flush=True,
+            )
 
 
 def main() -> None:
