@@ -44,9 +44,8 @@ def cpu_table(*, vendor: bool, int8_blocks: bool = False) -> tuple[Spelling, ...
         Spelling(ResidualNorm(), "skip-norm", (SpellSkipNorm(),)),
         Spelling(Activation(), "bias-gelu", (SpellBiasGelu(),)),
     )
-    if int8_blocks:
-        own = (Spelling(BlockedMatmul(), "int8-blocks", (SpellBlockedMatmul(accuracy_level=4),)), *own)
-    table = shared + own if vendor else shared
+    rounded = (Spelling(BlockedMatmul(), "int8-blocks", (SpellBlockedMatmul(accuracy_level=4),)),) if int8_blocks else ()
+    table = shared + own + rounded if vendor else shared
     kinds = list(dict.fromkeys(s.kind for s in table))
     return tuple(sorted(table, key=lambda s: kinds.index(s.kind)))
 
