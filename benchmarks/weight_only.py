@@ -66,7 +66,8 @@ def main(model: Path, names: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in names or VARIANTS:
             start, path = time.time(), Path(folder, "model.onnx")
-            result = graphopt.optimize(str(model), f"{exact}, {VARIANTS[name]}", target="cpu{tune=off}", samples=samples, promise=False)
+            given = samples if "gptq" in name else None
+            result = graphopt.optimize(str(model), f"{exact}, {VARIANTS[name]}", target="cpu{tune=off}", samples=given, promise=False)
             result.save(path)
             seconds = time.time() - start
             print(f"| {name} | {path.stat().st_size / 1e6:.1f} | {perplexity(path, held_out):.2f} | {seconds:.0f} |", flush=True)

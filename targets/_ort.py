@@ -30,7 +30,8 @@ class CpuProvider(Target):
 
     `shapes`: BATCHxLENGTH sizes to measure at, such as `1x16+8x64`. `tune`: `on` times the spellings of the table that were not timed before,
     `cache` takes what is in the tuning cache only, `off` takes the defaults of the table. `processor`: the name of another processor, whose
-    timings were imported by `graphopt tune import`; nothing is timed then.
+    timings were imported by `graphopt tune import`; nothing is timed then. `int8_blocks`: a weight-only multiply may round its activations to
+    8 bits where that is measured to be faster (accuracy_level=4 of MatMulNBits); it costs some accuracy, so it is off.
     """
 
     threads: int = 1
@@ -39,9 +40,10 @@ class CpuProvider(Target):
     shapes: tuple[str, ...] = ()
     tune: Literal["on", "cache", "off"] = "on"
     processor: str | None = None
+    int8_blocks: bool = False
 
     def spellings(self) -> Sequence[Spelling]:
-        return cpu_table(vendor=self.vendor)
+        return cpu_table(vendor=self.vendor, int8_blocks=self.int8_blocks)
 
     def lowerings(self) -> Sequence[Pass]:
         return [ChooseSpellings(), *table_passes(self.spellings())]

@@ -23,8 +23,8 @@ from ._spell import SpellResidual
 
 
 @functools.cache
-def cpu_table(*, vendor: bool) -> tuple[Spelling, ...]:
-    """`vendor`: with operators of the runtime."""
+def cpu_table(*, vendor: bool, int8_blocks: bool = False) -> tuple[Spelling, ...]:
+    """`vendor`: with operators of the runtime; `int8_blocks`: also spellings that round the activations of weight-only multiplies to 8 bits."""
     shared = (
         Spelling(Lookup(), "codes", (*((SpellBlockedTable(),) if vendor else ()), SpellQuantizedTable())),
         Spelling(BlockedMatmul(), "blocks" if vendor else "decoded", (SpellBlockedMatmul(),) if vendor else ()),
@@ -41,12 +41,12 @@ def cpu_table(*, vendor: bool) -> tuple[Spelling, ...]:
     own = (
         Spelling(IntegerMatmul(), "quantize-each", (SpellIntegerMatmul(form="each"),)),
         Spelling(IntegerMatmul(), "quantize-once", (SpellIntegerMatmul(form="once"),)),
-        Spelling(BlockedMatmul(), "int8-blocks", (SpellBlockedMatmul(accuracy_level=4),)),
         Spelling(AttentionCore(), "multi-head", (SpellMultiHead(),)),
         Spelling(ResidualNorm(), "skip-norm", (SpellSkipNorm(),)),
         Spelling(Activation(), "bias-gelu", (SpellBiasGelu(),)),
     )
-    table = shared + own if vendor else shared
+    rounded = (Spelling(BlockedMatmul(), "int8-blocks", (SpellBlockedMatmul(accuracy_level=4),)),) if int8_blocks else ()
+    table = shared + own + rounded if vendor else shared
     kinds = list(dict.fromkeys(s.kind for s in table))
     return tuple(sorted(table, key=lambda s: kinds.index(s.kind)))
 

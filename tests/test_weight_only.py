@@ -260,7 +260,15 @@ def test_the_report_says_that_it_computes_floats(where: str) -> None:
     assert domains == ({""} if "vendor=false" in where else {"com.microsoft"})
 
 
+def made_table() -> Sequence[Any]:
+    """The spellings that are tried unless asked for more: none of them rounds activations."""
+    table: Sequence[Any] = parse("cpu", targets(), "target")[0].spellings()
+    assert not any(s.name == "int8-blocks" for s in table)
+    return table
+
+
 def test_eight_bit_activations_are_called_integers() -> None:
+    assert len(list(parse("cpu{int8-blocks=true}", targets(), "target")[0].spellings())) == len(list(made_table())) + 1
     made = Quantized(proto(*LAYOUTS["MatMul"][:2]), "block=32")
     product = next(n for n in made.model.graph if n.op_type == "MatMulNBits")
     product.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 4)
