@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 import graphopt
-from graphopt import demo
+from graphopt import bench, demo
 from graphopt.run.ort import session
 
 EXACT = "canonicalize, simplify, simplify-masks, canonicalize, fuse-norm, fuse-activation, fuse-rotary, fuse-attention"
 FORMS = ("quantize", "quantize{rows=auto}", "quantize{rows=true}")
+SMOOTH = ("smooth, quantize", "smooth{rows=true}, quantize{rows=true}")
 ROUNDS = 15
 _INTEGER = ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
 
@@ -74,7 +76,7 @@ def smol(path: Path, tokens: Path) -> None:
     samples = [feed_of(row[None]) for row in data["calibration"]]
     base = session(path)
     print(f"| SmolLM2 float32 | perplexity {perplexity(base, data['test']):.2f} | 1.00x | 0 % |", flush=True)
-    for form in FORMS:
+    for form in (*FORMS, *SMOOTH):
         result = graphopt.optimize(path, f"{EXACT}, {form}", target="quantized{tune=off}", samples=samples, promise=False)
         runner = session(result.model)
         ratio = speedup(base, runner, feed_of(data["test"][:1]))
@@ -82,31 +84,27 @@ def smol(path: Path, tokens: Path) -> None:
 
 
 def minilm() -> None:
+    """Every form beside float32 and the peer, interleaved, at the shapes of the demo."""
     model, (texts, human) = demo._model_dir(), demo._lee()
     background = (Path(demo._folder_of("gensim"), "test", "test_data", "lee_background.cor")).read_text(encoding="utf-8", errors="replace")
-    samples = background.strip().splitlines()[40:72]
+    samples, tokenizer = background.strip().splitlines()[40:72], model / "tokenizer.json"
     with tempfile.TemporaryDirectory() as name:
-        source = Path(name, "minilm.onnx")
+        source, peer = Path(name, "minilm.onnx"), Path(name, "peer.onnx")
         graphopt.optimize(model, level=0, promise=False).save_input(source)
-        base = demo._session(source)
-        before = demo.embed(base, model / "tokenizer.json", texts)
-        plain = None
-        for form in FORMS:
-            result = graphopt.optimize(
-                source, f"{EXACT}, {form}", target="quantized{tune=off}", samples=samples, tokenizer=model / "tokenizer.json", promise=False
-            )
-            result.save(Path(name, "int8.onnx"))
-            runner = demo._session(Path(name, "int8.onnx"))
-            plain = plain or runner
-            after = demo.embed(runner, model / "tokenizer.json", texts)
-            ids = np.random.default_rng(0).integers(1000, 20000, (8, 64))
-            feed = {**feed_of(ids), "token_type_ids": np.zeros_like(ids)}
+        demo.quantize_dynamic(source, peer)
+        sessions = {"float32": demo._session(source), "onnxruntime quantize_dynamic": demo._session(peer)}
+        for number, form in enumerate(FORMS):
+            result = graphopt.optimize(source, f"{EXACT}, {form}", target="quantized{tune=off}", samples=samples, tokenizer=tokenizer, promise=False)
+            result.save(Path(name, f"{number}.onnx"))
+            sessions[form] = demo._session(Path(name, f"{number}.onnx"))
+        timings = bench.race(sessions, bench.feeds_for([ir.load(source)], demo.SHAPES))
+        before = demo.embed(sessions["float32"], tokenizer, texts)
+        print("| file | Pearson | cosine | ms at " + " ".join(timings.shapes) + " | speed-up | over quantize_dynamic |")
+        for form, runner in sessions.items():
+            after, ratio = demo.embed(runner, tokenizer, texts), timings.speedup(form) / timings.speedup("onnxruntime quantize_dynamic")
+            spent = " ".join(f"{1e3 * t:.1f}" for t in timings.seconds[form])
             cosine = float((before * after).sum(-1).mean())
-            times = f"{speedup(base, runner, feed):.2f}x of float32, {speedup(plain, runner, feed):.2f}x of plain"
-            print(
-                f"| MiniLM {form} | Pearson {demo.pearson(after, human):.4f}, cosine {cosine:.4f} | {times} | {integer_share(result.model):.0%} |",
-                flush=True,
-            )
+            print(f"| {form} | {demo.pearson(after, human):.4f} | {cosine:.4f} | {spent} | {timings.speedup(form):.2f}x | {ratio:.2f}x |", flush=True)
 
 
 def main() -> None:
