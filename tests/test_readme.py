@@ -48,6 +48,29 @@ def test_the_examples_run(tmp_path: Path) -> None:
     assert (tmp_path / "minilm-int8.onnx").stat().st_size < 24e6
 
 
+@pytest.mark.slow
+def test_the_page_on_quantization(tmp_path: Path) -> None:
+    """Its pipelines and targets parse, and its shell example runs on a real model."""
+    from models import minilm  # type: ignore[import-not-found]
+
+    from graphopt import registry
+    from graphopt.api import parse_target
+    from graphopt.pipeline import parse
+
+    text = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
+    pipelines = re.findall(r"`((?:quantize|smooth)\b[^`]*)`", text)
+    assert len(pipelines) >= 7
+    for pipeline in pipelines:
+        assert parse(pipeline, registry.passes())
+    assert [parse_target(found) for found in re.findall(r'`--target "([^"]+)"`', text)]
+    (tmp_path / "minilm.onnx").write_bytes(minilm("sdpa_18").read_bytes())
+    example = re.search(r"```sh\n(.*?)```", text, flags=re.S)
+    assert example is not None
+    printed = run(["bash", "-eu", "-c", example[1]], tmp_path)
+    assert "quantize" in printed
+    assert (tmp_path / "minilm-mixed.onnx").stat().st_size < 30e6
+
+
 def test_two_commands_and_ci_runs_the_second() -> None:
     commands = [text.strip() for language, text in BLOCKS if "pip install" in text]
     assert commands == [
