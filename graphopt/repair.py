@@ -12,7 +12,7 @@ from graphopt.graph import Names, all_nodes, constant, consumers, rank, same_dim
 from graphopt.remarks import Remarks
 from graphopt.shapes import infer_nodes
 
-_LARGE = 1 << 20  # bytes of a table that is worth comparing
+_LARGE = 1 << 16  # bytes; below it, storing a table twice costs less than the node that would read it off the other
 _ROWS = 4096
 
 

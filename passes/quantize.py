@@ -19,6 +19,7 @@ from graphopt.rewrite import Builder, Match, Miss, RewritePass
 from ._coding import REDUCED, Coded, encode
 from ._decode import DecodeWeights
 from ._eligible import LONGEST_SUM, check_patterns, numbers, passed_over, unfit_linear, unfit_table, why_no_linear
+from ._left import TurnLeftWeights
 from ._rows import even_rows, row_scale, wants_rows
 from ._static import METHODS, ActivationGrid, calibrated, on_grid
 from ._weight_only import WeightOnly
@@ -68,7 +69,8 @@ class Quantize(RewritePass[QuantizeMatch]):
 
     A stored weight [in, out] becomes int8 with one scale for each output feature, an embedding table int8 with one for each row. The multiply
     stays a MatMul or Gemm between DequantizeLinear nodes; the target turns that into integer arithmetic. One activation is quantized
-    once for all its readers; a weight with several readers, also one that is the transpose of an embedding table, is stored once.
+    once for all its readers; a weight with several readers, also one that is the transpose of an embedding table, is stored once. A product whose
+    weight stands on the left is turned round first.
 
     Args:
         mode: `dynamic`: integer products; `static`: the same, and needs samples; activations are uint8 in both, and a bias stays float.
@@ -140,11 +142,12 @@ class Quantize(RewritePass[QuantizeMatch]):
         check_patterns(model, (*self.include, *self.exclude), self.anchors)
         if self.mode == "static":
             ctx.require_samples()
+        turned = TurnLeftWeights(self.include, self.exclude).run(model, ctx)
         if self.mode == "weight-only":
-            return WeightOnly(self).run(model, ctx)
+            return turned + WeightOnly(self).run(model, ctx)
         done = sum(x.quantized for x in ctx.get(StoredOperands(casts=True)).values())
         mark = len(ctx.remarks)
-        changes = DecodeWeights().run(model, ctx) + super().run(model, ctx)
+        changes = turned + DecodeWeights().run(model, ctx) + super().run(model, ctx)
         _warn_of_rulers(ctx, mark)
         if not changes:
             why = f"{done} weights are quantized already" if done else "no MatMul, Gemm or Gather reads a stored weight that fits"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 from models import assert_same, parse, run  # type: ignore[import-not-found]
 
 import graphopt
@@ -24,6 +25,16 @@ def tied(change: float = 0.0) -> tuple[object, dict[str, np.ndarray]]:
     head = np.ascontiguousarray(table.T)
     head[3, 5] += change
     return parse(TIED, table=table, head=head), {"ids": np.array([[1, 5, 1023], [0, 2, 9]])}
+
+
+def test_c01_the_given_size_is_kept_once_too() -> None:
+    table = np.random.default_rng(0).standard_normal((512, 64), dtype=np.float32)
+    proto = parse(TIED.replace("1024", "512"), table=table, head=np.ascontiguousarray(table.T))
+    feeds = {"ids": np.array([[1, 5, 511], [0, 2, 9]])}
+    optimized = graphopt.optimize(proto, level=1, promise=False)
+    assert nbytes(optimized.model) <= 512 * 64 * 4 + 100
+    assert len(ir.to_proto(optimized.model).SerializeToString()) <= 132_000
+    assert_same(run(proto, feeds), run(optimized.model, feeds))
 
 
 def test_c01_a_tied_table_that_an_exporter_stored_twice_is_kept_once() -> None:
