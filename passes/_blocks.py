@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+from graphopt.core import Array
+
 _CHUNK = 1 << 22  # elements that are coded at a time
 _SHRINK = {4: np.linspace(1.06, 0.58, 13), 8: np.linspace(1.0, 0.94, 3)}  # of the range that just holds every number
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.linear import Embedding, Linear
+from graphopt.analysis.linear import Embedding, Linear, StoredOperands
+from graphopt.core import Array, Context
 from graphopt.errors import PipelineError
 from graphopt.graph import all_nodes, constant, consumers, is_constant
 from graphopt.options import near
 from graphopt.rewrite import ORIGINS
 
-Array = np.ndarray[Any, Any]
 LONGEST_SUM = 2**31 // (255 * 128)  # products of 8-bit numbers that a 32-bit sum is sure to hold
 _WORTH = 4096  # bytes; a table that saves less is not worth the nodes that decode it
 
@@ -26,6 +25,26 @@ def passed_over(node: ir.Node, include: Sequence[str], exclude: Sequence[str]) -
     if include and not any(fits(n, include) for n in names):
         return f"not among include={'+'.join(include)}"
     return f"excluded by exclude={'+'.join(exclude)}" if any(fits(n, exclude) for n in names) else None
+
+
+def tied_table(linear: Linear, ctx: Context, unfit: Callable[[Embedding], str | None]) -> Embedding | None:
+    """An embedding that will be quantized (`unfit` gives no reason) and whose table is the transpose of this weight, as another constant."""
+    if linear.transposed or linear.batch:
+        return None
+    tables = (e for e in ctx.get(StoredOperands(casts=True)).values() if isinstance(e, Embedding) and not e.quantized)
+    fitting = (e for e in tables if (e.rows, e.width) == (linear.out_features, linear.in_features) and unfit(e) is None)
+    return next((e for e in fitting if np.array_equal(numbers(e.table).T, numbers(linear.weight))), None)
+
+
+def quantized_before(ctx: Context) -> int:
+    """How many stored operands are integers already."""
+    return sum(x.quantized for x in ctx.get(StoredOperands(casts=True)).values())
+
+
+def say_nothing_to_do(ctx: Context, before: int) -> None:
+    """The remark of a pass that changed nothing; `before`: what `quantized_before` counted."""
+    why = f"{before} weights are quantized already" if before else "no MatMul, Gemm or Gather reads a stored weight that fits"
+    ctx.remarks.missed("", f"nothing to quantize: {why}")
 
 
 def unfit_linear(linear: Linear, *, integer: bool = True) -> str | None:
@@ -40,7 +59,7 @@ def unfit_linear(linear: Linear, *, integer: bool = True) -> str | None:
         return f"the weight {list(weight.const_value.shape)} is empty"
     if integer and linear.in_features > LONGEST_SUM:
         return f"a sum over {linear.in_features} products of 8-bit numbers may leave 32 bits; the limit is {LONGEST_SUM}"
-    return _not_finite(weight)
+    return not_finite(weight)
 
 
 def unfit_table(e: Embedding) -> str | None:
@@ -52,10 +71,10 @@ def unfit_table(e: Embedding) -> str | None:
     floats = [n.name for n in consumers(e.table) if n.op_type not in ("Gather", "MatMul", "Gemm", "Transpose", "Identity", "Cast")]
     if floats:
         return f"`{floats[0]}` reads the float table too, which would be stored twice"
-    return _not_finite(e.table)
+    return not_finite(e.table)
 
 
-def _not_finite(value: ir.Value) -> str | None:
+def not_finite(value: ir.Value) -> str | None:
     return None if np.isfinite(numbers(value)).all() else f"`{value.name}` holds numbers that are not finite"
 
 

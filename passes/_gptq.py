@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
+from graphopt.core import Array
+
 from ._blocks import Steps
 
-Array = np.ndarray[Any, Any]
 _PANEL = 128  # columns that are rounded before the rest of the matrix hears of it
 _DAMPING = 0.01  # of the mean of the diagonal
 

@@ -10,10 +10,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.core import Context
-from graphopt.graph import constant, is_constant, rank, used_once
+from graphopt.graph import is_constant, rank, used_once
 from graphopt.rewrite import Builder, Match, RewritePass
 
-from ._eligible import passed_over
+from ._eligible import not_finite, numbers, passed_over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +36,13 @@ class TurnLeftWeights(RewritePass[LeftMatch]):
         weight, x = node.inputs
         if weight is None or x is None or not is_constant(weight) or is_constant(x) or rank(weight) != 2 or (rank(x) or 0) < 2:
             return None
-        array = constant(weight)
-        if not used_once(weight) or weight.dtype != ir.DataType.FLOAT or x.dtype != ir.DataType.FLOAT or array is None or min(array.shape) < 2:
+        if not used_once(weight) or weight.dtype != ir.DataType.FLOAT or x.dtype != ir.DataType.FLOAT or min(numbers(weight).shape) < 2:
             return None
-        fit = passed_over(node, self.include, self.exclude) is None and np.isfinite(array).all()
+        fit = passed_over(node, self.include, self.exclude) is None and not_finite(weight) is None
         return LeftMatch((node,), (node.outputs[0],), weight, x) if fit else None
 
     def build(self, op: Builder, m: LeftMatch) -> Sequence[ir.Value]:
         size = rank(m.x) or 2
         swap = [*range(size - 2), size - 1, size - 2]
-        turned = op.const(np.ascontiguousarray(np.asarray(constant(m.weight)).T), f"{m.weight.name}_turned")
+        turned = op.const(np.ascontiguousarray(numbers(m.weight).T), f"{m.weight.name}_turned")
         return [op.Transpose(op.MatMul(op.Transpose(m.x, perm=swap), turned), perm=swap)]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.activations import Activation
 from graphopt.analysis.linear import Linear
+from graphopt.core import Array
 from graphopt.graph import consumers, is_constant, producer, static_dim, used_once
 
-Array = np.ndarray[Any, Any]
 GRID = tuple(k / 8 for k in range(1, 8))
 _NORMS = ("LayerNormalization", "RMSNormalization")
 _GAIN = 0.98  # a smaller improvement of the error is within what the sampled rows tell

@@ -12,13 +12,13 @@ import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Linear, StoredOperands
 from graphopt.analysis.moments import input_moments
-from graphopt.core import Context
+from graphopt.core import Array, Context
 from graphopt.graph import static_dim
 from graphopt.rewrite import Builder, Match, Miss, RewritePass
 from graphopt.run.observe import observable
 
 from ._blocks import Steps, steps
-from ._eligible import Array, numbers, passed_over, unfit_linear, unfit_table, why_no_linear
+from ._eligible import numbers, passed_over, quantized_before, say_nothing_to_do, tied_table, unfit_linear, unfit_table, why_no_linear
 from ._gptq import Inputs, gptq
 
 _TYPES: Mapping[tuple[int, bool], Any] = {(4, True): ml_dtypes.int4, (4, False): ml_dtypes.uint4, (8, True): np.int8, (8, False): np.uint8}
@@ -92,11 +92,10 @@ class WeightOnly(RewritePass[WeightMatch]):
     def run(self, model: ir.Model, ctx: Context) -> int:
         if self.options.method == "gptq":
             self._solve(model, ctx)
-        done = sum(x.quantized for x in ctx.get(StoredOperands(casts=True)).values())
+        done = quantized_before(ctx)
         changes = super().run(model, ctx)
         if not changes:
-            why = f"{done} weights are quantized already" if done else "no MatMul, Gemm or Gather reads a stored weight that fits"
-            ctx.remarks.missed("", f"nothing to quantize: {why}")
+            say_nothing_to_do(ctx, done)
         return changes
 
     def match(self, node: ir.Node, ctx: Context) -> WeightMatch | Miss | None:
@@ -112,7 +111,7 @@ class WeightOnly(RewritePass[WeightMatch]):
         if isinstance(operand, Embedding):
             found = WeightMatch(nodes, outputs, operand.table, self._code(operand.table, 1))
         else:
-            tied = self._tied(operand, ctx)
+            tied = tied_table(operand, ctx, self._unfit)
             if tied is not None:
                 found = WeightMatch(nodes, outputs, tied.table, self._code(tied.table, 1), True, tied.node.name or "")
             else:
@@ -184,7 +183,7 @@ class WeightOnly(RewritePass[WeightMatch]):
         for operand in ctx.get(StoredOperands(casts=True)).values():
             if not isinstance(operand, Linear) or operand.quantized or self._unfit(operand) is not None:
                 continue
-            if self._tied(operand, ctx) is not None or self._read_as_rows(operand, ctx):
+            if tied_table(operand, ctx, self._unfit) is not None or self._read_as_rows(operand, ctx):
                 continue  # the lookup would pay for the errors that the multiply no longer makes
             if operand.batch or operand.trans_x or not observable(model, operand.x) or static_dim(operand.x, -1) is None:
                 hidden.append(operand)
@@ -205,14 +204,6 @@ class WeightOnly(RewritePass[WeightMatch]):
 
     def _read_as_rows(self, linear: Linear, ctx: Context) -> bool:
         return any(isinstance(e, Embedding) and e.table is linear.weight for e in ctx.get(StoredOperands(casts=True)).values())
-
-    def _tied(self, linear: Linear, ctx: Context) -> Embedding | None:
-        """An embedding that will be quantized and whose table is the transpose of this weight, as another constant."""
-        if linear.transposed or linear.batch:
-            return None
-        tables = (e for e in ctx.get(StoredOperands(casts=True)).values() if isinstance(e, Embedding) and not e.quantized)
-        fitting = (e for e in tables if (e.rows, e.width) == (linear.out_features, linear.in_features) and self._unfit(e) is None)
-        return next((e for e in fitting if np.array_equal(numbers(e.table).T, numbers(linear.weight))), None)
 
     def _unfit(self, operand: Linear | Embedding) -> str | None:
         reason = passed_over(operand.node, self.options.include, self.options.exclude)

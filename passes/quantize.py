@@ -18,7 +18,18 @@ from graphopt.rewrite import Builder, Match, Miss, RewritePass
 
 from ._coding import REDUCED, Coded, encode
 from ._decode import DecodeWeights
-from ._eligible import LONGEST_SUM, check_patterns, numbers, passed_over, unfit_linear, unfit_table, why_no_linear
+from ._eligible import (
+    LONGEST_SUM,
+    check_patterns,
+    numbers,
+    passed_over,
+    quantized_before,
+    say_nothing_to_do,
+    tied_table,
+    unfit_linear,
+    unfit_table,
+    why_no_linear,
+)
 from ._left import TurnLeftWeights
 from ._rows import even_rows, row_scale, wants_rows
 from ._static import METHODS, ActivationGrid, calibrated, on_grid
@@ -145,13 +156,12 @@ class Quantize(RewritePass[QuantizeMatch]):
         turned = TurnLeftWeights(self.include, self.exclude).run(model, ctx)
         if self.mode == "weight-only":
             return turned + WeightOnly(self).run(model, ctx)
-        done = sum(x.quantized for x in ctx.get(StoredOperands(casts=True)).values())
+        done = quantized_before(ctx)
         mark = len(ctx.remarks)
         changes = turned + DecodeWeights().run(model, ctx) + super().run(model, ctx)
         _warn_of_rulers(ctx, mark)
         if not changes:
-            why = f"{done} weights are quantized already" if done else "no MatMul, Gemm or Gather reads a stored weight that fits"
-            ctx.remarks.missed("", f"nothing to quantize: {why}")
+            say_nothing_to_do(ctx, done)
         return changes
 
     def match(self, node: ir.Node, ctx: Context) -> QuantizeMatch | Miss | None:
@@ -223,26 +233,21 @@ class Quantize(RewritePass[QuantizeMatch]):
 
     def _match_table(self, e: Embedding, ctx: Context) -> QuantizeMatch:
         linears = (x for x in ctx.get(StoredOperands(casts=True)).values() if isinstance(x, Linear) and not x.quantized)
-        reduced = self.reduce_range and any(x.weight is e.table or self._tied(x, ctx) is e for x in linears)  # rows are decoded, not multiplied
+        #
+        reduced = self.reduce_range and any(
+            x.weight is e.table or tied_table(x, ctx, self._unfit) is e for x in linears
+        )  # rows are decoded, not multiplied
         return QuantizeMatch((e.node,), (e.node.outputs[0],), e.table, encode(numbers(e.table), 0, symmetric=self.symmetric, reduced=reduced))
 
     def _match_linear(self, linear: Linear, ctx: Context) -> QuantizeMatch:
         nodes, outputs, reduced = (linear.node,), (linear.node.outputs[0],), self.reduce_range
-        tied = self._tied(linear, ctx)
+        tied = tied_table(linear, ctx, self._unfit)
         if tied is not None:  # the row scales of the table are the channel scales of the multiply
             coded = encode(numbers(tied.table), 0, symmetric=self.symmetric, reduced=reduced)
             return QuantizeMatch(nodes, outputs, tied.table, coded, True, tied.node.name or "")
         symmetric = self.symmetric or bool(linear.batch)  # runtimes fail on a zero point for each channel of a batch of matrices
         coded = encode(numbers(linear.weight), linear.channel_axis, per_channel=self.per_channel, symmetric=symmetric, reduced=reduced)
         return QuantizeMatch(nodes, outputs, linear.weight, coded, linear.transposed)
-
-    def _tied(self, linear: Linear, ctx: Context) -> Embedding | None:
-        """An embedding that will be quantized and whose table is the transpose of this weight, as another constant."""
-        if linear.transposed or linear.batch:
-            return None
-        tables = (e for e in ctx.get(StoredOperands(casts=True)).values() if isinstance(e, Embedding) and not e.quantized)
-        fitting = (e for e in tables if (e.rows, e.width) == (linear.out_features, linear.in_features) and self._unfit(e) is None)
-        return next((e for e in fitting if np.array_equal(numbers(e.table).T, numbers(linear.weight))), None)
 
     def _unfit(self, operand: Linear | Embedding) -> str | None:
         """Why this operand must stay float."""

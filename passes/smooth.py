@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.activations import LinearInputs
 from graphopt.analysis.linear import Linear, Linears
-from graphopt.core import Context, Pass
+from graphopt.core import Array, Context, Pass
 from graphopt.errors import PipelineError
 from graphopt.graph import Names
 
 from ._eligible import numbers
 from ._smoothing import Group, groups, scales
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclasses.dataclass(frozen=True)
