@@ -143,11 +143,15 @@ class CheckNumerics(Observer):
 
     def _first_inside(self, model: ir.Model, number: int) -> str:
         """The first value, in the order of the graph, that the graphs before and after the pass both name and do not agree on."""
+        from graphopt.run.observe import exposed
+
         assert self._before is not None, "before comes first"
         shared = {str(v.name) for node in self._before.graph for v in node.outputs if v.name}
         names = [str(v.name) for node in model.graph for v in node.outputs if v.name in shared and not v.is_graph_output()]
+        if not names:
+            return ""
         try:
-            old, new = (self._load(_expose(graph, names)).run(self._feeds[number]) for graph in (self._before, model))
+            old, new = (self._load(exposed(graph, names)).run(self._feeds[number]) for graph in (self._before, model))
         except GraphoptError as error:
             return f" (the values inside cannot be compared: {error})"
         differences = (compare_outputs({name: old[name]}, {name: new[name]}) for name in names)
@@ -242,14 +246,6 @@ def _broken(expected: dict[str, Array], found: dict[str, Array]) -> Difference |
         if array.dtype.kind == "f" and bool((np.isnan(found[name]) & ~np.isnan(array)).any()):
             return Difference(name, reason="has become NaN")
     return None
-
-
-def _expose(model: ir.Model, names: list[str]) -> ir.Model:
-    """A copy whose outputs are also the named values."""
-    copy = model.clone()
-    wanted = set(names)
-    copy.graph.outputs.extend(v for node in copy.graph for v in node.outputs if v.name in wanted and not v.is_graph_output())
-    return copy
 
 
 def _state(model: ir.Model) -> str:

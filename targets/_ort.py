@@ -21,7 +21,7 @@ from ._table import cpu_table
 
 FUSE = "canonicalize, simplify-masks, fuse-norm, fuse-activation, fuse-rotary, fuse-attention"
 EXACT = f"{FUSE}, canonicalize"
-LEVELS = ("", EXACT, f"{FUSE}, canonicalize, quantize{{mode=dynamic}}")
+LEVELS = ("", EXACT, f"{EXACT}, quantize{{mode=dynamic}}")
 
 
 @dataclasses.dataclass(frozen=True)

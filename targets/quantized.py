@@ -13,8 +13,10 @@ from graphopt.core import Artifact, Pass
 
 from ._decompose import portable
 from ._limits import save_within
-from ._ort import LEVELS, CpuProvider, level_text
+from ._ort import EXACT, LEVELS, CpuProvider, level_text
 from ._saturation import EVERYWHERE, WITH_VNNI, GuardRange, exceeding
+
+_REDUCED = (*LEVELS[:2], f"{EXACT}, quantize{{mode=dynamic reduce-range=true}}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +32,7 @@ class Quantized(CpuProvider):
     vnni: bool = True
 
     def pipeline(self, level: int) -> str:
-        text = level_text(self.name, level, LEVELS)
-        return text if self.vnni else text.replace("quantize{mode=dynamic}", "quantize{mode=dynamic reduce-range=true}")
+        return level_text(self.name, level, LEVELS if self.vnni else _REDUCED)
 
     def lowerings(self) -> Sequence[Pass]:
         guard = [] if self.vnni else [GuardRange()]
