@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from _perplexity import feed_of, perplexity
 
 import graphopt
 from graphopt import bench, demo
@@ -55,20 +56,6 @@ def speedup(base: Any, other: Any, feed: dict[str, Any]) -> float:
             runner.run(feed)
             spent.append(time.process_time() - start)
     return float(np.median(seconds[0][2:]) / np.median(seconds[1][2:]))
-
-
-def feed_of(ids: Any) -> dict[str, Any]:
-    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-
-
-def perplexity(runner: Any, rows: Any) -> float:
-    loss, count = 0.0, 0
-    for row in rows:
-        logits = runner.run(feed_of(row[None]))["logits"][0, :-1].astype(np.float64)
-        logits -= logits.max(-1, keepdims=True)
-        loss -= float((logits[np.arange(len(row) - 1), row[1:]] - np.log(np.exp(logits).sum(-1))).sum())
-        count += len(row) - 1
-    return float(np.exp(loss / count))
 
 
 def smol(path: Path, tokens: Path) -> None:

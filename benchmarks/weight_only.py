@@ -13,9 +13,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+from _perplexity import feed_of, perplexity
 
 import graphopt
 from graphopt.registry import targets
+from graphopt.run.ort import session
 
 TABLE = "quantize{mode=weight-only block=64 include=node_embedding+node_linear_210}"  # the table, and the multiply that shares it
 VARIANTS = {
@@ -44,23 +46,9 @@ def tokens(first: int, last: int, rows: int) -> np.ndarray:
     return ids[: rows * 256].reshape(rows, 256).astype(np.int64)
 
 
-def perplexity(path: Path, rows: np.ndarray) -> float:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    loss = 0.0
-    for row in rows:
-        logits = session.run(None, {"input_ids": row[None], "attention_mask": np.ones_like(row[None])})[0][0, :-1].astype(np.float64)
-        top = logits.max(-1)
-        loss += (top + np.log(np.exp(logits - top[:, None]).sum(-1)) - logits[np.arange(len(row) - 1), row[1:]]).sum()
-    return float(np.exp(loss / (rows.shape[0] * (rows.shape[1] - 1))))
-
-
 def main(model: Path, names: list[str]) -> None:
     held_out, seen = tokens(0, 40, 8), tokens(40, 300, 32)
-    samples = [{"input_ids": row[None], "attention_mask": np.ones_like(row[None])} for row in seen]
+    samples = [feed_of(row[None]) for row in seen]
     exact = targets()["cpu"]().pipeline(1)
     print("| weights | MB | perplexity | seconds to make |\n|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +58,7 @@ def main(model: Path, names: list[str]) -> None:
             result = graphopt.optimize(str(model), f"{exact}, {VARIANTS[name]}", target="cpu{tune=off}", samples=given, promise=False)
             result.save(path)
             seconds = time.time() - start
-            print(f"| {name} | {path.stat().st_size / 1e6:.1f} | {perplexity(path, held_out):.2f} | {seconds:.0f} |", flush=True)
+            print(f"| {name} | {path.stat().st_size / 1e6:.1f} | {perplexity(session(path), held_out):.2f} | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
