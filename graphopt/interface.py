@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 import onnx_ir as ir
 
 from graphopt.errors import VerifyError
 from graphopt.shapes import declared_shape, is_opaque
+
+RESIZED = "graphopt.resized"  # graph.meta: names of inputs and outputs that the user let a pass make smaller (caches, a vocabulary)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,19 +51,19 @@ def check_interface(before: Interface, model: ir.Model) -> None:
     Raises:
         VerifyError: names the first input or output that changed.
     """
-    now = interface(model)
-    _same("input", before.inputs, now.inputs)
-    _same("output", before.outputs, now.outputs)
+    now, resized = interface(model), model.graph.meta.get(RESIZED, frozenset())
+    _same("input", before.inputs, now.inputs, resized)
+    _same("output", before.outputs, now.outputs, resized)
     if before.overridable != now.overridable:
         raise VerifyError(f"interface: the overridable inputs were {_list(before.overridable)}, and are now {_list(now.overridable)}")
 
 
-def _same(what: str, before: tuple[Port, ...], now: tuple[Port, ...]) -> None:
+def _same(what: str, before: tuple[Port, ...], now: tuple[Port, ...], resized: Collection[str]) -> None:
     names, found = [p.name for p in before], [p.name for p in now]
     if names != found:
         raise VerifyError(f"interface: the {what}s were {_list(names)}, and are now {_list(found)}")
     for old, new in zip(before, now, strict=True):
-        if old.dtype != new.dtype or not _kept(old.dims, new.dims):
+        if old.dtype != new.dtype or not (_kept(old.dims, new.dims) or old.name in resized):
             raise VerifyError(f"interface: {what} `{old}` has become `{new}`")
 
 
