@@ -44,7 +44,7 @@ ROWS = [
     }
     | {"sizes", "feeds", "sources", "samples", "distance", "measure", "interface", "verify", "save"},
     {"rewrite"},
-    {"pipeline"},
+    {"pipeline", "slicing"},
     {
         "registry",
         "listing",

@@ -111,7 +111,7 @@ class Units(Analysis[Blocks]):
             if node.domain or node.op_type not in ("Softmax", "Attention"):
                 continue
             known = facts.get(node)
-            place = _operator(node) if node.op_type == "Attention" else _primitive(known)
+            place = _operator(node, known) if node.op_type == "Attention" else _primitive(known)
             if place is None:
                 if node.op_type == "Attention" or _is_near(known):
                     refused.append((node, "its heads are not known" if not isinstance(known, str) else known))
@@ -138,7 +138,7 @@ class _Place:
     operands: tuple[ir.Value, ...]
 
 
-def _operator(node: ir.Node) -> _Place | None:
+def _operator(node: ir.Node, facts: AttentionFacts | str | None) -> _Place | None:
     q, k, v, out = *node.inputs[:3], node.outputs[0]
     if q is None or k is None or v is None or q.shape is None:
         return None
@@ -148,6 +148,8 @@ def _operator(node: ir.Node) -> _Place | None:
     widths = [static_dim(x, -1) for x in (q, v)]
     if not heads or not kv_heads or None in widths:
         return None
+    if isinstance(facts, AttentionFacts):
+        kv_heads = facts.kv_heads  # fewer than the operator sees where the graph repeats them in front of it
     head_dim, value_dim = (int(w or 0) // (n if flat else 1) for w, n in zip(widths, (heads, kv_heads), strict=True))
     return _Place(out, 2 if flat else 1, heads, kv_heads, head_dim, value_dim, (q, k, v))
 

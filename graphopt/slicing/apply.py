@@ -13,13 +13,14 @@ from graphopt.graph import Names, attr, constant, consumers, graphs, is_constant
 from graphopt.interface import RESIZED
 from graphopt.rewrite import ORIGINS, Builder, remove_dead
 from graphopt.shapes import contents, declared_shape, infer_shapes
-from graphopt.slice_rules import rank, selection
-from graphopt.slicing import Masks, Refusal, Slicing, Slot, kept
+from graphopt.slicing.moves import cut_axes, selection
+from graphopt.slicing.places import rank
+from graphopt.slicing.plan import Masks, Plan, Refusal, Slot, kept
 
 _DECLARED = "graphopt.declared"
 
 
-def apply(s: Slicing) -> None:
+def apply(s: Plan) -> None:
     """Change the graph of `s` as planned; it is in normal form afterwards, with new shapes. `s` must not be used again.
 
     Raises:
@@ -29,7 +30,7 @@ def apply(s: Slicing) -> None:
 
 
 class Applier:
-    def __init__(self, s: Slicing) -> None:
+    def __init__(self, s: Plan) -> None:
         self.s, self.model = s, s.model
         self.names = Names(s.model)
         self.op = Builder(self.names, {}, s.model.graph)
@@ -60,10 +61,11 @@ class Applier:
         """A sliced weight takes the name of the whole one, where that is gone."""
         weights = self.model.graph.initializers
         for (old, _), new in self._sliced.items():
-            if old.name and old.name not in weights and new.name in weights:
-                del weights[new.name]
-                new.name = old.name
-                weights[new.name] = new
+            name, fresh = str(old.name), str(new.name)
+            if name not in weights and fresh in weights:
+                del weights[fresh]
+                new.name = name
+                weights[name] = new
 
     # ---- weights and operands -----------------------------------------------------------------------------------------------------------
 
@@ -163,15 +165,15 @@ class Applier:
     def _computed_target(self, node: ir.Node, index: int, value: ir.Value, wanted: dict[int, int], inferred: list[int]) -> None:
         """Pieces of the old target, and numbers in between; at most one size is left to be inferred."""
         size = len(node.outputs[0].shape or ())
-        known = contents(value)
+        known: Sequence[object] = contents(value) or [None] * size
         if len(inferred) > (1 if node.op_type == "Reshape" else 0) or static_dim(value, 0) != size:
             raise Refusal(f"{node.op_type} `{node.name}`: its target is computed, and what it must become is not known")
         parts: list[ir.Value] = []
-        for k in range(size):
+        for k, old in zip(range(size), known, strict=False):
             if k in wanted or k in inferred:
                 parts.append(self.integers([wanted.get(k, -1)]))
-            elif known is not None and k < len(known) and isinstance(known[k], int):
-                parts.append(self.integers([int(known[k])]))
+            elif isinstance(old, int):
+                parts.append(self.integers([old]))
             else:
                 bounds = [self.integers([k]), self.integers([k + 1]), self.integers([0])]
                 parts.append(self._node(node, "Slice", [value, *bounds]))
@@ -217,8 +219,7 @@ def _slice(a: Applier, node: ir.Node) -> None:
         return
     value = node.inputs[0]
     assert value is not None
-    everything = [k for k in range(rank(x)) if _is_cut(node, k)]
-    for k in everything:  # one Gather or Slice for each axis that is cut
+    for k in cut_axes(node):  # one Gather or Slice for each axis that is cut
         mask, size = a.s.mask(x, k), static_dim(x.value, k)
         chosen = selection(node, k, size)
         if mask is None or size is None or chosen is None:
@@ -226,12 +227,6 @@ def _slice(a: Applier, node: ir.Node) -> None:
         place = np.cumsum(~mask) - 1
         value = a._node(node, "Gather", [value, a.integers(place[chosen[~mask[chosen]]])], axis=k)
     node.outputs[0].replace_all_uses_with(value, replace_graph_outputs=True)
-
-
-def _is_cut(node: ir.Node, axis: int) -> bool:
-    x = Slot(node, 0)
-    given = contents(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else list(range(len(contents(node.inputs[1]) or ())))
-    return any(int(k) % rank(x) == axis for k in given or ())
 
 
 def _gather(a: Applier, node: ir.Node) -> None:

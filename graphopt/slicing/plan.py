@@ -1,21 +1,14 @@
-"""Remove indices along axes of a graph, with all that this entails: heads, neurons, features, vocabulary rows.
+"""What is planned to be removed from a graph: masks along axes of values, and of operands that change for one reader only.
 
-A removal starts at some axis of some value and is closed over the graph: what a MatMul contracts goes on both sides, what an Add aligns goes
-in both terms, a Reshape carries heads into features, a Split into its parts. The closure ends at stored weights, which are sliced, and at
-contractions, whose result does not change its size. So the pruned graph computes what the old one would if the removed entries were zero
-where they are summed. What has no rule refuses; nothing is guessed from sizes.
-
-Terms: a *mask* is a bool array along one axis, True where an index goes. Its length is that of the axis; of an axis of unknown length
-(batch * heads) it is the period with which it repeats. Rules for operators stand in `slice_rules.py`.
+A *mask* is a bool array along one axis, True where an index goes. Its length is that of the axis; of an axis of unknown length (batch * heads)
+it is the period with which it repeats.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Collection
 
 import numpy as np
 import onnx_ir as ir
@@ -46,8 +39,8 @@ class Slot:
         return self.node.inputs[self.index] if self.index < len(self.node.inputs) else None
 
 
-class Slicing:
-    """The removals that are planned for one unchanged graph. `remove` adds one and closes it; `apply` (slice_apply.py) carries all of them out.
+class Plan:
+    """The removals that are planned for one unchanged graph, and how rules read and mark them.
 
     Attributes:
         removed: for each computed value what goes along its axes.
@@ -66,21 +59,6 @@ class Slicing:
         self._asked: dict[ir.Value, dict[Slot, Masks]] = {}
         self._entered: set[ir.Value] = set()
         self._queue: deque[ir.Node] = deque()
-
-    def remove(self, value: ir.Value, axis: int, mask: Array, *, inside: Collection[ir.Value] | None = None) -> None:
-        """Remove what `mask` marks along `axis` of `value`, and everything that must go with it.
-
-        Args:
-            inside: the values that may change for all their readers; what enters from elsewhere (masks, rotary caches, position biases) is
-                sliced for this reader alone where others read it too. None: every value may change.
-
-        Raises:
-            Refusal: it cannot be done; nothing is planned then that was not before.
-        """
-        with self._all_or_nothing():
-            self._inside = inside
-            self._mark(value, axis % _rank(value), mask)
-            self._close()
 
     def mask(self, slot: Slot, axis: int) -> Array | None:
         """What goes along one axis (counted from the front) of an operand or result."""
@@ -108,8 +86,6 @@ class Slicing:
 
     def note(self, node: ir.Node, text: str) -> None:
         self.notes[node.name or "", text] = None
-
-    # ---- the closure ------------------------------------------------------------------------------------------------------------------
 
     def _mark(self, value: ir.Value, axis: int, mask: Array) -> None:
         size = static_dim(value, axis)
@@ -148,64 +124,6 @@ class Slicing:
             masks[axis] = after
             self._queue.append(slot.node)
 
-    def _close(self) -> None:
-        from graphopt.slice_rules import link
-
-        visited: dict[ir.Node, None] = {}
-        while True:
-            while self._queue:
-                node = self._queue.popleft()
-                visited[node] = None
-                link(node, self)
-            if not self._settle():
-                break
-        for node in visited:  # what was ragged on the way may be even now
-            link(node, self, final=True)
-        if self._queue:
-            raise Refusal("the removal does not come to an end")
-
-    def _settle(self) -> bool:
-        """Decide about operands from outside: changed for all if every reader asks for the same, else sliced for those who asked."""
-        for value, wanted in self._asked.items():
-            masks = next(iter(wanted.values()))
-            if self._alike(value, wanted):
-                for slot in wanted:
-                    self.private.pop(slot, None)
-                for axis, mask in masks.items():
-                    self._mark(value, axis, mask)
-                self._queue.extend(slot.node for slot in wanted if value not in self._entered)
-                self._entered.add(value)
-            elif value in self._entered:
-                raise Refusal(f"`{value.name}` has lost entries for all its readers, and one of them is to lose more")
-            if self._queue:
-                return True
-        for value, wanted in self._asked.items():
-            if value in self._entered:
-                continue
-            if _stems_from_constants(value):
-                raise Refusal(f"the weight behind `{value.name}` is decoded once for several readers; prune before quantizing")
-            for slot, asked in wanted.items():
-                for axis, mask in asked.items():
-                    self._keep_private(slot, axis, mask)
-        return bool(self._queue)
-
-    def _alike(self, value: ir.Value, wanted: dict[Slot, Masks]) -> bool:
-        """Every reader of an operand from outside asks for the same removal, and nobody else sees it."""
-        if value.is_graph_output() or (value.is_graph_input() and value.name not in self.resize):
-            return False
-        masks = list(wanted.values())
-        return {Slot(use.node, use.idx) for use in value.uses()} == set(wanted) and all(_equal(masks[0], m) for m in masks)
-
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        saved = (_copy(self.removed), _copy(self.private), dict(self.notes), {v: _copy(w) for v, w in self._asked.items()}, set(self._entered))
-        try:
-            yield
-        except Refusal:
-            self.removed, self.private, self.notes, self._asked, self._entered = saved
-            self._queue.clear()
-            raise
-
 
 # ---- masks --------------------------------------------------------------------------------------------------------------------------------
 
@@ -214,7 +132,7 @@ def factor(mask: Array, sizes: list[int]) -> list[Array]:
     """The removal along each piece of an axis that is split into `sizes`, outer first: an index of a piece goes if all that has it goes."""
     keep = ~mask.reshape(sizes)
     everything = range(len(sizes))
-    return [~keep.any(axis=tuple(k for k in everything if k != piece)) for piece in everything]
+    return [~np.any(keep, axis=tuple(k for k in everything if k != piece)) for piece in everything]
 
 
 def spread(masks: list[Array]) -> Array:
@@ -245,23 +163,11 @@ def _joined(a: Array, b: Array, value: ir.Value) -> Array:
     return either
 
 
-def _equal(a: Masks, b: Masks) -> bool:
+def equal(a: Masks, b: Masks) -> bool:
     return set(a) == set(b) and all(np.array_equal(a[k], b[k]) for k in a)
 
 
-def _copy(masks: dict[Any, Masks]) -> dict[Any, Masks]:
-    return {key: dict(value) for key, value in masks.items()}
-
-
-def _rank(value: ir.Value) -> int:
+def rank_of(value: ir.Value) -> int:
     if value.shape is None:
         raise Refusal(f"the shape of `{value.name}` is unknown")
     return len(value.shape)
-
-
-def _stems_from_constants(value: ir.Value, depth: int = 6) -> bool:
-    """True for a stored weight behind DequantizeLinear, Transpose, Cast and the like."""
-    node = value.producer()
-    if node is None or depth == 0:
-        return is_constant(value)
-    return all(v is None or is_constant(v) or _stems_from_constants(v, depth - 1) for v in node.inputs) and bool(node.inputs)
