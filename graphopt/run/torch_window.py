@@ -1,0 +1,334 @@
+"""Convolution, pooling, resizing: what looks at a window of an image or a signal, [batch, channels, *spatial]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn import functional
+
+from graphopt.run.torch_table import op
+from graphopt.run.torch_types import Tensor
+
+Ints = Sequence[int]
+_CONV = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+_CONV_TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
+
+
+def paddings(sizes: Ints, spans: Ints, strides: Ints, pads: Ints | None, auto_pad: str) -> list[tuple[int, int]]:
+    """(before, after) of each spatial axis; `span` is the width of a dilated kernel."""
+    if auto_pad in ("NOTSET", ""):
+        given = list(pads) if pads else [0] * (2 * len(sizes))
+        return list(zip(given[: len(sizes)], given[len(sizes) :], strict=True))
+    if auto_pad == "VALID":
+        return [(0, 0)] * len(sizes)
+    found = []
+    for size, span, stride in zip(sizes, spans, strides, strict=True):
+        total = max((-(-size // stride) - 1) * stride + span - size, 0)
+        small, large = total // 2, total - total // 2
+        found.append((small, large) if auto_pad == "SAME_UPPER" else (large, small))
+    return found
+
+
+def flat(pads: Sequence[tuple[int, int]]) -> list[int]:
+    """As torch.nn.functional.pad takes them: the last axis first."""
+    return [n for pair in reversed(pads) for n in pair]
+
+
+@op("Conv")
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    auto_pad: str = "NOTSET",
+    dilations: Ints | None = None,
+    group: int = 1,
+    kernel_shape: Ints | None = None,
+    pads: Ints | None = None,
+    strides: Ints | None = None,
+) -> Tensor:
+    n = x.dim() - 2
+    dilation, stride = tuple(dilations or (1,) * n), tuple(strides or (1,) * n)
+    spans = [(k - 1) * d + 1 for k, d in zip(weight.shape[2:], dilation, strict=True)]
+    around = paddings(x.shape[2:], spans, stride, pads, auto_pad)
+    if all(a == b for a, b in around):
+        return _CONV[n](x, weight, bias, stride, tuple(a for a, _ in around), dilation, group)
+    return _CONV[n](functional.pad(x, flat(around)), weight, bias, stride, 0, dilation, group)
+
+
+@op("ConvTranspose")
+def conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    auto_pad: str = "NOTSET",
+    dilations: Ints | None = None,
+    group: int = 1,
+    kernel_shape: Ints | None = None,
+    output_padding: Ints | None = None,
+    output_shape: Ints | None = None,
+    pads: Ints | None = None,
+    strides: Ints | None = None,
+) -> Tensor:
+    n = x.dim() - 2
+    dilation, stride, extra = tuple(dilations or (1,) * n), tuple(strides or (1,) * n), tuple(output_padding or (0,) * n)
+    whole = _CONV_TRANSPOSED[n](x, weight, None, stride, 0, 0, group, dilation)
+    sizes = [w + e for w, e in zip(whole.shape[2:], extra, strict=True)]  # before anything is cut
+    given = list(pads or [0] * (2 * n))
+    around = list(zip(given[:n], given[n:], strict=True))
+    if output_shape is not None or auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+        wanted = list(output_shape)[-n:] if output_shape is not None else [s * t for s, t in zip(x.shape[2:], stride, strict=True)]
+        cuts = [s - w for s, w in zip(sizes, wanted, strict=True)]
+        around = [(c // 2, c - c // 2) if auto_pad == "SAME_UPPER" else (c - c // 2, c // 2) for c in cuts]
+    y = functional.pad(whole, flat([(-a, e - b) for (a, b), e in zip(around, extra, strict=True)]))
+    return y if bias is None else y + bias.reshape([1, -1] + [1] * n)
+
+
+# ---- pooling ------------------------------------------------------------------------------------------------------------------------------
+
+
+def _windows(x: Tensor, kernel: Ints, strides: Ints, dilations: Ints, around: Sequence[tuple[int, int]], ceil: int, fill: float) -> Tensor:
+    """[batch, channels, *places, product of kernel]: every window, padded by `fill`; with `ceil`, also the last one that is cut off."""
+    n, spans = len(kernel), [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    widths = []
+    for size, span, stride, (before, after) in zip(x.shape[2:], spans, strides, around, strict=True):
+        room = size + before + after - span
+        count = (-(-room // stride) if ceil else room // stride) + 1
+        if ceil and (count - 1) * stride >= size + before:  # a window must start inside the input or its left padding
+            count -= 1
+        widths.append((before, max((count - 1) * stride + span - size - before, -size)))
+    x = functional.pad(x, flat(widths), value=fill)
+    for axis, (span, stride) in enumerate(zip(spans, strides, strict=True)):
+        x = x.unfold(2 + axis, span, stride)
+    return x[(..., *[slice(None, None, d) for d in dilations])].flatten(-n)
+
+
+@op("MaxPool")
+def max_pool(
+    x: Tensor,
+    *,
+    auto_pad: str = "NOTSET",
+    ceil_mode: int = 0,
+    dilations: Ints | None = None,
+    kernel_shape: Ints,
+    pads: Ints | None = None,
+    storage_order: int = 0,
+    strides: Ints | None = None,
+    _outputs: int = 1,
+) -> Tensor | tuple[Tensor, Tensor]:
+    n = len(kernel_shape)
+    dilation, stride = tuple(dilations or (1,) * n), tuple(strides or (1,) * n)
+    spans = [(k - 1) * d + 1 for k, d in zip(kernel_shape, dilation, strict=True)]
+    around = paddings(x.shape[2:], spans, stride, pads, auto_pad)
+    low: float = -math.inf if x.is_floating_point() else torch.iinfo(x.dtype).min
+    found = _windows(x, kernel_shape, stride, dilation, around, ceil_mode, low)
+    if _outputs == 1:
+        return found.amax(-1)
+    values, inside = found.max(-1)
+    return values, _places(x, inside, kernel_shape, stride, dilation, around, storage_order)
+
+
+def _places(x: Tensor, inside: Tensor, kernel: Ints, stride: Ints, dilation: Ints, around: Sequence[tuple[int, int]], column_major: int) -> Tensor:
+    """Where each maximum stands in the flattened input."""
+    sizes = x.shape[2:]
+    coordinates: list[Tensor] = []
+    for axis in reversed(range(len(kernel))):
+        step = inside % kernel[axis]
+        inside = inside // kernel[axis]
+        start = (
+            torch.arange(inside.shape[2 + axis], device=x.device).reshape([-1 if d == 2 + axis else 1 for d in range(inside.dim())]) * stride[axis]
+        )
+        coordinates.insert(0, start + step * dilation[axis] - around[axis][0])
+    order = list(range(len(sizes)))
+    place = torch.zeros_like(inside)
+    for axis in order[::-1] if column_major else order:
+        place = place * sizes[axis] + coordinates[axis]
+    planes = torch.arange(x.shape[0] * x.shape[1], device=x.device).reshape(x.shape[0], x.shape[1], *[1] * len(sizes))
+    return place + planes * math.prod(sizes)
+
+
+@op("AveragePool")
+def average_pool(
+    x: Tensor,
+    *,
+    auto_pad: str = "NOTSET",
+    ceil_mode: int = 0,
+    count_include_pad: int = 0,
+    dilations: Ints | None = None,
+    kernel_shape: Ints,
+    pads: Ints | None = None,
+    strides: Ints | None = None,
+) -> Tensor:
+    """The part of a window that lies beyond the padding (`ceil_mode`) never counts."""
+    n = len(kernel_shape)
+    dilation, stride = tuple(dilations or (1,) * n), tuple(strides or (1,) * n)
+    spans = [(k - 1) * d + 1 for k, d in zip(kernel_shape, dilation, strict=True)]
+    around = paddings(x.shape[2:], spans, stride, pads, auto_pad)
+    total = _windows(x, kernel_shape, stride, dilation, around, ceil_mode, 0).sum(-1)
+    ones = torch.ones([1, 1, *x.shape[2:]], dtype=x.dtype, device=x.device)
+    if count_include_pad:
+        ones, around = functional.pad(ones, flat(around), value=1), [(0, 0)] * n
+    return total / _windows(ones, kernel_shape, stride, dilation, around, ceil_mode, 0).sum(-1)
+
+
+@op("LpPool")
+def lp_pool(
+    x: Tensor,
+    *,
+    auto_pad: str = "NOTSET",
+    ceil_mode: int = 0,
+    dilations: Ints | None = None,
+    kernel_shape: Ints,
+    p: int = 2,
+    pads: Ints | None = None,
+    strides: Ints | None = None,
+) -> Tensor:
+    n = len(kernel_shape)
+    dilation, stride = tuple(dilations or (1,) * n), tuple(strides or (1,) * n)
+    spans = [(k - 1) * d + 1 for k, d in zip(kernel_shape, dilation, strict=True)]
+    around = paddings(x.shape[2:], spans, stride, pads, auto_pad)
+    return (_windows(x, kernel_shape, stride, dilation, around, ceil_mode, 0).abs() ** p).sum(-1) ** (1 / p)
+
+
+@op("GlobalAveragePool")
+def global_average_pool(x: Tensor) -> Tensor:
+    return x.mean(list(range(2, x.dim())), keepdim=True)
+
+
+@op("GlobalMaxPool")
+def global_max_pool(x: Tensor) -> Tensor:
+    return x.amax(list(range(2, x.dim())), keepdim=True)
+
+
+# ---- resizing -----------------------------------------------------------------------------------------------------------------------------
+
+
+@op("Resize")
+def resize(
+    x: Tensor,
+    roi: Tensor | None = None,
+    scales: Tensor | None = None,
+    sizes: Tensor | None = None,
+    *,
+    antialias: int = 0,
+    axes: Ints | None = None,
+    coordinate_transformation_mode: str = "half_pixel",
+    cubic_coeff_a: float = -0.75,
+    exclude_outside: int = 0,
+    extrapolation_value: float = 0.0,
+    keep_aspect_ratio_policy: str = "stretch",
+    mode: str = "nearest",
+    nearest_mode: str = "round_prefer_floor",
+) -> Tensor:
+    """One axis after the other: every mode of the operator is a product of a small matrix [new size, old size] for each axis."""
+    dims = [a % x.dim() for a in (range(x.dim()) if axes is None else axes)]
+    factors, targets = _targets(x, dims, scales, sizes, keep_aspect_ratio_policy)
+    kernel = {"nearest": _nearest(nearest_mode), "linear": _linear, "cubic": _cubic(cubic_coeff_a)}[mode]
+    crop = [] if roi is None else roi.tolist()
+    outside = torch.zeros((), dtype=torch.bool, device=x.device)
+    dtype = x.dtype
+    if mode != "nearest" and not x.is_floating_point():
+        x = x.float()
+    for i, (dim, factor, target) in enumerate(zip(dims, factors, targets, strict=True)):
+        bounds = (crop[i], crop[i + len(dims)]) if coordinate_transformation_mode == "tf_crop_and_resize" else (0.0, 1.0)
+        size = x.shape[dim]
+        at = _coordinates(size, target, factor, coordinate_transformation_mode, bounds)
+        if coordinate_transformation_mode == "tf_crop_and_resize":
+            shape = [-1 if d == dim else 1 for d in range(x.dim())]
+            outside = outside | ((at < 0) | (at > size - 1)).reshape(shape).to(x.device)
+        if target == size and torch.equal(at, torch.arange(size, dtype=at.dtype)):
+            continue
+        matrix = _matrix(at, size, kernel, min(factor, 1.0) if antialias and mode != "nearest" else 1.0, exclude_outside)
+        x = _apply(x, matrix.to(x.device), dim, mode)
+    if outside.any():
+        x = torch.where(outside, torch.full_like(x, extrapolation_value), x)
+    return x.to(dtype)
+
+
+def _targets(x: Tensor, dims: Ints, scales: Tensor | None, sizes: Tensor | None, policy: str) -> tuple[list[float], list[int]]:
+    if scales is not None and scales.numel():
+        factors: list[float] = scales.tolist()
+        return factors, [math.floor(x.shape[d] * f) for d, f in zip(dims, factors, strict=True)]
+    assert sizes is not None
+    targets: list[int] = sizes.tolist()
+    factors = [t / x.shape[d] for d, t in zip(dims, targets, strict=True)]
+    if policy != "stretch":
+        factor = min(factors) if policy == "not_larger" else max(factors)
+        return [factor] * len(dims), [math.floor(x.shape[d] * factor + 0.5) for d in dims]
+    return factors, targets
+
+
+def _coordinates(size: int, target: int, factor: float, mode: str, crop: tuple[float, float]) -> Tensor:
+    """For each place of the output, where it lies in the input, [target]."""
+    at = torch.arange(target, dtype=torch.float64)
+    if mode == "asymmetric":
+        return at / factor
+    if mode == "align_corners":
+        last = size * factor - 1  # not rounded, as the specification has it
+        return at * ((size - 1) / last) if target > 1 else at * 0
+    if mode == "tf_crop_and_resize":
+        start, end = crop
+        step = (end - start) * (size - 1) / (target - 1) if target > 1 else 0.0
+        return start * (size - 1) + at * step if target > 1 else at * 0 + 0.5 * (start + end) * (size - 1)
+    if mode == "pytorch_half_pixel" and target <= 1:
+        return at * 0
+    if mode == "half_pixel_symmetric":
+        exact = size * factor
+        center, adjust = size / 2, target / exact
+        return center * (1 - adjust) + (at + 0.5) / factor - 0.5
+    return (at + 0.5) / factor - 0.5
+
+
+Kernel = Callable[[Tensor], Tensor]  # distance to a sample of the input -> weight
+
+
+def _linear(distance: Tensor) -> Tensor:
+    return (1 - distance.abs()).clamp(min=0)
+
+
+def _cubic(a: float) -> Kernel:
+    def kernel(distance: Tensor) -> Tensor:
+        d = distance.abs()
+        near = ((a + 2) * d - (a + 3)) * d * d + 1
+        far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+        return torch.where(d <= 1, near, torch.where(d < 2, far, torch.zeros_like(d)))
+
+    return kernel
+
+
+def _nearest(rounding: str) -> Callable[[Tensor], Tensor]:
+    def pick(at: Tensor) -> Tensor:
+        if rounding == "floor":
+            return torch.floor(at)
+        if rounding == "ceil":
+            return torch.ceil(at)
+        return torch.ceil(at - 0.5) if rounding == "round_prefer_floor" else torch.floor(at + 0.5)
+
+    pick.is_nearest = True  # type: ignore[attr-defined]
+    return pick
+
+
+def _matrix(at: Tensor, size: int, kernel: Callable[[Tensor], Tensor], shrink: float, exclude_outside: int) -> Tensor:
+    """[new size, old size]. `shrink` below 1 widens the kernel, so that no sample is passed over (antialias)."""
+    if getattr(kernel, "is_nearest", False):
+        place = kernel(at).clamp(0, size - 1).long()
+        return functional.one_hot(place, size).double()
+    reach = math.ceil(2 / shrink) + 1
+    offsets = torch.arange(-reach, reach + 1, dtype=torch.float64)
+    samples = torch.floor(at)[:, None] + offsets  # beyond the ends too
+    weights = kernel((samples - at[:, None]) * shrink)
+    if exclude_outside:
+        weights = torch.where((samples < 0) | (samples > size - 1), torch.zeros_like(weights), weights)
+    if exclude_outside or shrink < 1:
+        weights = weights / weights.sum(-1, keepdim=True)
+    places = samples.clamp(0, size - 1).long()  # what lies outside repeats the edge
+    return torch.zeros(len(at), size, dtype=torch.float64).scatter_add(1, places, weights)
+
+
+def _apply(x: Tensor, matrix: Tensor, dim: int, mode: str) -> Tensor:
+    if mode == "nearest":
+        return x.index_select(dim, matrix.argmax(-1))
+    return torch.tensordot(x, matrix.to(x.dtype), dims=([dim], [1])).movedim(-1, dim)
