@@ -100,9 +100,6 @@ class Applier:
     def _gather(self, slot: Slot, value: ir.Value, masks: Masks) -> None:
         """A computed operand that others read whole: this reader takes what it needs of it."""
         for axis, mask in masks.items():
-            size = static_dim(value, axis)
-            if size != len(mask):
-                raise Refusal(f"`{value.name}` has an axis of unknown length, from which nothing can be picked for `{slot.node.name}` alone")
             value = self._node(slot.node, "Gather", [value, self.integers(kept(mask))], axis=axis)
             slot.node.replace_input_with(slot.index, value)
 

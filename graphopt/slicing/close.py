@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
 
 from graphopt.core import Array
-from graphopt.graph import is_constant
+from graphopt.graph import consumers, is_constant
 from graphopt.slicing.plan import Masks, Plan, Refusal, Slot, equal, rank_of
 from graphopt.slicing.rules import link
 
@@ -28,7 +28,7 @@ class Slicing(Plan):
             Refusal: it cannot be done; nothing is planned then that was not before.
         """
         with self._all_or_nothing():
-            self._inside = inside
+            self._inside, self._zeroed = inside, downstream([value])
             self._mark(value, axis % rank_of(value), mask)
             self._close()
 
@@ -80,13 +80,27 @@ class Slicing(Plan):
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
+        summed = set(self._summed)
         saved = (_copy(self.removed), _copy(self.private), dict(self.notes), {v: _copy(w) for v, w in self._asked.items()}, set(self._entered))
         try:
             yield
         except Refusal:
             self.removed, self.private, self.notes, self._asked, self._entered = saved
+            self._summed = summed
             self._queue.clear()
             raise
+
+
+def downstream(sources: Iterable[ir.Value]) -> set[ir.Value]:
+    """Everything that is computed from `sources`, and they themselves."""
+    found = set(sources)
+    todo = list(found)
+    while todo:
+        for node in consumers(todo.pop()):
+            fresh = [v for v in node.outputs if v not in found]
+            found.update(fresh)
+            todo += fresh
+    return found
 
 
 def _copy(masks: dict[Any, Masks]) -> dict[Any, Masks]:

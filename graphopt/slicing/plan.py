@@ -58,6 +58,8 @@ class Plan:
         self._inside: Collection[ir.Value] | None = None
         self._asked: dict[ir.Value, dict[Slot, Masks]] = {}
         self._entered: set[ir.Value] = set()
+        self._zeroed: Collection[ir.Value] = ()
+        self._summed: set[ir.Node] = set()
         self._queue: deque[ir.Node] = deque()
 
     def mask(self, slot: Slot, axis: int) -> Array | None:
@@ -83,6 +85,18 @@ class Plan:
             known = self._asked.setdefault(value, {}).setdefault(slot, {})
             if axis not in known or not np.array_equal(known[axis], mask):
                 known[axis] = mask if axis not in known else _joined(known[axis], mask, value)
+
+    def contract(self, node: ir.Node, places: Sequence[tuple[Slot, int]]) -> None:
+        """A rule says: the results of `node` are sums over these axes. That is right where one factor counts as zero there.
+
+        It does behind the place where the removal started. In front of it entries go because nobody is left to read them; a sum reads them.
+        """
+        if node in self._summed or all(self.mask(slot, axis) is None for slot, axis in places):
+            return
+        if not any(slot.value in self._zeroed for slot, _ in places):
+            name = next(slot.value.name for slot, _ in places if slot.value is not None and not is_constant(slot.value))
+            raise Refusal(f"{node.op_type} `{node.name}` needs all of `{name}`, which is not only read here")
+        self._summed.add(node)
 
     def note(self, node: ir.Node, text: str) -> None:
         self.notes[node.name or "", text] = None
@@ -118,6 +132,9 @@ class Plan:
         size = static_dim(slot.value, axis)
         if size is not None and size != len(mask):
             mask = np.tile(mask, size // len(mask))
+        if size != len(mask):
+            name = "?" if slot.value is None else slot.value.name
+            raise Refusal(f"`{name}` has an axis of unknown length, from which nothing can be picked for `{slot.node.name}` alone")
         before = masks.get(axis)
         after = mask.copy() if before is None else before | mask
         if before is None or not np.array_equal(before, after):

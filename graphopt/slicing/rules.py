@@ -89,6 +89,7 @@ def _matmul(node: ir.Node, s: Plan, final: bool) -> None:
     if min(ra, rb) < 2:
         raise Refusal(f"MatMul `{node.name}` has an operand with one axis")
     same(s, [(a, ra - 1), (b, rb - 2)])
+    s.contract(node, [(a, ra - 1), (b, rb - 2)])
     same(s, [(a, ra - 2), (y, rank(y) - 2)])
     same(s, [(b, rb - 1), (y, rank(y) - 1)])
     for back in range(3, rank(y) + 1):
@@ -99,6 +100,7 @@ def _gemm(node: ir.Node, s: Plan, final: bool) -> None:
     a, b, c, y = Slot(node, 0), Slot(node, 1), Slot(node, 2), Slot(node, 0, True)
     ta, tb = bool(attr(node, "transA", 0)), bool(attr(node, "transB", 0))
     same(s, [(a, 0 if ta else 1), (b, 1 if tb else 0)])
+    s.contract(node, [(a, 0 if ta else 1), (b, 1 if tb else 0)])
     same(s, [(a, 1 if ta else 0), (y, 0)])
     same(s, [(b, 0 if tb else 1), (y, 1)])
     if c.value is not None:
@@ -113,7 +115,10 @@ def _einsum(node: ir.Node, s: Plan, final: bool) -> None:
         raise Refusal(f"Einsum `{node.name}` is not spelled out: `{equation}`")
     parts = [*(Slot(node, k) for k in range(len(node.inputs))), Slot(node, 0, True)]
     for letter in dict.fromkeys("".join(terms)):
-        same(s, [(slot, k) for slot, term in zip(parts, terms, strict=True) for k, x in enumerate(term) if x == letter])
+        places = [(slot, k) for slot, term in zip(parts, terms, strict=True) for k, x in enumerate(term) if x == letter]
+        same(s, places)
+        if letter not in right:
+            s.contract(node, places)
 
 
 def _expand(node: ir.Node, s: Plan, final: bool) -> None:
@@ -170,6 +175,7 @@ def _conv(node: ir.Node, s: Plan, final: bool) -> None:
         forbid(node, s, x, [k], "slides over positions that are to go")
     if groups == 1:
         same(s, [(x, 1), (w, 1)])
+        s.contract(node, [(x, 1), (w, 1)])
     elif groups == channels == static_dim(y.value, 1):
         same(s, [(x, 1), (y, 1)])
     elif s.mask(x, 1) is not None or s.mask(y, 1) is not None:
