@@ -49,6 +49,18 @@ def consumers(value: ir.Value) -> list[ir.Node]:
     return list(dict.fromkeys(use.node for use in value.uses()))
 
 
+def downstream(sources: Iterable[ir.Value]) -> set[ir.Value]:
+    """Everything that is computed from `sources`, and they themselves."""
+    found = set(sources)
+    todo = list(found)
+    while todo:
+        for node in consumers(todo.pop()):
+            fresh = [v for v in node.outputs if v not in found]
+            found.update(fresh)
+            todo += fresh
+    return found
+
+
 def used_once(value: ir.Value) -> bool:
     return len(value.uses()) == 1 and not value.is_graph_output()
 

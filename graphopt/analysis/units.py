@@ -6,7 +6,7 @@ Read off the graph before or after fusion. Blocks are numbered in graph order, a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +15,7 @@ from graphopt.analysis.attention import AttentionFacts, Attentions
 from graphopt.analysis.linear import Linear, Linears
 from graphopt.analysis.structure import Structure
 from graphopt.core import Analysis, Array, Context
-from graphopt.graph import all_nodes, attr, consumers, producer, static_dim
+from graphopt.graph import all_nodes, attr, consumers, downstream, producer, static_dim
 
 _LAYOUT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Cast", "Dropout")
 _FAR = 200  # nodes between an operand of attention and its projection, at most
@@ -120,7 +120,7 @@ class Units(Analysis[Blocks]):
         owned = {x.node for h in found for x in (*h.projections, *([h.output] if h.output else []))}
         ffn = [f for layer in ctx.get(Structure()).layers for f in layer.ffn if not owned & set(f.nodes)]
         neurons = [
-            Neurons(k, f.down.node, f.down.x, -1, f.down.in_features, inside([x.node.outputs[0] for x in f.up]), f.down, f.up)
+            Neurons(k, f.down.node, f.down.x, -1, f.down.in_features, downstream([x.node.outputs[0] for x in f.up]), f.down, f.up)
             for k, f in enumerate(ffn)
             if not f.down.batch and not f.down.trans_x
         ]
@@ -177,20 +177,8 @@ def _heads(index: int, node: ir.Node, p: _Place, made: dict[ir.Value, Linear]) -
     output = _ahead(p.value, made)
     if output is not None and (output.in_features != p.heads * p.value_dim or output.batch or output.trans_x):
         output = None
-    within = inside([x.node.outputs[0] for x in projections] or list(p.operands))
+    within = downstream([x.node.outputs[0] for x in projections] or list(p.operands))
     return Heads(index, node, p.value, p.axis, p.heads, p.kv_heads, p.head_dim, p.value_dim, within, output, projections)
-
-
-def inside(sources: Sequence[ir.Value]) -> set[ir.Value]:
-    """Everything that is computed from `sources`, and they themselves."""
-    found = set(sources)
-    todo = list(sources)
-    while todo:
-        for node in consumers(todo.pop()):
-            fresh = [v for v in node.outputs if v not in found]
-            found.update(fresh)
-            todo += fresh
-    return found
 
 
 def _behind(operands: Iterable[ir.Value], made: dict[ir.Value, Linear]) -> tuple[Linear, ...]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
 
 from graphopt.core import Array
-from graphopt.graph import consumers, is_constant
+from graphopt.graph import downstream, is_constant
 from graphopt.slicing.plan import Masks, Plan, Refusal, Slot, equal, rank_of
 from graphopt.slicing.rules import link
 
@@ -89,18 +89,6 @@ class Slicing(Plan):
             self._summed = summed
             self._queue.clear()
             raise
-
-
-def downstream(sources: Iterable[ir.Value]) -> set[ir.Value]:
-    """Everything that is computed from `sources`, and they themselves."""
-    found = set(sources)
-    todo = list(found)
-    while todo:
-        for node in consumers(todo.pop()):
-            fresh = [v for v in node.outputs if v not in found]
-            found.update(fresh)
-            todo += fresh
-    return found
 
 
 def _copy(masks: dict[Any, Masks]) -> dict[Any, Masks]:
