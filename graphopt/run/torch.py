@@ -233,7 +233,8 @@ def _graph(model: Any) -> ir.Model:
         import onnx
 
         model = onnx.load_model_from_string(model)
-    return ir.from_proto(model)
+    graph: ir.Model = ir.from_proto(model)
+    return graph
 
 
 def _tensors(array: Any, device: torch.device | None) -> Any:
