@@ -131,6 +131,7 @@ class TorchModel(torch.nn.Module):  # type: ignore[misc]
             GraphoptError: a name in `observe` or `edit` is not a value of the main graph.
         """
         self._check(feeds)
+        observe = tuple(observe)
         hooks, seen = self._hooks(observe, edit or {})
         frame: list[Any] = [None] * self._program.size
         for store, key, place in self._stored:
@@ -142,7 +143,7 @@ class TorchModel(torch.nn.Module):  # type: ignore[misc]
                 frame[place] = hooks[place](frame[place])
         self._program.run(frame, hooks)
         outputs = {port.name: frame[place] for port, place in zip(self.outputs, self._program.output_places, strict=True)}
-        return outputs | seen
+        return outputs | {name: seen[name] for name in dict.fromkeys(observe)}
 
     def _retyped(self, tensor: Any) -> Any:
         if isinstance(tensor, list):
@@ -153,8 +154,8 @@ class TorchModel(torch.nn.Module):  # type: ignore[misc]
         if len(feeds) != len(self.inputs) or any(port.name not in feeds for port in self.inputs):
             check_feeds({k: v for k, v in feeds.items() if k not in self._defaults}, self.inputs)
 
-    def _hooks(self, observe: Iterable[str], edit: Mapping[str, Edit]) -> tuple[dict[int, Callable[[Any], Any]], dict[str, Tensor]]:
-        names, seen = list(observe), dict[str, Tensor]()
+    def _hooks(self, observe: tuple[str, ...], edit: Mapping[str, Edit]) -> tuple[dict[int, Callable[[Any], Any]], dict[str, Tensor]]:
+        seen: dict[str, Tensor] = {}
         hooks: dict[int, Callable[[Any], Any]] = {}
 
         def kept(name: str) -> Callable[[Any], Any]:
@@ -168,8 +169,8 @@ class TorchModel(torch.nn.Module):  # type: ignore[misc]
 
             return hook
 
-        watched = set(names)
-        for name in dict.fromkeys((*names, *edit)):
+        watched = set(observe)
+        for name in dict.fromkeys((*watched, *edit)):
             if name not in self._program.place:
                 where = "is computed inside a subgraph, where it cannot be seen" if name in self._inner else "is no value of the graph"
                 raise GraphoptError(f"`{name}` {where}; observe and edit take values of the main graph")
@@ -233,7 +234,8 @@ def _graph(model: Any) -> ir.Model:
         import onnx
 
         model = onnx.load_model_from_string(model)
-    return ir.from_proto(model)
+    graph: ir.Model = ir.from_proto(model)
+    return graph
 
 
 def _tensors(array: Any, device: torch.device | None) -> Any:

@@ -75,6 +75,8 @@ def function_of(node: ir.Node, version: int | None, extra: Mapping[tuple[str, st
     if "_dtype" in known:
         attributes["_dtype"] = next((v.dtype for v in node.outputs), None)
     if dtype != torch.float32:
+        if "stash_type" in known:
+            attributes.setdefault("stash_type", known["stash_type"].default)
         attributes = {name: _retyped(node, name, value, dtype) for name, value in attributes.items()}
     return functools.partial(function, **attributes) if attributes else function
 

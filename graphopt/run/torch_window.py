@@ -90,20 +90,25 @@ def conv_transpose(
 # ---- pooling ------------------------------------------------------------------------------------------------------------------------------
 
 
-def _windows(x: Tensor, kernel: Ints, strides: Ints, dilations: Ints, around: Sequence[tuple[int, int]], ceil: int, fill: float) -> Tensor:
-    """[batch, channels, *places, product of kernel]: every window, padded by `fill`; with `ceil`, also the last one that is cut off."""
-    n, spans = len(kernel), [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+def _widths(sizes: Ints, kernel: Ints, strides: Ints, dilations: Ints, around: Sequence[tuple[int, int]], ceil: int) -> list[tuple[int, int]]:
+    """The padding that makes whole windows: with `ceil` the last one may reach further, if it starts inside the input or its left padding."""
     widths = []
-    for size, span, stride, (before, after) in zip(x.shape[2:], spans, strides, around, strict=True):
+    for size, k, stride, dilation, (before, after) in zip(sizes, kernel, strides, dilations, around, strict=True):
+        span = (k - 1) * dilation + 1
         room = size + before + after - span
         count = (-(-room // stride) if ceil else room // stride) + 1
-        if ceil and (count - 1) * stride >= size + before:  # a window must start inside the input or its left padding
+        if ceil and (count - 1) * stride >= size + before:
             count -= 1
-        widths.append((before, max((count - 1) * stride + span - size - before, -size)))
+        widths.append((before, (count - 1) * stride + span - size - before))
+    return widths
+
+
+def _windows(x: Tensor, kernel: Ints, strides: Ints, dilations: Ints, widths: Sequence[tuple[int, int]], fill: float) -> Tensor:
+    """[batch, channels, *places, product of kernel]: every window of the input padded by `fill`."""
     x = functional.pad(x, flat(widths), value=fill)
-    for axis, (span, stride) in enumerate(zip(spans, strides, strict=True)):
-        x = x.unfold(2 + axis, span, stride)
-    return x[(..., *[slice(None, None, d) for d in dilations])].flatten(-n)
+    for axis, (k, stride, dilation) in enumerate(zip(kernel, strides, dilations, strict=True)):
+        x = x.unfold(2 + axis, (k - 1) * dilation + 1, stride)
+    return x[(..., *[slice(None, None, d) for d in dilations])].flatten(-len(kernel))
 
 
 @op("MaxPool")
@@ -124,7 +129,7 @@ def max_pool(
     spans = [(k - 1) * d + 1 for k, d in zip(kernel_shape, dilation, strict=True)]
     around = paddings(x.shape[2:], spans, stride, pads, auto_pad)
     low: float = -math.inf if x.is_floating_point() else torch.iinfo(x.dtype).min
-    found = _windows(x, kernel_shape, stride, dilation, around, ceil_mode, low)
+    found = _windows(x, kernel_shape, stride, dilation, _widths(x.shape[2:], kernel_shape, stride, dilation, around, ceil_mode), low)
     if _outputs == 1:
         return found.amax(-1)
     values, inside = found.max(-1)
@@ -167,11 +172,13 @@ def average_pool(
     dilation, stride = tuple(dilations or (1,) * n), tuple(strides or (1,) * n)
     spans = [(k - 1) * d + 1 for k, d in zip(kernel_shape, dilation, strict=True)]
     around = paddings(x.shape[2:], spans, stride, pads, auto_pad)
-    total = _windows(x, kernel_shape, stride, dilation, around, ceil_mode, 0).sum(-1)
+    widths = _widths(x.shape[2:], kernel_shape, stride, dilation, around, ceil_mode)
+    total = _windows(x, kernel_shape, stride, dilation, widths, 0).sum(-1)
     ones = torch.ones([1, 1, *x.shape[2:]], dtype=x.dtype, device=x.device)
     if count_include_pad:
-        ones, around = functional.pad(ones, flat(around), value=1), [(0, 0)] * n
-    return total / _windows(ones, kernel_shape, stride, dilation, around, ceil_mode, 0).sum(-1)
+        inside = [(a, min(b, w)) for (a, b), (_, w) in zip(around, widths, strict=True)]
+        ones, widths = functional.pad(ones, flat(inside), value=1), [(0, w - b) for (_, b), (_, w) in zip(inside, widths, strict=True)]
+    return total / _windows(ones, kernel_shape, stride, dilation, widths, 0).sum(-1)
 
 
 @op("LpPool")
@@ -190,7 +197,8 @@ def lp_pool(
     dilation, stride = tuple(dilations or (1,) * n), tuple(strides or (1,) * n)
     spans = [(k - 1) * d + 1 for k, d in zip(kernel_shape, dilation, strict=True)]
     around = paddings(x.shape[2:], spans, stride, pads, auto_pad)
-    return (_windows(x, kernel_shape, stride, dilation, around, ceil_mode, 0).abs() ** p).sum(-1) ** (1 / p)
+    widths = _widths(x.shape[2:], kernel_shape, stride, dilation, around, ceil_mode)
+    return (_windows(x, kernel_shape, stride, dilation, widths, 0).abs() ** p).sum(-1) ** (1 / p)
 
 
 @op("GlobalAveragePool")
