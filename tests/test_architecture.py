@@ -29,6 +29,7 @@ ROWS = [
         "shape_rules",
         "shapes",
         "analysis",
+        "slicing",
         "text",
         "run",
         "spelling",
@@ -44,7 +45,7 @@ ROWS = [
     }
     | {"sizes", "feeds", "sources", "samples", "distance", "measure", "interface", "verify", "save"},
     {"rewrite"},
-    {"pipeline", "slicing"},
+    {"pipeline", "remove"},
     {
         "registry",
         "listing",

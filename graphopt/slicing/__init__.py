@@ -7,11 +7,10 @@ where they are summed. What has no rule refuses; nothing is guessed from sizes.
 
     s = Slicing(model)
     s.remove(value, axis, mask)  # Refusal: it cannot be done
-    apply(s)
+    graphopt.remove.apply(s)
 """
 
-from graphopt.slicing.apply import apply
 from graphopt.slicing.close import Slicing
 from graphopt.slicing.plan import Refusal, Slot, factor, is_ragged, kept, spread
 
-__all__ = ["Refusal", "Slicing", "Slot", "apply", "factor", "is_ragged", "kept", "spread"]
+__all__ = ["Refusal", "Slicing", "Slot", "factor", "is_ragged", "kept", "spread"]

@@ -1,0 +1,85 @@
+"""Attention weights on samples, reduced head by head while the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analysis.attention import AttentionFacts, Attentions
+from graphopt.analysis.removable import Candidate
+from graphopt.analysis.units import Heads
+from graphopt.core import Array, Context
+from graphopt.graph import all_nodes, attr
+from graphopt.run import Feeds
+from graphopt.run.observe import observable, observe
+
+Reduce = Callable[[Array], None]
+_AFTER_SOFTMAX = 3  # qk_matmul_output_mode of the operator Attention
+
+
+def observe_maps(model: ir.Model, samples: Iterable[Feeds], reducers: Mapping[ir.Node, Reduce]) -> int:
+    """Hand each batch of attention weights, [batch, heads, rows, keys], to the reducer of its attention.
+
+    Args:
+        reducers: by the Softmax or Attention node that makes the weights.
+
+    Returns:
+        the number of samples.
+
+    Raises:
+        SampleError: there was no sample.
+    """
+    copy = model.clone()
+    twins = dict(zip(all_nodes(model), all_nodes(copy), strict=True))
+    facts = Attentions().compute(copy, Context(copy))
+    wanted: dict[ir.Value, Reduce] = {}
+    for node, reduce in reducers.items():
+        value = _weights(twins[node], facts.get(twins[node]))
+        if value is not None and observable(copy, value):
+            wanted[value] = reduce
+    return observe(copy, samples, wanted, optimize=False)
+
+
+def _weights(node: ir.Node, facts: AttentionFacts | str | None) -> ir.Value | None:
+    """The weights of an attention; the operator is made to show them."""
+    if node.op_type == "Softmax":
+        return facts.probabilities if isinstance(facts, AttentionFacts) else None
+    shown = node.outputs[3] if len(node.outputs) > 3 and node.outputs[3].name else None
+    if shown is not None and attr(node, "qk_matmul_output_mode", 0) == _AFTER_SOFTMAX:
+        return shown
+    if shown is not None:
+        return None
+    node.resize_outputs(4)
+    for k in range(1, 4):
+        if node.outputs[k].name is None:
+            node.outputs[k].name = ""
+    node.outputs[3].name, node.outputs[3].type = f"{node.name}/weights", node.outputs[0].type
+    node.attributes["qk_matmul_output_mode"] = ir.AttrInt64("qk_matmul_output_mode", _AFTER_SOFTMAX)
+    return node.outputs[3]
+
+
+def head_scores(model: ir.Model, samples: Iterable[Feeds], candidates: Sequence[Candidate], criterion: str) -> dict[Candidate, Array]:
+    """For each group of heads the mean over rows: `attention`: of the largest weight; `entropy`: of 1 - entropy / log(keys)."""
+    sums: dict[ir.Node, list[Array]] = {u.node: [] for c in candidates for u in c.units if isinstance(u, Heads)}
+
+    def reducer(node: ir.Node) -> Reduce:
+        return lambda weights: sums[node].append(_reduced(weights, criterion))
+
+    observe_maps(model, samples, {node: reducer(node) for node in sums})
+    found = {}
+    for c in candidates:
+        scores = [np.mean(sums[u.node], axis=0) for u in c.units if sums[u.node]]
+        if len(scores) == len(c.units):
+            found[c] = np.sum(scores, axis=0).reshape(c.count, -1).mean(1)
+    return found
+
+
+def _reduced(weights: Array, criterion: str) -> Array:
+    """[batch, heads, rows, keys] -> [heads]"""
+    keys = weights.shape[-1]
+    if criterion == "attention":
+        return np.asarray(weights.max(-1).mean((0, 2)), np.float64)
+    entropy = -(weights * np.log(np.maximum(weights, 1e-30))).sum(-1)
+    return np.asarray(1 - (entropy / max(np.log(keys), 1e-9)).mean((0, 2)), np.float64)
