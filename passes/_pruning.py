@@ -1,0 +1,187 @@
+"""What all pruning of heads and neurons shares: rank, choose, remove, refit, and say so."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from graphopt.analysis.importance import CRITERIA, Importance, Ranking
+from graphopt.analysis.removable import Candidate, Removable
+from graphopt.analysis.units import Heads, Neurons
+from graphopt.core import Context
+from graphopt.errors import PassError, PipelineError
+from graphopt.remove import apply
+from graphopt.slicing import Refusal, Slicing
+
+from ._refit import refit
+from ._search import cheapest
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The options that the pruning passes have in common."""
+
+    importance: str
+    ratio: float | None
+    flops: float | None
+    refit: bool
+    loss: str
+    rows: int
+    multiple: int
+    seed: int
+    resize: tuple[str, ...]
+
+
+def check(name: str, s: Settings, given: bool = False) -> None:
+    """Raises PipelineError for options that contradict each other or are out of range."""
+    if s.importance not in CRITERIA:
+        raise bad(name, "importance", f"one of {', '.join(CRITERIA)}", s.importance)
+    ways = [key for key, value in (("ratio", s.ratio), ("flops", s.flops)) if value is not None] + (["heads"] if given else [])
+    if len(ways) > 1:
+        raise bad(name, ways[1], f"to stand without {ways[0]}", "both")
+    for key in ("ratio", "flops"):
+        value = getattr(s, key)
+        if value is not None and not 0 < value < 1:
+            raise bad(name, key, "a fraction between 0 and 1", value)
+    if s.rows < 1 or s.multiple < 1:
+        raise bad(name, "rows" if s.rows < 1 else "multiple", "1 or more", s.rows if s.rows < 1 else s.multiple)
+
+
+def bad(name: str, key: str, expected: str, found: object) -> PipelineError:
+    error = PipelineError(f"{name}: option `{key}` expects {expected}, found `{found}`")
+    error.bad_key = key  # type: ignore[attr-defined]
+    return error
+
+
+def milder(value: float | None) -> float | None:
+    """Half of a ratio; None below one percent."""
+    return value / 2 if value is not None and value / 2 >= 0.01 else None
+
+
+def prune(model: ir.Model, ctx: Context, kinds: Collection[str], s: Settings) -> int:
+    """Remove units of these kinds until `ratio` of them, or `flops` of the model's multiplications with stored weights, are gone."""
+    found = ctx.get(Removable(s.resize))
+    candidates = [c for c in found.candidates if c.kind in kinds]
+    for node, reason in found.refused:
+        ctx.remarks.missed(node.name or "", f"not pruned: {reason}")
+    rankings = _rankings(ctx, candidates, s)
+    for c in candidates:
+        if c not in rankings:
+            ctx.remarks.missed(c.name, f"not pruned: importance={s.importance} says nothing about its {c.kind}")
+    if not rankings:
+        ctx.remarks.missed("", f"found no {' or '.join(kinds)} that can be removed")
+        return 0
+    savings = {c: _savings(c, rankings[c], s) for c in rankings}
+    whole = sum(c.count for c in rankings) if s.ratio is not None else found.total
+    budget = whole * float(s.ratio if s.ratio is not None else s.flops or 0)
+    steps = cheapest(rankings, savings, budget)
+    if steps is None:
+        most = sum(max(v) for v in savings.values()) / whole
+        ctx.remarks.missed("", f"at most {most:.1%} can go, and {budget / whole:.1%} was asked for; nothing was removed")
+        return 0
+    gone = {c: c.members(rankings[c].first(k).tolist()) for c, k in steps.items() if k}
+    facts = {c: {"cost": round(float(rankings[c].cost[steps[c]]), 8), "importance": s.importance} for c in gone}
+    return remove(model, ctx, gone, s, facts)
+
+
+def _rankings(ctx: Context, candidates: Sequence[Candidate], s: Settings) -> dict[Candidate, Ranking]:
+    loss: Any = s.loss
+    if ":" in s.loss:
+        from graphopt.loss import load_metric
+
+        loss = load_metric(s.loss)
+    found: Mapping[Candidate, Ranking] = ctx.get(Importance(s.importance, loss, s.rows, s.multiple, s.seed, s.resize))
+    return {c: found[c] for c in candidates if c in found}
+
+
+def _savings(c: Candidate, ranking: Ranking, s: Settings) -> list[float]:
+    """What the first steps of a ranking save: units, or multiplications."""
+    groups = [0]
+    for step in ranking.order:
+        groups.append(groups[-1] + len(step))
+    return [float(n if s.ratio is not None else n * c.saves) for n in groups]
+
+
+def remove(model: ir.Model, ctx: Context, gone: Mapping[Candidate, Sequence[int]], s: Settings, facts: Mapping[Candidate, Mapping[str, Any]]) -> int:
+    """Remove these heads and neurons, refit what reads them, and remark on each block."""
+    before = model.clone() if s.refit else model
+    plan, done, outputs = Slicing(model, resize=s.resize), list[tuple[Candidate, Sequence[int]]](), list[str]()
+    for c, members in gone.items():
+        try:
+            for unit in c.units:
+                plan.remove(unit.value, unit.axis, unit.mask(members), inside=unit.inside)
+        except Refusal as refusal:
+            ctx.remarks.missed(c.name, f"not pruned: {refusal}")
+            continue
+        if not ctx.fuel.burn():
+            break
+        done.append((c, members))
+        outputs += [str(u.output.node.name) for u in c.units if u.output is not None]
+    if not done:
+        return 0
+    ported = sorted({str(v.name) for v in plan.removed if v.is_graph_input() or v.is_graph_output()})
+    apply(plan)
+    _tell(ctx, done, facts)
+    for where, text in plan.notes:
+        ctx.remarks.warning(where, text)
+    if ported:
+        ctx.remarks.warning("", f"{', '.join(f'`{n}`' for n in ported)} changed in size with the heads; feed back what the model gives")
+    if s.refit:
+        ctx.invalidate()
+        _refit(model, before, outputs, ctx, s)
+    return len(done)
+
+
+def _tell(ctx: Context, done: Sequence[tuple[Candidate, Sequence[int]]], facts: Mapping[Candidate, Mapping[str, Any]]) -> None:
+    for c, members in done:
+        for unit in c.units:
+            listed = sorted(members)
+            shared = {"shared_with": [u.index for u in c.units if u is not unit]} if len(c.units) > 1 else {}
+            told: dict[str, Any] = {"layer": unit.index, "removed": listed if isinstance(unit, Heads) else len(listed), "of": unit.count}
+            what = f"heads {'+'.join(map(str, listed))}" if isinstance(unit, Heads) else f"{len(listed)} neurons"
+            ctx.remarks.applied(unit.node.name or "", f"layer {unit.index}: {what} of {unit.count} removed", **told, **shared, **facts.get(c, {}))
+
+
+def _refit(model: ir.Model, teacher: ir.Model, names: Sequence[str], ctx: Context, s: Settings) -> None:
+    fitted, refused = refit(model, teacher, names, ctx.require_samples(), s.rows)
+    for fit in fitted:
+        ctx.remarks.applied(fit.node, f"refitted: error {fit.before:.4f} -> {fit.after:.4f}", before=fit.before, after=fit.after)
+    for name, reason in refused:
+        ctx.remarks.missed(name, f"not refitted: {reason}")
+
+
+def explicit(model: ir.Model, ctx: Context, listed: Mapping[int, Sequence[int]], kind: str, s: Settings) -> int:
+    """Remove the units that the user names, {block: members}; groups that must stay whole are completed, and weights shared with blocks that are
+    not named are forked.
+
+    Raises:
+        PassError: there is no such block or member.
+    """
+    found = ctx.get(Removable(s.resize))
+    place = {unit.index: (c, unit) for c in found.candidates if c.kind == kind for unit in c.units}
+    gone: dict[Candidate, list[int]] = {}
+    for index, members in listed.items():
+        if index not in place:
+            raise _unknown(found.refused, index, place, kind)
+        c, unit = place[index]
+        wrong = [m for m in members if not 0 <= m < unit.count]
+        if wrong:
+            raise PipelineError(f"layer {index} has {unit.count} {kind}, 0 to {unit.count - 1}; found {wrong[0]}")
+        whole = c.members(sorted({m // c.group for m in members}))
+        if len(whole) > len(set(members)):
+            ctx.remarks.warning(
+                c.name, f"{kind} go in groups of {c.group}: {'+'.join(map(str, whole))} instead of {'+'.join(map(str, sorted(members)))}"
+            )
+        gone[dataclasses.replace(c, units=(unit,))] = whole
+    return remove(model, ctx, gone, s, {})
+
+
+def _unknown(refused: Sequence[tuple[ir.Node, str]], index: int, known: Mapping[int, object], kind: str) -> PipelineError:
+    why = f"; not possible elsewhere: {refused[0][0].name}: {refused[0][1]}" if refused else ""
+    return PipelineError(f"no {kind} can be removed from a layer {index}; layers are {', '.join(map(str, sorted(known))) or 'none'}{why}")
+
+
+__all__ = ["Neurons", "PassError", "Settings", "bad", "check", "explicit", "milder", "prune"]

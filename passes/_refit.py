@@ -1,0 +1,158 @@
+"""Least squares after removal: output projections take over, as far as they can, what the removed units contributed.
+
+Block after block on the samples, each on what the pruned model really feeds it: min ||x W' + b' - y||^2, where y is what the unpruned model adds
+to the residual stream there, corrected by what the stream has lost already (Kwon et al. 2022; for layers in sequence Frantar and Alistarh 2023).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analysis.linear import Linear, Linears
+from graphopt.core import Array, Context
+from graphopt.graph import consumers, is_constant, same_shape, used_once
+from graphopt.run import Feeds
+from graphopt.run.segments import Segments, State
+
+_RIDGE = 1e-4  # of the mean second moment, towards the old weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """`before`, `after`: the relative error of what one projection gives, on the samples."""
+
+    node: str
+    before: float
+    after: float
+
+
+def refit(
+    model: ir.Model, teacher: ir.Model, names: Sequence[str], samples: Iterable[Feeds], rows: int
+) -> tuple[list[Fitted], list[tuple[str, str]]]:
+    """Fit the multiplies of these names (they have them in both models), in graph order.
+
+    Args:
+        model: the pruned graph; its weights and biases are replaced.
+        teacher: the graph before.
+        rows: stop after the batch in which so many rows of activations were seen; they are held in memory, at the places where blocks begin.
+
+    Returns:
+        what was fitted, and (node, reason) for what was not.
+    """
+    old = {x.node.name: x for x in Linears().compute(teacher, Context(teacher))}
+    new = {x.node.name: x for x in Linears().compute(model, Context(model))}
+    order = [str(n.name) for n in model.graph if n.name in set(names)]
+    refused = [(name, reason) for name in order if (reason := _unfit(model, new.get(name), old.get(name)))]
+    order = [name for name in order if name not in dict(refused)]
+    if not order:
+        return [], refused
+    pupil = _Progress(model, [new[name] for name in order])
+    master = _Progress(teacher, [old[name] for name in order])
+    pupil.begin(samples, rows)
+    master.begin(pupil.feeds, rows)
+    fitted = []
+    for name in order:
+        fitted.append(_fit(model, new[name], old[name], pupil.until(new[name]), master.until(old[name])))
+    return fitted, refused
+
+
+class _Progress:
+    """A model on its way through the samples, all batches at one place; what is in front of it may no longer change."""
+
+    def __init__(self, model: ir.Model, linears: Sequence[Linear]) -> None:
+        self.segments = Segments(model, [str(x.node.outputs[0].name) for x in linears])
+        self.here, self.states, self.feeds = 0, list[State](), list[Feeds]()
+
+    def begin(self, samples: Iterable[Feeds], rows: int) -> None:
+        seen = 0
+        for feed in samples:
+            self.feeds.append(feed)
+            self.states.append(self.segments.begin(feed))
+            seen += max((a.size for a in feed.values() if a.dtype.kind in "iu"), default=max((len(a) for a in feed.values() if a.ndim), default=1))
+            if seen >= rows:
+                return
+
+    def until(self, linear: Linear) -> list[State]:
+        """The values in front of a multiply, for every batch."""
+        piece = self.segments.piece_of(str(linear.node.outputs[0].name))
+        while self.here < piece:
+            self.states = [self.segments.step(self.here, state) for state in self.states]
+            self.here += 1
+        return self.states
+
+
+def _fit(model: ir.Model, new: Linear, old: Linear, pupil: Sequence[State], master: Sequence[State]) -> Fitted:
+    weight, bias, target = new.matrix().astype(np.float32), _bias(new), old.matrix().astype(np.float32)
+    stream = _stream(new), _stream(old)
+    if None in stream or any(str(stream[0]) not in s for s in pupil) or any(str(stream[1]) not in s for s in master):
+        stream = (None, None)
+    size = len(weight) + (bias is not None)
+    moments, cross, squares = np.zeros((size, size)), np.zeros((size, weight.shape[1])), 0.0
+    for ours, theirs in zip(pupil, master, strict=True):
+        x = ours[str(new.x.name)].reshape(-1, len(weight))
+        y = theirs[str(old.x.name)].reshape(-1, len(target)) @ target
+        if bias is not None:
+            x, y = np.concatenate([x, np.ones((len(x), 1), x.dtype)], 1), y + _bias(old)
+        if stream[0] is not None:
+            y = y + (theirs[str(stream[1])] - ours[str(stream[0])]).reshape(y.shape)
+        moments += x.T @ x
+        cross += x.T @ y
+        squares += float(np.square(y, dtype=np.float64).sum())
+    start = (weight if bias is None else np.concatenate([weight, bias[None]])).astype(np.float64)
+    ridge = _RIDGE * float(np.trace(moments)) / size
+    found = np.linalg.solve(moments + ridge * np.eye(size), cross + ridge * start)
+    _store(new, found if bias is None else found[:-1], None if bias is None else found[-1])
+    return Fitted(str(new.node.name), *(_error(moments, cross, squares, w) for w in (start, found)))
+
+
+def _error(moments: Array, cross: Array, squares: float, w: Array) -> float:
+    rest = squares - 2 * float((w * cross).sum()) + float(((moments @ w) * w).sum())
+    return float(np.sqrt(max(rest, 0.0) / max(squares, 1e-30)))
+
+
+def _bias(linear: Linear) -> Array | None:
+    if linear.bias is None or linear.bias.const_value is None:
+        return None
+    return np.broadcast_to(linear.bias.const_value.numpy().reshape(-1), (linear.out_features,)).astype(np.float32)
+
+
+def _stream(linear: Linear) -> str | None:
+    """The other summand of the residual Add behind a projection, by name."""
+    readers = consumers(linear.output)
+    if len(readers) != 1 or readers[0].op_type != "Add" or readers[0].domain:
+        return None
+    other = next((v for v in readers[0].inputs if v is not None and v is not linear.output), None)
+    return None if other is None or is_constant(other) or not same_shape(other, linear.output) else str(other.name)
+
+
+def _unfit(model: ir.Model, new: Linear | None, old: Linear | None) -> str | None:
+    if new is None or old is None or new.node.graph is not model.graph:
+        return "its output projection is no multiply of the main graph with a stored float weight"
+    if new.quantized or new.weight.dtype != ir.DataType.FLOAT or new.x.dtype != ir.DataType.FLOAT:
+        return "its output projection is not float32; prune before quantizing"
+    if (
+        new.batch
+        or new.trans_x
+        or new.alpha != 1
+        or new.beta != 1
+        or new.addend is not None
+        or (new.bias is not None and new.bias.const_value is None)
+    ):
+        return "its output projection is not x @ W + b"
+    if new.bias is not None and new.bias.const_value is not None and new.bias.const_value.size != new.out_features:
+        return "its bias is one number for all outputs"
+    if not used_once(new.weight) or (new.bias is not None and not used_once(new.bias)) or not all(used_once(n.outputs[0]) for n in new.path):
+        return "its weight is shared"
+    return None
+
+
+def _store(linear: Linear, weight: Array, bias: Array | None) -> None:
+    laid = weight.T if linear.transposed else weight
+    for value, array in ((linear.weight, laid), (linear.bias, bias)):
+        if value is not None and array is not None and value.const_value is not None:
+            shape = tuple(value.const_value.shape.numpy())
+            value.const_value = ir.tensor(np.ascontiguousarray(array, np.float32).reshape(shape), name=value.name)

@@ -1,0 +1,53 @@
+"""prune: heads and feed-forward neurons together, each where it costs least."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Self
+
+import onnx_ir as ir
+
+from graphopt.core import Context, Pass
+
+from ._pruning import Settings, bad, check, milder, prune
+
+
+@dataclasses.dataclass(frozen=True)
+class Prune(Pass):
+    """Save a fraction of the model's multiplications with stored weights by removing heads and neurons, searched over all layers at once.
+
+    Args:
+        flops: the fraction to save.
+        importance: a criterion for both: obs, fisher, taylor, reconstruction, magnitude or random (see docs/pruning.md).
+        multiple: the neurons that stay in a block are a multiple of this, as kernels like it.
+        refit, loss, rows, seed, resize: as in prune-heads.
+
+    Raises:
+        PipelineError: no flops.
+        SampleError: importance or refit needs samples, and there are none.
+    """
+
+    flops: float | None = None
+    importance: str = "obs"
+    multiple: int = 32
+    refit: bool = True
+    loss: str = "auto"
+    rows: int = 16384
+    seed: int = 0
+    resize: tuple[str, ...] = ()
+    exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check(self.name, self._settings())
+
+    def weaker(self) -> Self | None:
+        less = milder(self.flops)
+        return None if less is None else dataclasses.replace(self, flops=less)
+
+    def run(self, model: ir.Model, ctx: Context) -> int:
+        if self.flops is None:
+            raise bad(self.name, "flops", "the fraction of multiplications to save", "nothing")
+        return prune(model, ctx, ("heads", "neurons"), self._settings())
+
+    def _settings(self) -> Settings:
+        return Settings(self.importance, None, self.flops, self.refit, self.loss, self.rows, self.multiple, self.seed, self.resize)

@@ -1,0 +1,56 @@
+"""prune-ffn: feed-forward neurons that matter least are really removed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Self
+
+import onnx_ir as ir
+
+from graphopt.core import Context, Pass
+
+from ._pruning import Settings, bad, check, milder, prune
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneFfn(Pass):
+    """Remove neurons of feed-forward blocks, gated or not, from the projections on both sides, and refit the one behind them.
+
+    Args:
+        ratio: this fraction of all neurons goes, chosen over all layers.
+        flops: neurons go until this fraction of the model's multiplications with stored weights is saved.
+        importance: obs, fisher, taylor, reconstruction, magnitude or random (see docs/pruning.md).
+        multiple: the neurons that stay are a multiple of this, as kernels like it.
+        refit, loss, rows, seed: as in prune-heads.
+
+    Raises:
+        PipelineError: none or both of ratio and flops.
+        SampleError: importance or refit needs samples, and there are none.
+    """
+
+    ratio: float | None = None
+    flops: float | None = None
+    importance: str = "obs"
+    multiple: int = 32
+    refit: bool = True
+    loss: str = "auto"
+    rows: int = 16384
+    seed: int = 0
+    exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check(self.name, self._settings())
+
+    def weaker(self) -> Self | None:
+        less = milder(self.ratio if self.ratio is not None else self.flops)
+        if less is None:
+            return None
+        return dataclasses.replace(self, ratio=less) if self.ratio is not None else dataclasses.replace(self, flops=less)
+
+    def run(self, model: ir.Model, ctx: Context) -> int:
+        if self.ratio is None and self.flops is None:
+            raise bad(self.name, "ratio", "how much is to go (or flops)", "nothing")
+        return prune(model, ctx, ("neurons",), self._settings())
+
+    def _settings(self) -> Settings:
+        return Settings(self.importance, self.ratio, self.flops, self.refit, self.loss, self.rows, self.multiple, self.seed, ())

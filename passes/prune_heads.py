@@ -1,0 +1,78 @@
+"""prune-heads: attention heads that matter least are really removed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Self
+
+import onnx_ir as ir
+
+from graphopt.core import Context, Pass
+
+from ._pruning import Settings, bad, check, explicit, milder, prune
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneHeads(Pass):
+    """Remove attention heads: projections, biases, norms and position tables of each head, reshapes and split sizes.
+
+    What is left computes what the old graph would if the removed heads gave zeros, and then the output projections are refitted to make up for
+    them (Kwon et al. 2022). Query heads that share a key head go together. Heads of layers that share their weights go from all of them; heads
+    that are named go from the named layer alone, whose weights are then forked. Key and value caches shrink with their heads.
+
+    Args:
+        ratio: this fraction of all heads goes, chosen over all layers.
+        flops: heads go until this fraction of the model's multiplications with stored weights is saved.
+        heads: these go, LAYER:HEAD, `heads=0:2+3:7`; layers are counted as attentions in graph order.
+        importance: obs, fisher, taylor, reconstruction, magnitude, attention, entropy or random (see docs/pruning.md).
+        refit: fit the output projections by least squares on the samples.
+        loss: what importance measures: auto, projection or sampled (both need no labels), or FILE.py:FUNCTION.
+        rows: so many rows (tokens) of the samples are used.
+        seed: of random numbers.
+        resize: names of inputs and outputs that may change their size with the heads.
+
+    Raises:
+        PipelineError: none or several of ratio, flops and heads; a head that there is not.
+        SampleError: importance or refit needs samples, and there are none.
+    """
+
+    ratio: float | None = None
+    flops: float | None = None
+    heads: tuple[str, ...] = ()
+    importance: str = "obs"
+    refit: bool = True
+    loss: str = "auto"
+    rows: int = 16384
+    seed: int = 0
+    resize: tuple[str, ...] = ()
+    exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check(self.name, self._settings(), bool(self.heads))
+        self._listed()
+
+    def weaker(self) -> Self | None:
+        if self.ratio is not None:
+            less = milder(self.ratio)
+            return None if less is None else dataclasses.replace(self, ratio=less)
+        less = milder(self.flops)
+        return None if less is None else dataclasses.replace(self, flops=less)
+
+    def run(self, model: ir.Model, ctx: Context) -> int:
+        if self.heads:
+            return explicit(model, ctx, self._listed(), "heads", self._settings())
+        if self.ratio is None and self.flops is None:
+            raise bad(self.name, "ratio", "how much is to go (or flops, or heads)", "nothing")
+        return prune(model, ctx, ("heads",), self._settings())
+
+    def _listed(self) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
+        for item in self.heads:
+            layer, _, head = item.partition(":")
+            if not (layer.isdecimal() and head.isdecimal()):
+                raise bad(self.name, "heads", "LAYER:HEAD+LAYER:HEAD", item)
+            found.setdefault(int(layer), []).append(int(head))
+        return found
+
+    def _settings(self) -> Settings:
+        return Settings(self.importance, self.ratio, self.flops, self.refit, self.loss, self.rows, 1, self.seed, self.resize)
