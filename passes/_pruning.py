@@ -172,9 +172,8 @@ def explicit(model: ir.Model, ctx: Context, listed: Mapping[int, Sequence[int]],
             raise PipelineError(f"layer {index} has {unit.count} {kind}, 0 to {unit.count - 1}; found {wrong[0]}")
         whole = c.members(sorted({m // c.group for m in members}))
         if len(whole) > len(set(members)):
-            ctx.remarks.warning(
-                c.name, f"{kind} go in groups of {c.group}: {'+'.join(map(str, whole))} instead of {'+'.join(map(str, sorted(members)))}"
-            )
+            asked = "+".join(map(str, sorted(members)))
+            ctx.remarks.warning(c.name, f"{kind} go in groups of {c.group}: {'+'.join(map(str, whole))} instead of {asked}")
         gone[dataclasses.replace(c, units=(unit,))] = whole
     return remove(model, ctx, gone, s, {})
 

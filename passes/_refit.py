@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.linear import Linear, Linears
 from graphopt.core import Array, Context
-from graphopt.graph import consumers, is_constant, same_shape, used_once
+from graphopt.graph import Names, consumers, is_constant, same_shape, used_once
 from graphopt.run import Feeds
 from graphopt.run.segments import Segments, State
 
@@ -54,10 +54,8 @@ def refit(
     master = _Progress(teacher, [old[name] for name in order])
     pupil.begin(samples, rows)
     master.begin(pupil.feeds, rows)
-    fitted = []
-    for name in order:
-        fitted.append(_fit(model, new[name], old[name], pupil.until(new[name]), master.until(old[name])))
-    return fitted, refused
+    fresh = Names(model)
+    return [_fit(model, fresh, new[n], old[n], pupil.until(new[n]), master.until(old[n])) for n in order], refused
 
 
 class _Progress:
@@ -85,8 +83,9 @@ class _Progress:
         return self.states
 
 
-def _fit(model: ir.Model, new: Linear, old: Linear, pupil: Sequence[State], master: Sequence[State]) -> Fitted:
-    weight, bias, target = new.matrix().astype(np.float32), _bias(new), old.matrix().astype(np.float32)
+def _fit(model: ir.Model, names: Names, new: Linear, old: Linear, pupil: Sequence[State], master: Sequence[State]) -> Fitted:
+    weight, bias = new.matrix().astype(np.float32), _bias(new)
+    target, then = old.matrix().astype(np.float32), _bias(old)
     stream = _stream(new), _stream(old)
     if None in stream or any(str(stream[0]) not in s for s in pupil) or any(str(stream[1]) not in s for s in master):
         stream = (None, None)
@@ -96,7 +95,9 @@ def _fit(model: ir.Model, new: Linear, old: Linear, pupil: Sequence[State], mast
         x = ours[str(new.x.name)].reshape(-1, len(weight))
         y = theirs[str(old.x.name)].reshape(-1, len(target)) @ target
         if bias is not None:
-            x, y = np.concatenate([x, np.ones((len(x), 1), x.dtype)], 1), y + _bias(old)
+            x = np.concatenate([x, np.ones((len(x), 1), x.dtype)], 1)
+        if then is not None:
+            y = y + then
         if stream[0] is not None:
             y = y + (theirs[str(stream[1])] - ours[str(stream[0])]).reshape(y.shape)
         moments += x.T @ x
@@ -105,7 +106,7 @@ def _fit(model: ir.Model, new: Linear, old: Linear, pupil: Sequence[State], mast
     start = (weight if bias is None else np.concatenate([weight, bias[None]])).astype(np.float64)
     ridge = _RIDGE * float(np.trace(moments)) / size
     found = np.linalg.solve(moments + ridge * np.eye(size), cross + ridge * start)
-    _store(new, found if bias is None else found[:-1], None if bias is None else found[-1])
+    _store(model, names, new, found if bias is None else found[:-1], None if bias is None else found[-1])
     return Fitted(str(new.node.name), *(_error(moments, cross, squares, w) for w in (start, found)))
 
 
@@ -134,25 +135,28 @@ def _unfit(model: ir.Model, new: Linear | None, old: Linear | None) -> str | Non
         return "its output projection is no multiply of the main graph with a stored float weight"
     if new.quantized or new.weight.dtype != ir.DataType.FLOAT or new.x.dtype != ir.DataType.FLOAT:
         return "its output projection is not float32; prune before quantizing"
-    if (
-        new.batch
-        or new.trans_x
-        or new.alpha != 1
-        or new.beta != 1
-        or new.addend is not None
-        or (new.bias is not None and new.bias.const_value is None)
-    ):
+    if new.batch or new.trans_x or new.alpha != 1 or new.beta != 1 or new.addend is not None:
         return "its output projection is not x @ W + b"
     if new.bias is not None and new.bias.const_value is not None and new.bias.const_value.size != new.out_features:
         return "its bias is one number for all outputs"
-    if not used_once(new.weight) or (new.bias is not None and not used_once(new.bias)) or not all(used_once(n.outputs[0]) for n in new.path):
+    if not used_once(new.weight) or not all(used_once(n.outputs[0]) for n in new.path):
         return "its weight is shared"
     return None
 
 
-def _store(linear: Linear, weight: Array, bias: Array | None) -> None:
+def _store(model: ir.Model, names: Names, linear: Linear, weight: Array, bias: Array | None) -> None:
+    """New contents for the weight; for the bias too, which is forked where others read it."""
     laid = weight.T if linear.transposed else weight
-    for value, array in ((linear.weight, laid), (linear.bias, bias)):
-        if value is not None and array is not None and value.const_value is not None:
-            shape = tuple(value.const_value.shape.numpy())
-            value.const_value = ir.tensor(np.ascontiguousarray(array, np.float32).reshape(shape), name=value.name)
+    linear.weight.const_value = ir.tensor(np.ascontiguousarray(laid, np.float32), name=linear.weight.name)
+    old = linear.bias
+    if bias is None or old is None or old.const_value is None:
+        return
+    array = np.ascontiguousarray(bias, np.float32).reshape(tuple(old.const_value.shape.numpy()))
+    if used_once(old):
+        old.const_value = ir.tensor(array, name=old.name)
+        return
+    name = names.fresh(f"{old.name}_refit")
+    new = ir.Value(name=name, type=old.type, shape=ir.Shape(array.shape), const_value=ir.tensor(array, name=name))
+    model.graph.register_initializer(new)
+    reader = linear.bias_node or linear.node
+    reader.replace_input_with(next(k for k, v in enumerate(reader.inputs) if v is old), new)
