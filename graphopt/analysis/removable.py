@@ -14,7 +14,7 @@ from graphopt.core import Analysis, Context
 from graphopt.slicing import Refusal, Slicing
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Candidate:
     """Units that are removed together: one, or several that share their weights.
 

@@ -21,7 +21,7 @@ _LAYOUT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten"
 _FAR = 200  # nodes between an operand of attention and its projection, at most
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Heads:
     """The heads of one attention.
 
@@ -64,7 +64,7 @@ class Heads:
         return _removal(gone, self.heads, static_dim(self.value, self.axis) or self.heads)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Neurons:
     """The inner features of one feed-forward block, gated or not: `value` [.., neurons] enters the projection `output`."""
 
