@@ -90,7 +90,7 @@ class Importance(Analysis[Mapping[Candidate, Ranking]]):
         return found
 
     def _judges(self, c: Candidate) -> bool:
-        return (c.kind == "heads" or self.criterion not in _HEADS_ONLY) and all(u.output is not None and not u.output.quantized for u in c.units)
+        return (c.kind == "heads" or self.criterion not in _HEADS_ONLY) and all(u.output is not None for u in c.units)
 
     def _read(self, c: Candidate, e: Evidence) -> Ranking:
         match self.criterion:
