@@ -32,6 +32,13 @@ class Slicing(Plan):
             self._mark(value, axis % rank_of(value), mask)
             self._close()
 
+    def remove_stored(self, slot: Slot, axis: int, mask: Array) -> None:
+        """The same for a stored constant that `slot` reads."""
+        with self._all_or_nothing():
+            self._inside, self._zeroed = None, ()
+            self.mark(slot, axis, mask)
+            self._close()
+
     def _close(self) -> None:
         visited: dict[ir.Node, None] = {}
         while True:

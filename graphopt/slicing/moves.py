@@ -175,7 +175,7 @@ def gather(node: ir.Node, s: Plan, final: bool) -> None:
         if k != axis:
             same(s, [(x, k), (y, k if k < axis else k + extra - 1)])
     index = constant(node.inputs[1])
-    if index is None and s.mask(x, axis) is not None:
+    if index is None and s.mask(x, axis) is not None and node not in s.remapped:
         raise Refusal(f"Gather `{node.name}` looks up entries that may go")
     if index is None or extra > 1:
         for k in range(extra):

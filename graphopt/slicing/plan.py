@@ -60,6 +60,7 @@ class Plan:
         self._entered: set[ir.Value] = set()
         self._zeroed: Collection[ir.Value] = ()
         self._summed: set[ir.Node] = set()
+        self.remapped: set[ir.Node] = set()  # lookups whose ids are translated to what is left of the table
         self._queue: deque[ir.Node] = deque()
 
     def mask(self, slot: Slot, axis: int) -> Array | None:
@@ -91,7 +92,7 @@ class Plan:
 
         It does behind the place where the removal started. In front of it entries go because nobody is left to read them; a sum reads them.
         """
-        if node in self._summed or all(self.mask(slot, axis) is None for slot, axis in places):
+        if self._inside is None or node in self._summed or all(self.mask(slot, axis) is None for slot, axis in places):
             return
         if not any(slot.value in self._zeroed for slot, _ in places):
             name = next(slot.value.name for slot, _ in places if slot.value is not None and not is_constant(slot.value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from models import parse, run  # type: ignore[import-not-found]
 from pruning import masked, prune, same, shapes, units  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.errors import PassError
+from graphopt.errors import PassError, TargetError
 
 Array = np.ndarray[Any, Any]
 HEAD = '<ir_version: 10, opset_import: ["": 21]>'
@@ -234,6 +235,65 @@ def test_h08_a_norm_over_all_heads_is_sliced(spelling: str) -> None:
     assert [shapes(model)[n] for n in ("gq", "gk")] == [(24,), (24,)]
     assert any("over the features that are left" in r.message for r in remarks if r.kind == "warning")
     assert run(model, BATCHES[0])["y"].shape == (2, 6, 32)
+
+
+# ---- H09: a table that is looked up and multiplied with ------------------------------------------------------------------------------------
+
+TIED = f"""{HEAD} g (int64[B,S] ids) => (float[B,S,512] y) {{
+    e = Gather(table, ids)  x = LayerNormalization<axis=-1>(e, g0, b0)
+    q1 = MatMul(x, wq)  q2 = Reshape(q1, apart)  q = Transpose<perm=[0,2,1,3]>(q2)
+    k1 = MatMul(x, wk)  k2 = Reshape(k1, apart)  kt = Transpose<perm=[0,2,3,1]>(k2)
+    v1 = MatMul(x, wv)  v2 = Reshape(v1, apart)  v = Transpose<perm=[0,2,1,3]>(v2)
+    s1 = MatMul(q, kt)  s2 = Mul(s1, scale)  p = Softmax<axis=-1>(s2)  c1 = MatMul(p, v)  c2 = Transpose<perm=[0,2,1,3]>(c1)
+    c = Reshape(c2, together)  o = MatMul(c, wo)  h = Add(o, x)  n = LayerNormalization<axis=-1>(h, g1, b1)
+    u = MatMul(n, up)  a = Gelu(u)  d = MatMul(a, down)  z = Add(d, n)  f = LayerNormalization<axis=-1>(z, g2, b2)
+    t = Transpose<perm=[1,0]>(table)  y = MatMul(f, t) }}"""
+TABLE = weights(table=(512, 64), wq=(64, 32), wk=(64, 32), wv=(64, 32), wo=(32, 64), up=(64, 96), down=(96, 64))
+VECTORS = {f"{n}{k}": np.random.default_rng(k).uniform(0.5, 1.5, 64).astype(np.float32) for n in "gb" for k in range(3)}
+ATTENTION = integers(apart=[0, 0, 4, 8], together=[0, 0, 32])
+IDS = [{"ids": np.random.default_rng(k).integers(0, 300, (2, 7))} for k in range(3)]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_h09_hidden_channels_of_a_tied_model(spelling: str) -> None:
+    model = load(parse(TIED, **TABLE, **VECTORS, **NUMBERS, **ATTENTION), spelling)
+    _, remarks = prune(model, "prune-hidden{width=48}", IDS)
+    found = shapes(model)
+    tables = [shape for shape in found.values() if 512 in shape]
+    assert tables == [(512, 48)]
+    left = model.graph.initializers["table"].const_value
+    assert left is not None
+    kept = [int(np.flatnonzero((TABLE["table"] == column[:, None]).all(0))[0]) for column in left.numpy().T]
+    by_hand = {n: a[:, kept] if n in ("table", "wo", "down") else a[kept] if n in ("wq", "wk", "wv", "up") else a for n, a in TABLE.items()}
+    expected = parse(TIED, **by_hand, **{n: a[kept] for n, a in VECTORS.items()}, **NUMBERS, **ATTENTION)
+    for feeds in IDS:
+        np.testing.assert_allclose(run(model, feeds)["y"], run(expected, feeds)["y"], atol=1e-5)
+    assert any("over the features that are left" in r.message for r in remarks)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_h09_vocabulary_of_a_tied_model(spelling: str) -> None:
+    model = load(parse(TIED, **TABLE, **VECTORS, **NUMBERS, **ATTENTION), spelling)
+    kept = np.sort(np.random.default_rng(5).choice(512, 300, replace=False))
+    sample = [{"ids": kept.reshape(2, 150)}]
+    base = model.clone()
+    _, remarks = prune(model, f"prune-vocabulary{{unknown={kept[7]}}}", sample)
+    assert [shape for shape in shapes(model).values() if 300 in shape or 512 in shape] == [(300, 64)]
+    assert json.loads(model.metadata_props["graphopt.vocabulary"]) == kept.tolist()
+    feeds = {"ids": np.random.default_rng(6).choice(kept, (3, 5))}
+    found, wanted = run(model, feeds)["y"], run(base, feeds)["y"]
+    assert found.shape == (3, 5, 300)
+    np.testing.assert_allclose(found, wanted[..., kept], atol=1e-5)
+    gone = next(i for i in range(512) if i not in kept)
+    np.testing.assert_array_equal(run(model, {"ids": np.array([[gone]])})["y"], run(model, {"ids": kept[None, 7:8]})["y"])
+    assert any("512 -> 300" in r.message for r in remarks)
+
+
+def test_h09_a_removed_id_is_an_error_unless_it_has_a_stand_in() -> None:
+    model = graphopt.load(parse(TIED, **TABLE, **VECTORS, **NUMBERS, **ATTENTION))
+    prune(model, "prune-vocabulary", [{"ids": np.arange(300)[None]}])
+    with pytest.raises(TargetError, match="out of data bounds"):
+        run(model, {"ids": np.array([[400]])})
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------------------------------

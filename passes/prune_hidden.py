@@ -1,0 +1,108 @@
+"""prune-hidden: the residual stream gets fewer channels, and everything that reads or writes it with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Self
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analysis.linear import Linear, Linears
+from graphopt.analysis.moments import input_moments
+from graphopt.analysis.units import Units
+from graphopt.core import Array, Context, Pass
+from graphopt.graph import static_dim
+from graphopt.remove import apply
+from graphopt.run.observe import observable
+from graphopt.slicing import Refusal, Slicing
+
+from ._pruning import bad, milder
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneHidden(Pass):
+    """Remove channels of the hidden state: columns of embeddings, scales and biases of norms, rows and columns of projections, the head.
+
+    A channel is worth what leaving it out changes in the results of the projections that read it, E[x_c^2] ||W_c||^2 relative to the whole, added
+    over the projections (the activation-based width importance of Muralidharan et al. 2024, weighted by the readers). The norms see fewer
+    channels afterwards, so that this costs more than pruning heads or neurons, and wants training behind it.
+
+    Args:
+        width: channels that stay.
+        ratio: the fraction that goes.
+        multiple: with `ratio`, what stays is rounded up to a multiple of this.
+        resize: names of outputs that may get narrower (a hidden state that the model returns).
+
+    Raises:
+        PipelineError: none or both of width and ratio.
+        SampleError: there are no samples.
+    """
+
+    width: int | None = None
+    ratio: float | None = None
+    multiple: int = 32
+    resize: tuple[str, ...] = ()
+    exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.width is not None and self.ratio is not None:
+            raise bad(self.name, "ratio", "to stand without width", "both")
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise bad(self.name, "ratio", "a fraction between 0 and 1", self.ratio)
+        if self.width is not None and self.width < 1:
+            raise bad(self.name, "width", "1 or more", self.width)
+
+    def weaker(self) -> Self | None:
+        less = milder(self.ratio)
+        return None if less is None else dataclasses.replace(self, ratio=less)
+
+    def run(self, model: ir.Model, ctx: Context) -> int:
+        if self.width is None and self.ratio is None:
+            raise bad(self.name, "width", "how many channels stay (or ratio)", "nothing")
+        streams = {h.projections[0].x: h.node for h in ctx.get(Units()).attention if h.projections}
+        s, changes = Slicing(model, resize=self.resize), 0
+        for x, node in streams.items():
+            size = static_dim(x, -1)
+            if size is None or s.removed.get(x, {}).get(len(x.shape or ()) - 1) is not None:
+                continue  # the same stream as before
+            stays = self._stays(size)
+            if not 0 < stays < size:
+                ctx.remarks.missed(node.name or "", f"the hidden state has {size} channels; {stays} would stay")
+                continue
+            order = np.argsort(_worth(model, ctx, x, size), kind="stable")
+            mask = np.isin(np.arange(size), order[: size - stays])
+            try:
+                s.remove(x, -1, mask)
+            except Refusal as refusal:
+                ctx.remarks.missed(node.name or "", f"not pruned: {refusal}")
+                continue
+            if not ctx.fuel.burn():
+                break
+            ctx.remarks.applied(node.name or "", f"hidden state: {size} -> {stays} channels", before=size, after=stays)
+            changes += 1
+        if changes:
+            apply(s)
+            for where, text in s.notes:
+                ctx.remarks.warning(where, text)
+        return changes
+
+    def _stays(self, size: int) -> int:
+        if self.width is not None:
+            return self.width
+        return min(size, -(-int(size * (1 - float(self.ratio or 0))) // self.multiple) * self.multiple)
+
+
+def _worth(model: ir.Model, ctx: Context, x: ir.Value, size: int) -> Array:
+    """Of each channel of the stream, over all projections that read it (or a norm of it): those with as many input features."""
+    readers: dict[ir.Value, list[Linear]] = {}
+    for linear in ctx.get(Linears()):
+        if linear.in_features == size and not linear.batch and not linear.trans_x and observable(model, linear.x):
+            readers.setdefault(linear.x, []).append(linear)
+    total = np.zeros(size)
+    for value, moments in input_moments(model, ctx.require_samples(), list(readers)):
+        power = np.diag(moments).astype(np.float64)
+        for linear in readers[value]:
+            effect = power * np.square(linear.matrix().astype(np.float64)).sum(1)
+            total += effect / max(float(effect.sum()), 1e-30)
+    return total
