@@ -71,6 +71,29 @@ def test_the_page_on_quantization(tmp_path: Path) -> None:
     assert (tmp_path / "minilm-mixed.onnx").stat().st_size < 30e6
 
 
+@pytest.mark.slow
+def test_the_page_on_pruning(tmp_path: Path) -> None:
+    """Its pipelines parse, and its shell example runs on a real model."""
+    from models import minilm, minilm_folder  # type: ignore[import-not-found]
+
+    from graphopt import registry
+    from graphopt.analysis.importance import CRITERIA
+    from graphopt.pipeline import parse
+
+    text = (ROOT / "docs" / "pruning.md").read_text(encoding="utf-8")
+    pipelines = re.findall(r"`(prune[\w-]*\{[^`]*)`", text)
+    assert len(pipelines) >= 7
+    for pipeline in pipelines:
+        assert parse(pipeline, registry.passes())
+    assert all(f"`{criterion}`" in text for criterion in CRITERIA)
+    (tmp_path / "minilm.onnx").write_bytes(minilm("sdpa_18").read_bytes())
+    (tmp_path / "tokenizer.json").write_bytes((minilm_folder() / "tokenizer.json").read_bytes())
+    example = re.search(r"```sh\n(.*?)```", text, flags=re.S)
+    assert example is not None
+    printed = run(["bash", "-eu", "-c", example[1]], tmp_path)
+    assert re.search(r"prune\{flops=0\.2\} +\d+ ", printed)
+
+
 def test_two_commands_and_ci_runs_the_second() -> None:
     commands = [text.strip() for language, text in BLOCKS if "pip install" in text]
     assert commands == [
