@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx_ir as ir
 
 from graphopt.analysis.importance import CRITERIA, Importance, Ranking
 from graphopt.analysis.removable import Candidate, Removable
-from graphopt.analysis.units import Heads, Neurons
+from graphopt.analysis.units import Heads
 from graphopt.core import Context
-from graphopt.errors import PassError, PipelineError
+from graphopt.errors import PipelineError
 from graphopt.remove import apply
 from graphopt.slicing import Refusal, Slicing
 
+from ._latency import savings as measured
+from ._latency import speedup
 from ._refit import refit
 from ._search import cheapest
+
+P = TypeVar("P")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Settings:
     importance: str
     ratio: float | None
     flops: float | None
+    latency: float | None
     refit: bool
     loss: str
     rows: int
@@ -39,10 +44,10 @@ def check(name: str, s: Settings, given: bool = False) -> None:
     """Raises PipelineError for options that contradict each other or are out of range."""
     if s.importance not in CRITERIA:
         raise bad(name, "importance", f"one of {', '.join(CRITERIA)}", s.importance)
-    ways = [key for key, value in (("ratio", s.ratio), ("flops", s.flops)) if value is not None] + (["heads"] if given else [])
+    ways = [key for key in ("ratio", "flops", "latency") if getattr(s, key) is not None] + (["heads"] if given else [])
     if len(ways) > 1:
         raise bad(name, ways[1], f"to stand without {ways[0]}", "both")
-    for key in ("ratio", "flops"):
+    for key in ("ratio", "flops", "latency"):
         value = getattr(s, key)
         if value is not None and not 0 < value < 1:
             raise bad(name, key, "a fraction between 0 and 1", value)
@@ -61,8 +66,17 @@ def milder(value: float | None) -> float | None:
     return value / 2 if value is not None and value / 2 >= 0.01 else None
 
 
+def weaker(step: P) -> P | None:
+    """The same pass with half of its ratio, flops or latency; None where that is less than a percent."""
+    for key in ("ratio", "flops", "latency"):
+        less = milder(getattr(step, key, None))
+        if less is not None:
+            return dataclasses.replace(step, **{key: less})  # type: ignore[type-var]
+    return None
+
+
 def prune(model: ir.Model, ctx: Context, kinds: Collection[str], s: Settings) -> int:
-    """Remove units of these kinds until `ratio` of them, or `flops` of the model's multiplications with stored weights, are gone."""
+    """Remove units of these kinds until `ratio` of them, `flops` of the model's multiplications with stored weights, or `latency` is saved."""
     found = ctx.get(Removable(s.resize))
     candidates = [c for c in found.candidates if c.kind in kinds]
     for node, reason in found.refused:
@@ -74,9 +88,9 @@ def prune(model: ir.Model, ctx: Context, kinds: Collection[str], s: Settings) ->
     if not rankings:
         ctx.remarks.missed("", f"found no {' or '.join(kinds)} that can be removed")
         return 0
-    savings = {c: _savings(c, rankings[c], s) for c in rankings}
-    whole = sum(c.count for c in rankings) if s.ratio is not None else found.total
-    budget = whole * float(s.ratio if s.ratio is not None else s.flops or 0)
+    savings = measured(model, ctx, rankings, s.resize) if s.latency is not None else {c: _savings(c, rankings[c], s) for c in rankings}
+    whole = 1.0 if s.latency is not None else sum(c.count for c in rankings) if s.ratio is not None else found.total
+    budget = whole * float(next(x for x in (s.ratio, s.flops, s.latency) if x is not None))
     steps = cheapest(rankings, savings, budget)
     if steps is None:
         most = sum(max(v) for v in savings.values()) / whole
@@ -84,7 +98,12 @@ def prune(model: ir.Model, ctx: Context, kinds: Collection[str], s: Settings) ->
         return 0
     gone = {c: c.members(rankings[c].first(k).tolist()) for c, k in steps.items() if k}
     facts = {c: {"cost": round(float(rankings[c].cost[steps[c]]), 8), "importance": s.importance} for c in gone}
-    return remove(model, ctx, gone, s, facts)
+    before = model.clone() if s.latency is not None else model
+    changes = remove(model, ctx, gone, s, facts)
+    if s.latency is not None and changes:
+        faster = speedup(ctx, before, model)
+        ctx.remarks.applied("", f"measured on {ctx.target}: {1 - 1 / faster:.1%} of the latency saved", saved=1 - 1 / faster, asked=s.latency)
+    return changes
 
 
 def _rankings(ctx: Context, candidates: Sequence[Candidate], s: Settings) -> dict[Candidate, Ranking]:
@@ -158,7 +177,7 @@ def explicit(model: ir.Model, ctx: Context, listed: Mapping[int, Sequence[int]],
     not named are forked.
 
     Raises:
-        PassError: there is no such block or member.
+        PipelineError: there is no such block or member.
     """
     found = ctx.get(Removable(s.resize))
     place = {unit.index: (c, unit) for c in found.candidates if c.kind == kind for unit in c.units}
@@ -181,6 +200,3 @@ def explicit(model: ir.Model, ctx: Context, listed: Mapping[int, Sequence[int]],
 def _unknown(refused: Sequence[tuple[ir.Node, str]], index: int, known: Mapping[int, object], kind: str) -> PipelineError:
     why = f"; not possible elsewhere: {refused[0][0].name}: {refused[0][1]}" if refused else ""
     return PipelineError(f"no {kind} can be removed from a layer {index}; layers are {', '.join(map(str, sorted(known))) or 'none'}{why}")
-
-
-__all__ = ["Neurons", "PassError", "Settings", "bad", "check", "explicit", "milder", "prune"]

@@ -9,25 +9,27 @@ import onnx_ir as ir
 
 from graphopt.core import Context, Pass
 
-from ._pruning import Settings, bad, check, milder, prune
+from ._pruning import Settings, bad, check, prune, weaker
 
 
 @dataclasses.dataclass(frozen=True)
 class Prune(Pass):
-    """Save a fraction of the model's multiplications with stored weights by removing heads and neurons, searched over all layers at once.
+    """Save a fraction of the model's multiplications, or of its latency, by removing heads and neurons, searched over all layers at once.
 
     Args:
-        flops: the fraction to save.
+        flops: the fraction of multiplications with stored weights to save.
+        latency: the fraction of the latency to save, as measured on the target.
         importance: a criterion for both: obs, fisher, taylor, reconstruction, magnitude or random (see docs/pruning.md).
         multiple: the neurons that stay in a block are a multiple of this, as kernels like it.
         refit, loss, rows, seed, resize: as in prune-heads.
 
     Raises:
-        PipelineError: no flops.
+        PipelineError: neither or both of flops and latency.
         SampleError: importance or refit needs samples, and there are none.
     """
 
     flops: float | None = None
+    latency: float | None = None
     importance: str = "obs"
     multiple: int = 32
     refit: bool = True
@@ -41,13 +43,12 @@ class Prune(Pass):
         check(self.name, self._settings())
 
     def weaker(self) -> Self | None:
-        less = milder(self.flops)
-        return None if less is None else dataclasses.replace(self, flops=less)
+        return weaker(self)
 
     def run(self, model: ir.Model, ctx: Context) -> int:
-        if self.flops is None:
-            raise bad(self.name, "flops", "the fraction of multiplications to save", "nothing")
+        if self.flops is None and self.latency is None:
+            raise bad(self.name, "flops", "the fraction of multiplications to save (or latency)", "nothing")
         return prune(model, ctx, ("heads", "neurons"), self._settings())
 
     def _settings(self) -> Settings:
-        return Settings(self.importance, None, self.flops, self.refit, self.loss, self.rows, self.multiple, self.seed, self.resize)
+        return Settings(self.importance, None, self.flops, self.latency, self.refit, self.loss, self.rows, self.multiple, self.seed, self.resize)

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from graphopt.core import Context, Pass
 
-from ._pruning import Settings, bad, check, milder, prune
+from ._pruning import Settings, bad, check, prune, weaker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,17 +19,19 @@ class PruneFfn(Pass):
     Args:
         ratio: this fraction of all neurons goes, chosen over all layers.
         flops: neurons go until this fraction of the model's multiplications with stored weights is saved.
+        latency: neurons go until this fraction of the model's latency is saved, as measured on the target.
         importance: obs, fisher, taylor, reconstruction, magnitude or random (see docs/pruning.md).
         multiple: the neurons that stay are a multiple of this, as kernels like it.
         refit, loss, rows, seed: as in prune-heads.
 
     Raises:
-        PipelineError: none or both of ratio and flops.
+        PipelineError: none or several of ratio, flops and latency.
         SampleError: importance or refit needs samples, and there are none.
     """
 
     ratio: float | None = None
     flops: float | None = None
+    latency: float | None = None
     importance: str = "obs"
     multiple: int = 32
     refit: bool = True
@@ -42,15 +44,12 @@ class PruneFfn(Pass):
         check(self.name, self._settings())
 
     def weaker(self) -> Self | None:
-        less = milder(self.ratio if self.ratio is not None else self.flops)
-        if less is None:
-            return None
-        return dataclasses.replace(self, ratio=less) if self.ratio is not None else dataclasses.replace(self, flops=less)
+        return weaker(self)
 
     def run(self, model: ir.Model, ctx: Context) -> int:
-        if self.ratio is None and self.flops is None:
-            raise bad(self.name, "ratio", "how much is to go (or flops)", "nothing")
+        if self.ratio is None and self.flops is None and self.latency is None:
+            raise bad(self.name, "ratio", "how much is to go (or flops, latency)", "nothing")
         return prune(model, ctx, ("neurons",), self._settings())
 
     def _settings(self) -> Settings:
-        return Settings(self.importance, self.ratio, self.flops, self.refit, self.loss, self.rows, self.multiple, self.seed, ())
+        return Settings(self.importance, self.ratio, self.flops, self.latency, self.refit, self.loss, self.rows, self.multiple, self.seed, ())

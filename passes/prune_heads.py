@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from graphopt.core import Context, Pass
 
-from ._pruning import Settings, bad, check, explicit, milder, prune
+from ._pruning import Settings, bad, check, explicit, prune, weaker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,7 @@ class PruneHeads(Pass):
     Args:
         ratio: this fraction of all heads goes, chosen over all layers.
         flops: heads go until this fraction of the model's multiplications with stored weights is saved.
+        latency: heads go until this fraction of the model's latency is saved, as measured on the target.
         heads: these go, LAYER:HEAD, `heads=0:2+3:7`; layers are counted as attentions in graph order.
         importance: obs, fisher, taylor, reconstruction, magnitude, attention, entropy or random (see docs/pruning.md).
         refit: fit the output projections by least squares on the samples.
@@ -32,12 +33,13 @@ class PruneHeads(Pass):
         resize: names of inputs and outputs that may change their size with the heads.
 
     Raises:
-        PipelineError: none or several of ratio, flops and heads; a head that there is not.
+        PipelineError: none or several of ratio, flops, latency and heads; a head that there is not.
         SampleError: importance or refit needs samples, and there are none.
     """
 
     ratio: float | None = None
     flops: float | None = None
+    latency: float | None = None
     heads: tuple[str, ...] = ()
     importance: str = "obs"
     refit: bool = True
@@ -52,17 +54,13 @@ class PruneHeads(Pass):
         self._listed()
 
     def weaker(self) -> Self | None:
-        if self.ratio is not None:
-            less = milder(self.ratio)
-            return None if less is None else dataclasses.replace(self, ratio=less)
-        less = milder(self.flops)
-        return None if less is None else dataclasses.replace(self, flops=less)
+        return weaker(self)
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         if self.heads:
             return explicit(model, ctx, self._listed(), "heads", self._settings())
-        if self.ratio is None and self.flops is None:
-            raise bad(self.name, "ratio", "how much is to go (or flops, or heads)", "nothing")
+        if self.ratio is None and self.flops is None and self.latency is None:
+            raise bad(self.name, "ratio", "how much is to go (or flops, latency, heads)", "nothing")
         return prune(model, ctx, ("heads",), self._settings())
 
     def _listed(self) -> dict[int, list[int]]:
@@ -75,4 +73,4 @@ class PruneHeads(Pass):
         return found
 
     def _settings(self) -> Settings:
-        return Settings(self.importance, self.ratio, self.flops, self.refit, self.loss, self.rows, 1, self.seed, self.resize)
+        return Settings(self.importance, self.ratio, self.flops, self.latency, self.refit, self.loss, self.rows, 1, self.seed, self.resize)

@@ -17,7 +17,7 @@ from graphopt.remove import apply
 from graphopt.run.observe import observable
 from graphopt.slicing import Refusal, Slicing
 
-from ._pruning import bad, milder
+from ._pruning import bad, weaker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +54,7 @@ class PruneHidden(Pass):
             raise bad(self.name, "width", "1 or more", self.width)
 
     def weaker(self) -> Self | None:
-        less = milder(self.ratio)
-        return None if less is None else dataclasses.replace(self, ratio=less)
+        return weaker(self)
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         if self.width is None and self.ratio is None:

@@ -17,8 +17,9 @@ from graphopt.analysis.removable import Removable
 from graphopt.core import Context
 from graphopt.errors import PassError, PipelineError
 from graphopt.graph import parameters
+from graphopt.pipeline import PassManager
 from graphopt.pipeline import parse as steps
-from graphopt.registry import passes
+from graphopt.registry import passes, targets
 
 Array = np.ndarray[Any, Any]
 FUSE = "canonicalize, fuse-norm, fuse-activation, simplify-masks, fuse-rotary, fuse-attention"
@@ -129,6 +130,23 @@ def test_the_search_over_layers_meets_its_budget() -> None:
     after = Context(model).get(Removable()).total
     assert 0.3 <= 1 - after / before <= 0.36
     assert all(n.count % 8 == 0 for name, n in units(model).items() if name.startswith("n"))
+
+
+def test_a_latency_budget_is_measured_on_the_target() -> None:
+    rng = np.random.default_rng(0)
+    sizes = {"up0": (128, 2048), "down0": (2048, 128), "up1": (128, 2048), "down1": (2048, 128)}
+    text = """<ir_version: 10, opset_import: ["": 21]> g (float[B,S,128] x) => (float[B,S,128] y) {
+        h = MatMul(x, up0)  a = Gelu(h)  b = MatMul(a, down0)  c = MatMul(b, up1)  d = Gelu(c)  y = MatMul(d, down1) }"""
+    model = graphopt.load(parse(text, **{n: rng.standard_normal(size).astype(np.float32) for n, size in sizes.items()}))
+    step = steps("prune{latency=0.3 importance=magnitude refit=false}", passes())
+    ctx = Context(model, target=targets()["cpu"](shapes=("8x32",)))  # type: ignore[call-arg]
+    (record,) = PassManager(step).run(model, ctx)
+    assert record.changes
+    told = next(r for r in record.remarks if "latency saved" in r.message)
+    assert told.facts["asked"] == 0.3
+    assert shapes(model)["up0"][1] + shapes(model)["up1"][1] < 4096
+    with pytest.raises(PassError, match="a target that runs here"):
+        prune(graphopt.load(parse(text, **{n: rng.standard_normal(size).astype(np.float32) for n, size in sizes.items()})), str(step[0]))
 
 
 def test_more_than_there_is_is_declined() -> None:
