@@ -84,7 +84,8 @@ def reviews(file: Path, limit: int | None = None) -> tuple[list[str], Array]:
 
 def embed(model: Any, texts: Sequence[str]) -> Array:
     """Unit-length embeddings [texts, hidden] of the mean over tokens, in batches of texts of like length; `model`: a file or a session."""
-    runner = bench.Picky(ort_session(Path(model), threads=1)) if isinstance(model, (str, Path)) else model
+    session = ort_session(Path(model), threads=1) if isinstance(model, (str, Path)) else model
+    runner = session if isinstance(session, bench.Picky) else bench.Picky(session)  # an input that the model lacks is not fed
     order = sorted(range(len(texts)), key=lambda k: len(texts[k]))
     parts = [
         demo.embed(runner, _models.minilm_folder() / "tokenizer.json", [texts[k] for k in order[first : first + BATCH]])
