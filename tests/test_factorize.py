@@ -191,9 +191,12 @@ def test_a_shared_weight_is_cut_once() -> None:
 
 
 def test_a_weight_inside_a_loop() -> None:
-    text = HEAD + """g (float[B,8] x, int64 n) => (float[B,8] y) <float[8,8] w, bool t = {1}> {
+    text = (
+        HEAD
+        + """g (float[B,8] x, int64 n) => (float[B,8] y) <float[8,8] w, bool t = {1}> {
       y = Loop(n, t, x) <body = b (int64 i, bool c, float[B,8] s) => (bool d, float[B,8] r) { d = Identity(c)  m = MatMul(s, w)  r = Tanh(m) }>
     }"""
+    )
     source = parse(text, w=low(8, 8, 2))
     feeds = {"x": normal(3, 8), "n": np.array(3)}
     model, record = cut(source, "factorize{rank=2 method=svd}")
@@ -206,8 +209,11 @@ def test_a_weight_inside_a_loop() -> None:
 
 # ---- what stays whole --------------------------------------------------------------------------------------------------------------------
 
-TIED = HEAD + """g (int64[B,S] ids) => (float[B,S,64] y) <float[64,12] table, float[12,12] w, int64[2] s> {
+TIED = (
+    HEAD
+    + """g (int64[B,S] ids) => (float[B,S,64] y) <float[64,12] table, float[12,12] w, int64[2] s> {
   e = Gather(table, ids)  h = MatMul(e, w)  t = Transpose<perm=[1,0]>(table)  y = MatMul(h, t) }"""
+)
 
 
 def test_h09_a_tied_table_stays() -> None:
@@ -220,7 +226,9 @@ def test_h09_a_tied_table_stays() -> None:
 
 
 def test_h09_tied_by_content() -> None:
-    text = TIED.replace("t = Transpose<perm=[1,0]>(table)  y = MatMul(h, t)", "y = MatMul(h, back)").replace("float[12,12] w", "float[12,12] w, float[12,64] back")
+    text = TIED.replace("t = Transpose<perm=[1,0]>(table)  y = MatMul(h, t)", "y = MatMul(h, back)").replace(
+        "float[12,12] w", "float[12,12] w, float[12,64] back"
+    )
     table = low(64, 12, 2)
     _, record = cut(parse(text, table=table, w=low(12, 12, 2), back=np.ascontiguousarray(table.T)), "factorize{rank=2 method=svd embeddings=true}")
     assert record.changes == 1
@@ -269,9 +277,12 @@ def test_include_and_exclude() -> None:
 
 # ---- joint, tables, budget, sequential -----------------------------------------------------------------------------------------------------
 
-QKV = HEAD + """g (float[B,S,32] x) => (float[B,S,32] q, float[B,S,8] k, float[B,S,8] v)
+QKV = (
+    HEAD
+    + """g (float[B,S,32] x) => (float[B,S,32] q, float[B,S,8] k, float[B,S,8] v)
 <float[32,32] wq, float[32,8] wk, float[8,32] wv, float[8] bv> {
   q = MatMul(x, wq)  k = MatMul(x, wk)  t = Transpose<perm=[1,0]>(wv)  m = MatMul(x, t)  v = Add(m, bv) }"""
+)
 
 
 def test_joint_shares_the_first_factor() -> None:
@@ -308,8 +319,11 @@ def test_a_table_becomes_two() -> None:
     assert cut(source, "factorize{rank=4 method=svd}")[1].changes == 0, "only where it is asked for"
 
 
-CHAIN = HEAD + """g (float[B,S,48] x) => (float[B,S,48] y) <float[48,48] w1, float[48,48] w2, float[48,48] w3, float eps = {0.01}> {
+CHAIN = (
+    HEAD
+    + """g (float[B,S,48] x) => (float[B,S,48] y) <float[48,48] w1, float[48,48] w2, float[48,48] w3, float eps = {0.01}> {
   a = MatMul(x, w1)  b = Tanh(a)  c = MatMul(b, w2)  d = Tanh(c)  e = MatMul(d, w3)  s = Mul(e, eps)  y = Add(s, d) }"""
+)
 
 
 def chain(**other: Array) -> tuple[Any, list[dict[str, Array]]]:
@@ -337,7 +351,7 @@ def test_sensitivity_finds_the_layer_that_does_not_matter() -> None:
     base = run(source, samples[0])["y"]
     found = {}
     for flag in ("true", "false"):
-        model, record = cut(source, f"factorize{{budget=0.5 multiple=1 sensitivity={flag}}}", samples)
+        model, _ = cut(source, f"factorize{{budget=0.5 multiple=1 sensitivity={flag}}}", samples)
         found[flag] = error(base, run(model, samples[0])["y"])
     assert found["true"] < 0.5 * found["false"]
 
@@ -352,9 +366,13 @@ def test_a_budget_out_of_reach_changes_nothing() -> None:
 def test_joint_with_a_budget_takes_what_loses_less() -> None:
     """Query and key have their directions in common, so one factor for both is enough; with nothing in common it is not."""
     shared = normal(32, 4, seed=1)
-    text = HEAD + "g (float[B,S,32] x) => (float[B,S,32] q, float[B,S,32] k) <float[32,32] wq, float[32,32] wk> { q = MatMul(x, wq)  k = MatMul(x, wk) }"
+    text = (
+        HEAD + "g (float[B,S,32] x) => (float[B,S,32] q, float[B,S,32] k) <float[32,32] wq, float[32,32] wk> { q = MatMul(x, wq)  k = MatMul(x, wk) }"
+    )
     samples = [{"x": normal(2, 40, 32)}]
-    _, record = cut(parse(text, wq=shared @ normal(4, 32), wk=shared @ normal(4, 32, seed=2)), "factorize{budget=0.78 joint=true multiple=1}", samples)
+    _, record = cut(
+        parse(text, wq=shared @ normal(4, 32), wk=shared @ normal(4, 32, seed=2)), "factorize{budget=0.78 joint=true multiple=1}", samples
+    )
     assert [r.facts.get("joint") is not None for r in record.remarks if r.kind == "applied"] == [True]
     _, record = cut(parse(text, wq=low(32, 32, 4), wk=low(32, 32, 4)[:, ::-1].T.copy()), "factorize{budget=0.7 joint=true multiple=1}", samples)
     assert all("joint" not in r.facts for r in record.remarks if r.kind == "applied")
@@ -455,5 +473,5 @@ def test_minilm() -> None:
     feed = text_feeds(["input_ids", "attention_mask"], 1, 40)
     base = run(str(path), feed)["last_hidden_state"]
     assert error(base, run(model, feed)["last_hidden_state"]) < 0.75
-    both, record = cut(path, "canonicalize, factorize{ratio=0.3}, quantize", samples)
+    _, record = cut(path, "canonicalize, factorize{ratio=0.3}, quantize", samples)
     assert record.changes == 36 * 2 + 3
