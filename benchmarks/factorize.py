@@ -33,12 +33,12 @@ from graphopt.samples import Samples
 
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)
 METHODS = {
-    "plain": "method=svd",
-    "ASVD": "method=asvd",
     "whitened": "",
-    "whitened, own errors only": "sensitivity=false",
     "joint": "joint=true",
     "joint, sequential": "joint=true sequential=true",
+    "plain": "method=svd",
+    "ASVD": "method=asvd",
+    "whitened, own errors only": "sensitivity=false",
 }
 COLUMNS = (
     "fewer operations", "how", "probe loss, int8", "cosine, float32", "cosine, int8", "Pearson, int8", "MB, int8", "speed-up, float32", "int8",
@@ -86,10 +86,7 @@ def minilm(options: argparse.Namespace) -> None:
         folder = Path(name)
         base, base8 = _written(exact, folder, "float32")
         judge = _quality.judge(base, options.reviews, limit=options.limit)
-        print(
-            "| fewer operations | how | probe loss, int8 | cosine, float32 | cosine, int8 | Pearson, int8 | MB, int8 | speed-up, float32 | int8 | seconds |"
-        )
-        print("|" + "---|" * 10, flush=True)
+        print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
         _row("0", "int8 only", judge, (base, base8), (base, base8), 0.0)
         for budget in options.budgets:
             for how, given in METHODS.items():
