@@ -48,13 +48,16 @@ def by_budget(
     cost = {x.node: (node_flops(x.node, sizes) or 0) / max(total, 1) for item in single for x in item.linears}
     unknown = [x for item in single for x in item.linears if not cost[x.node]]
     own = {item.linears[0].node: item for item in single}
-    plans: dict[Item, Plan] = {item: plan(item, moments, options.method) for item in dict.fromkeys([*together, *single])}
-    groups = [[[item], [own[x.node] for x in item.linears]] if item.joint else [[item]] for item in together]
-    weights = dict.fromkeys(plans, 1.0)
+    plans: dict[Item, Plan] = {item: plan(item, moments, options.method) for item in single}
+    counts = dict.fromkeys(single, 1.0)
     if options.sensitivity and ctx.samples is not None:
-        weights.update(sensitivities(model, ctx.samples, [plans[item] for item in single]))
-        weights.update({item: float(np.mean([weights[own[x.node]] for x in item.linears])) for item in plans if item.joint})
-    menus = {item: _menu(item, p, sum(cost[x.node] for x in item.linears), weights[item], options.multiple) for item, p in plans.items()}
+        counts = sensitivities(model, ctx.samples, list(plans.values()))
+    groups = [[[item], [own[x.node] for x in item.linears]] if item.joint else [[item]] for item in together]
+    for item in together:
+        if item.joint:
+            parts = [counts[own[x.node]] for x in item.linears]
+            plans[item], counts[item] = plan(item, moments, options.method, parts), sum(parts)
+    menus = {item: _menu(item, p, sum(cost[x.node] for x in item.linears), counts[item], options.multiple) for item, p in plans.items()}
     whole = sum(float(menus[item].cost[0]) for item in single)
     taken = spread([[[menus[item] for item in side] for side in group] for group in groups], whole - options.budget)
     if taken is None:
@@ -86,11 +89,10 @@ def bindings(model: ir.Model, ctx: Context) -> Bindings:
     return found
 
 
-def _menu(item: Item, p: Plan, cost: float, weight: float, multiple: int) -> Menu:
+def _menu(item: Item, p: Plan, cost: float, count: float, multiple: int) -> Menu:
     """Whole (rank 0), then ranks from the largest that saves something down to `multiple`; nothing but whole where its cost is not known."""
     highest = item.largest // multiple * multiple
     ranks = np.arange(highest, 0, -multiple) if cost else np.zeros(0, np.int64)
     error = [p.spectrum.error(int(r)) for r in ranks]
     share = [cost * item.kept(int(r)) / item.size for r in ranks]
-    parts = len(item.weights) if item.joint else 1  # a joint error is a mean over its weights
-    return Menu(np.array([0, *ranks]), np.array([cost, *share]), np.array([0.0, *(weight * parts * e for e in error)]))
+    return Menu(np.array([0, *ranks]), np.array([cost, *share]), np.array([0.0, *(count * e for e in error)]))

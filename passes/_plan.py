@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +17,8 @@ from ._lowrank import Spectrum, factors, spectrum
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """`scales`: what each weight of a joint item is multiplied by, so that its output has mean square 1; rank 0: not decided."""
+    """`scales`: what each weight of a joint item is multiplied by, so that the mean square of its output is what an error there counts; rank 0:
+    not decided."""
 
     item: Item
     scales: tuple[float, ...]
@@ -29,10 +30,16 @@ class Plan:
         return Cut(self.item, left, rights, self.spectrum.error(self.rank) ** 0.5, sampled)
 
 
-def plan(item: Item, moments: Mapping[ir.Value, Array], method: str) -> Plan:
-    """Ready but for its rank. `moments`: of the inputs, where samples show them."""
+def plan(item: Item, moments: Mapping[ir.Value, Array], method: str, counts: Sequence[float] = ()) -> Plan:
+    """Ready but for its rank.
+
+    Args:
+        moments: of the inputs, where samples show them.
+        counts: how much a relative error of each output of a joint item counts; alike by default.
+    """
     seen = moment(item, moments)
-    scales = tuple(_scale(x.matrix(), seen) for x in item.weights) if item.joint else (1.0,)
+    sizes = [_scale(x.matrix(), seen) for x in item.weights] if item.joint else []
+    scales = tuple(size * count**0.5 for size, count in zip(sizes, counts or [1.0] * len(sizes), strict=True)) or (1.0,)
     return Plan(item, scales, spectrum(wide(item, scales), seen, method))
 
 

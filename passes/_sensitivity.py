@@ -20,6 +20,7 @@ from ._plan import Plan
 _ROWS = 2048  # elements of the first input that are run, at most: tokens, where it holds ids
 _OPERATIONS = 2e12  # of all runs together, about; one batch at least
 _FLOOR = 1e-9
+_LEAST = 1e-6
 
 
 def sensitivities(model: ir.Model, samples: Samples, plans: Sequence[Plan]) -> dict[Item, float]:
@@ -42,9 +43,11 @@ def sensitivities(model: ir.Model, samples: Samples, plans: Sequence[Plan]) -> d
             continue
         changed = _changed(half)
         moved = relative_l2(base, [session.run({**feed, **changed}) for feed in feeds])
-        found[p.item] = moved**2 / error
+        if np.isfinite(moved):
+            found[p.item] = moved**2 / error
     usual = float(np.median(list(found.values()))) if found else 1.0
-    return {p.item: found.get(p.item, usual) for p in plans}
+    least = _LEAST * max(found.values(), default=1.0) or 1.0  # a layer that nothing depends on still wants a number that can be divided by
+    return {p.item: max(found.get(p.item, usual), least) for p in plans}
 
 
 def _few(samples: Samples, enough: float) -> list[Mapping[str, Array]]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from models import minilm, parse, run, text_feeds  # type: ignore[import-not-found]
+from models import minilm, minilm_folder, parse, run, text_feeds  # type: ignore[import-not-found]
 
 import graphopt
 from graphopt.choices import Machine
@@ -21,6 +27,7 @@ from graphopt.registry import passes
 from graphopt.samples import Samples
 from graphopt.verify import interface, verify
 
+ROOT = Path(__file__).resolve().parent.parent
 Array = np.ndarray[Any, Any]
 HEAD = '<ir_version: 10, opset_import: ["": 23]>'
 ONE = HEAD + "g (float[B,S,{0}] x) => (float[B,S,{1}] y) <float[{0},{1}] w> {{ y = MatMul(x, w) }}"
@@ -475,3 +482,20 @@ def test_minilm() -> None:
     assert error(base, run(model, feed)["last_hidden_state"]) < 0.75
     _, record = cut(path, "canonicalize, factorize{ratio=0.3}, quantize", samples)
     assert record.changes == 36 * 2 + 3
+
+
+@pytest.mark.slow
+def test_the_page(tmp_path: Path) -> None:
+    """docs/factorizing.md: its pipelines parse, and its example runs on a real model."""
+    text = (ROOT / "docs" / "factorizing.md").read_text(encoding="utf-8")
+    found = re.findall(r"`((?:factorize|drop-layers)\{[^`]*\})`", text)
+    assert len(found) >= 9
+    for one in found:
+        assert pipeline(one, passes())
+    shutil.copy(minilm("sdpa_18"), tmp_path / "minilm.onnx")
+    shutil.copy(minilm_folder() / "tokenizer.json", tmp_path / "tokenizer.json")
+    (example,) = re.findall(r"```sh\n(.*?)```", text, flags=re.S)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    done = subprocess.run(["bash", "-eu", "-c", example], cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "minilm-thin.onnx").stat().st_size < 22.5e6
