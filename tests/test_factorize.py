@@ -488,7 +488,7 @@ def test_minilm() -> None:
 def test_the_page(tmp_path: Path) -> None:
     """docs/factorizing.md: its pipelines parse, and its example runs on a real model."""
     text = (ROOT / "docs" / "factorizing.md").read_text(encoding="utf-8")
-    found = re.findall(r"`((?:factorize|drop-layers)\{[^`]*\})`", text)
+    found = re.findall(r"`((?:factorize|drop-layers|threshold-attention)\{[^`]*\})`", text)
     assert len(found) >= 9
     for one in found:
         assert pipeline(one, passes())
