@@ -29,9 +29,8 @@ def refit(model: ir.Model, ctx: Context, plans: Sequence[Plan]) -> int:
     for group in groups.values():
         now = [dataclasses.replace(p, item=_current(p.item)) for p in group]
         seen = paired_moments(model, original, ctx.require_samples(), str(now[0].item.linears[0].x.name))
-        done = PutFactors([fitted(p, seen) for p in now]).run(model, ctx)
-        changes += done
-        if done < len(now):  # out of fuel
+        changes += PutFactors([fitted(p, seen) for p in now]).run(model, ctx)
+        if ctx.fuel.limit is not None and ctx.fuel.burned >= ctx.fuel.limit:
             break
     return changes
 
