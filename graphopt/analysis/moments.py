@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.core import Array
+from graphopt.errors import SampleError
 from graphopt.graph import static_dim
 from graphopt.run import Feeds
-from graphopt.run.observe import Reducer, observe
+from graphopt.run.observe import Reducer, exposed, observe
 
 BYTES = 512 * 2**20  # of sums that are held at a time; more means another run over the samples
 
@@ -39,13 +41,48 @@ def input_moments(model: ir.Model, samples: Iterable[Feeds], values: Sequence[ir
         yield from _observed(model, samples, group)
 
 
+@dataclasses.dataclass(frozen=True)
+class Paired:
+    """Means over the rows of x [rows, K] in one model and of z, the same value in another: x^T x, x^T z and z^T z, each float64 [K, K]."""
+
+    own: Array
+    cross: Array
+    other: Array
+
+
+def paired_moments(model: ir.Model, other: ir.Model, samples: Iterable[Feeds], value: str) -> Paired:
+    """How a value [.., K] of `model` and the one of this name in `other` go together; one run of both over the samples.
+
+    Raises:
+        SampleError: there was no sample.
+    """
+    from graphopt.run import ort
+
+    names = {str(v.name) for v in model.graph.inputs}
+    sessions = [] if value in names else [ort.session(exposed(m, [value])) for m in (model, other)]
+    sums: list[Array] = []
+    count = 0
+    for feed in samples:
+        x, z = (_rows(s.run(feed)[value]) for s in sessions) if sessions else (_rows(feed[value]),) * 2
+        parts = [(a.T @ b).astype(np.float64) for a, b in ((x, x), (x, z), (z, z))]
+        sums = [total + part for total, part in zip(sums, parts, strict=True)] if sums else parts
+        count += len(x)
+    if not sums:
+        raise SampleError("calibration gave 0 samples: the source is empty, or a generator that was used before")
+    return Paired(*(total / max(count, 1) for total in sums))
+
+
+def _rows(array: Array) -> Array:
+    return array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
+
+
 def _observed(model: ir.Model, samples: Iterable[Feeds], group: Sequence[ir.Value]) -> Iterator[tuple[ir.Value, Array]]:
     sums = [np.zeros((_width(v), _width(v)), np.float32) for v in group]
     counts = [0] * len(group)
 
     def reducer(k: int) -> Reducer:
         def add(array: Array) -> None:
-            rows = array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
+            rows = _rows(array)
             sums[k] += rows.T @ rows
             counts[k] += len(rows)
 

@@ -1,0 +1,97 @@
+"""What the benchmarks of structural compression share: calibration text, the files that are judged, and one row of their tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import _models
+import _quality
+import numpy as np
+
+import graphopt
+from graphopt import bench
+from graphopt.core import Context
+from graphopt.measure import flops, latency, size, steady_clock
+from graphopt.pipeline import PassManager, parse
+from graphopt.registry import passes, targets
+from graphopt.run.ort import session
+
+COLUMNS = (
+    "fewer operations", "how", "probe loss, int8", "cosine, float32", "cosine, int8", "Pearson, int8", "MB, int8", "speed-up, float32", "int8",
+    "seconds of one core",
+)  # fmt: skip
+SHAPES = ((1, 16), (1, 128), (8, 64))
+_SIZES = {"batch": 8, "seq": 64}
+
+
+def calibration(file: Path, count: int = 512, batch: int = 32) -> list[dict[str, Any]]:
+    """Batches of lines of like length, so that little of them is padding."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(_models.minilm_folder() / "tokenizer.json"))
+    tokenizer.enable_truncation(128)
+    tokenizer.enable_padding()
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rng = np.random.default_rng(0)
+    picked = sorted((lines[k] for k in rng.permutation(len(lines))[:count]), key=len)
+    feeds = []
+    for first in range(0, len(picked), batch):
+        rows = tokenizer.encode_batch(picked[first : first + batch])
+        feeds.append({"input_ids": np.array([r.ids for r in rows]), "attention_mask": np.array([r.attention_mask for r in rows])})
+    return [feeds[k] for k in rng.permutation(len(feeds))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """An exact model, its float32 and int8 files, and the judge of their embeddings; operations are counted at 8 x 64 tokens."""
+
+    exact: Any
+    files: tuple[Path, Path]
+    judge: _quality.Judge
+    folder: Path
+
+    def row(self, model: Any, how: str, seconds: float) -> None:
+        """Print what became of the model, beside the exact one."""
+        saved = 1 - flops(model, _SIZES).total / flops(self.exact, _SIZES).total
+        _row(f"{saved:.1%}", how, self.judge, self.files, written(model, self.folder, "cut"), seconds)
+
+
+def start(file: Path, reviews: Path, folder: Path, limit: int | None) -> Bench:
+    """Load and fuse MiniLM, write its files, and print the head of the table and the row of int8 alone."""
+    exact = graphopt.load(file)
+    PassManager(parse(targets()["cpu"]().pipeline(1), passes())).run(exact, Context(exact))
+    files = written(exact, folder, "float32")
+    bench_ = Bench(exact, files, _quality.judge(files[0], reviews, limit=limit), folder)
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    _row("0", "int8 only", bench_.judge, files, files, 0.0)
+    return bench_
+
+
+def written(model: Any, folder: Path, name: str) -> tuple[Path, Path]:
+    """The float32 and the int8 file."""
+    paths = folder / f"{name}.onnx", folder / f"{name}-int8.onnx"
+    graphopt.optimize(model, "", target="cpu{tune=off}", promise=False).save(paths[0])
+    graphopt.optimize(model, "quantize", target="quantized{tune=off}", promise=False).save(paths[1])
+    return paths
+
+
+def _row(saved: str, how: str, judge: _quality.Judge, base: tuple[Path, Path], files: tuple[Path, Path], seconds: float) -> None:
+    count = min(1000, len(judge.texts))
+    cosine = _quality.cosine(judge.base[:count], _quality.embed(files[0], judge.texts[:count]))
+    found = judge.of(files[1])
+    faster = _race(base[0], files)
+    print(
+        f"| {saved} | {how} | {found.loss:.2%} +- {found.error:.2%} | {cosine:.4f} | {found.cosine:.4f} | {found.pearson:.4f} | "
+        f"{size(files[1]) / 1e6:.1f} | {faster[0]:.2f}x | {faster[1]:.2f}x | {seconds:.0f} |",
+        flush=True,
+    )
+
+
+def _race(base: Path, files: tuple[Path, Path]) -> tuple[float, float]:
+    """Speed-up over `base`, geometric mean over SHAPES: interleaved warm blocks in processor time."""
+    sessions = {"base": bench.Picky(session(base)), "float32": bench.Picky(session(files[0])), "int8": bench.Picky(session(files[1]))}
+    feeds = bench.feeds_for([graphopt.load(base)], list(SHAPES))
+    timed = latency(sessions, feeds, rounds=4, block=3, clock=steady_clock(1))
+    return timed.speedup("float32"), timed.speedup("int8")

@@ -1,0 +1,67 @@
+"""factorize{sequential=true}: each layer is fitted to what the layers that were cut before it leave over."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analysis.moments import Paired, paired_moments
+from graphopt.core import Array, Context
+
+from ._factorable import Item
+from ._factors import Cut, PutFactors
+from ._lowrank import factors, spectrum
+from ._plan import Plan, split, wide
+
+_RIDGE = 1e-3  # of the mean of the diagonal: how strongly a fitted weight is held to the original one
+
+
+def refit(model: ir.Model, ctx: Context, plans: Sequence[Plan]) -> int:
+    """Put the factors in place, one input after the other in graph order; ranks stay. Returns the number of changes."""
+    original, changes = model.clone(), 0
+    groups: dict[ir.Node, list[Plan]] = {}
+    first: dict[ir.Value, ir.Node] = {}
+    for p in plans:
+        groups.setdefault(first.setdefault(p.item.linears[0].x, p.item.linears[0].node), []).append(p)
+    for group in groups.values():
+        now = [dataclasses.replace(p, item=_current(p.item)) for p in group]
+        seen = paired_moments(model, original, ctx.require_samples(), str(now[0].item.linears[0].x.name))
+        changes += PutFactors([fitted(p, seen) for p in now]).run(model, ctx)
+        if ctx.fuel.limit is not None and ctx.fuel.burned >= ctx.fuel.limit:
+            break
+    return changes
+
+
+def fitted(p: Plan, seen: Paired) -> Cut:
+    """The factors of the best matrix of this rank that turns the inputs of the model as it is now into the outputs that the original had.
+
+    A shared weight is fitted to the input of its first reader.
+    """
+    w = wide(p.item, p.scales)
+    best = least_squares(w, seen)
+    left, right = factors(best, spectrum(best, seen.own, "whitened"), p.rank)
+    product = left @ right
+    whole = float((w * (seen.other @ w)).sum())
+    off = whole - 2 * float((product * (seen.cross @ w)).sum()) + float((product * (seen.own @ product)).sum())
+    return Cut(p.item, *split(p.item, p.scales, left, right), max(off / whole, 0.0) ** 0.5 if whole > 0 else 0.0, sampled=True)
+
+
+def least_squares(weight: Array, seen: Paired) -> Array:
+    """argmin ||x W - z weight||^2 over the samples, held a little to `weight`."""
+    ridge = _RIDGE * np.maximum(np.diag(seen.own).mean(), np.finfo(np.float32).tiny)
+    damped = seen.own + ridge * np.eye(len(seen.own))
+    found: Array = weight + np.linalg.solve(damped, (seen.cross - seen.own) @ weight)
+    return found
+
+
+def _current(item: Item) -> Item:
+    """The same multiplies, reading what stands before them now."""
+    linears = []
+    for linear in item.linears:
+        x = linear.node.inputs[0]
+        assert x is not None
+        linears.append(dataclasses.replace(linear, x=x))
+    return dataclasses.replace(item, linears=tuple(linears))

@@ -1,0 +1,154 @@
+"""drop-layers: the layers that change the residual stream least are taken out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
+
+import onnx_ir as ir
+
+from graphopt.analysis.stream import StreamLayer, Streams
+from graphopt.core import Array, Context, Pass
+from graphopt.errors import PipelineError
+from graphopt.run.observe import observable, observe
+
+from ._drop import DropSteps, Unit, cosines, inside, left_over, units
+
+
+@dataclasses.dataclass(frozen=True)
+class DropLayers(Pass):
+    """Layers, or only their attentions or FFNs, are removed where the cosine between the residual stream before and after them is largest.
+
+    Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect"; for attentions alone He et al. 2024,
+    "What Matters in Transformers? Not All Attention is Needed". Pre-norm: the summand goes. Post-norm: the block x -> norm(x + f(x)) goes, and
+    what read its result reads x. The inputs and outputs of the model stay: where one is a key/value cache of a dropped layer, its projections
+    are still computed, with a remark. One layer of each stream (encoder, decoder) stays at least.
+
+    Args:
+        count: so many; the default is 1.
+        ratio: this part of those that there are, rounded down.
+        layers: these, by their number in graph order from 0 (`3+4`); needs no samples.
+        what: `layer`, `attention` (cross-attention too) or `ffn`.
+
+    Raises:
+        PipelineError: more than one of count, ratio and layers, or one out of its range; when it runs: a number that no layer has.
+        SampleError: when it runs: no samples, and no `layers`.
+    """
+
+    count: int | None = None
+    ratio: float | None = None
+    layers: tuple[int, ...] = ()
+    what: Literal["layer", "attention", "ffn"] = "layer"
+    exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        given = [key for key in ("count", "ratio", "layers") if getattr(self, key) not in (None, ())]
+        if len(given) > 1:
+            _refuse(given[1], f"to stand alone, as one of count, ratio and layers says what is dropped; `{given[0]}` stands beside it")
+        if self.count is not None and self.count < 1:
+            _refuse("count", f"1 or more, found {self.count}")
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            _refuse("ratio", f"a number between 0 and 1, found {self.ratio:g}")
+        if any(k < 0 for k in self.layers):
+            _refuse("layers", f"numbers from 0 on, found {min(self.layers)}")
+
+    def weaker(self) -> Self | None:
+        if self.ratio is not None:
+            return dataclasses.replace(self, ratio=round(0.7 * self.ratio, 4)) if self.ratio > 0.01 else None
+        if self.layers:
+            return dataclasses.replace(self, layers=self.layers[:-1]) if len(self.layers) > 1 else None
+        return dataclasses.replace(self, count=self.count - 1) if self.count is not None and self.count > 1 else None
+
+    def run(self, model: ir.Model, ctx: Context) -> int:
+        if not self.layers:
+            ctx.require_samples()
+        layers: tuple[StreamLayer, ...] = ctx.get(Streams())
+        found, refused = units(layers, self.what)
+        for number, reason in refused:
+            ctx.remarks.missed("", f"{self.what} {number} stays: {reason}")
+        if not found:
+            ctx.remarks.missed("", "the graph shows no residual stream with layers; put `canonicalize` before, which finds shapes and norms")
+            return 0
+        scores = {} if self.layers else self._scores(model, ctx, found)
+        chosen = self._chosen(ctx, found, scores)
+        nodes = {unit: inside(unit) for unit in chosen}
+        told = {unit: {"number": unit.number, "what": self.what, **_score(scores, unit)} for unit in chosen}
+        changes = DropSteps(told).run(model, ctx)
+        for unit, own in nodes.items():
+            names = left_over(model, unit, own)
+            if names:
+                ctx.remarks.missed("", f"{self.what} {unit.number} is dropped, but still computed in part for the output {', '.join(names)}")
+        return changes
+
+    def _chosen(self, ctx: Context, found: Sequence[Unit], scores: Mapping[Unit, float]) -> list[Unit]:
+        if self.layers:
+            known = {unit.number: unit for unit in found}
+            unknown = [k for k in self.layers if k not in known]
+            if unknown:
+                _refuse("layers", f"numbers of {', '.join(map(str, known))}, found {unknown[0]}")
+            wanted = [known[k] for k in self.layers]
+        else:
+            count = int(self.ratio * len(found)) if self.ratio is not None else self.count or 1
+            if count == 0:
+                ctx.remarks.missed("", f"ratio={self.ratio:g} of {len(found)} is less than one")
+            wanted = sorted(scores, key=lambda unit: -scores[unit])
+        left = {stream: sum(u.stream == stream for u in found) for stream in {u.stream for u in found}}
+        chosen: list[Unit] = []
+        for unit in wanted:
+            if not self.layers and len(chosen) == count:
+                break
+            if left[unit.stream] == 1 and self.what == "layer":
+                ctx.remarks.missed("", f"{self.what} {unit.number} stays: it is the last of its stream")
+                continue
+            left[unit.stream] -= 1
+            chosen.append(unit)
+        if not self.layers:
+            kept = {str(u.number): round(scores[u], 4) for u in scores if u not in chosen}
+            ctx.remarks.missed("", f"{len(kept)} of {len(scores)} stay: they change the stream more", cosine=kept)
+        return sorted(chosen, key=lambda unit: unit.number)
+
+    def _scores(self, model: ir.Model, ctx: Context, found: Sequence[Unit]) -> dict[Unit, float]:
+        """The mean over rows of the cosine of the stream behind a unit with what it would be without."""
+        now: dict[ir.Value, Array] = {}
+        sums = {unit: [0.0, 0] for unit in found}
+
+        def keep(value: ir.Value) -> Callable[[Array], None]:
+            def add(array: Array) -> None:
+                now[value] = array
+                if len(now) == len(wanted):
+                    for unit in found:
+                        total, rows = cosines(_without(unit, now), now[unit.after])
+                        sums[unit][0] += total
+                        sums[unit][1] += rows
+                    now.clear()
+
+            return add
+
+        wanted = dict.fromkeys(v for unit in found for v in _read(unit))
+        assert all(observable(model, v) for v in wanted), "a stream lies in the main graph"
+        observe(model, ctx.require_samples(), {value: keep(value) for value in wanted})
+        return {unit: total / max(rows, 1) for unit, (total, rows) in sums.items()}
+
+
+def _read(unit: Unit) -> list[ir.Value]:
+    return [unit.before, unit.after] if unit.whole else [unit.after, *(b.value for b in unit.cuts[0][1])]
+
+
+def _without(unit: Unit, now: Mapping[ir.Value, Array]) -> Array:
+    if unit.whole:
+        return now[unit.before]
+    rest = now[unit.after]
+    for branch in unit.cuts[0][1]:
+        rest = rest - now[branch.value]
+    return rest
+
+
+def _score(scores: Mapping[Unit, float], unit: Unit) -> dict[str, float]:
+    return {"cosine": round(scores[unit], 4)} if unit in scores else {}
+
+
+def _refuse(key: str, expected: str) -> None:
+    error: Any = PipelineError(f"drop-layers: option `{key}` expects {expected}")
+    error.bad_key = key
+    raise error
