@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import re
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -480,3 +482,19 @@ def test_the_model_itself_stays() -> None:
         for weight in executor.parameters():
             weight.zero_()
     np.testing.assert_array_equal(model.graph.initializers["up"].const_value.numpy(), before)
+
+
+def test_the_page_on_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its examples run as they stand, one after the other."""
+    page = (Path(__file__).resolve().parent.parent / "docs" / "gradients.md").read_text(encoding="utf-8")
+    (tmp_path / "minilm.onnx").symlink_to(minilm("sdpa_23"))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.S):
+        exec(block, names)
+    assert names["importance"].shape == (1536,)
+    assert names["importance"].min() > 0
+    assert names["outputs"][names["hidden"]].shape == (1, 4, 1536)
+    assert names["changed"] > 50
+    feeds = {name: tensor.numpy() for name, tensor in names["feeds"].items()}
+    assert_same(names["executor"].run(feeds), run(names["model"], feeds), 1e-5)
