@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import weakref
 from pathlib import Path
@@ -295,6 +296,16 @@ def test_four_bit_blocks_learn_their_scales() -> None:
     assert executor.weights()["s"].grad.abs().min() > 0
 
 
+def test_four_bits_are_clipped_to_four_bits() -> None:
+    text = "g (float[N,4] x) => (float[N,4] y) <float s = {0.5}, int4 z> { q = QuantizeLinear(x, s, z)  y = DequantizeLinear(q, s, z) }"
+    proto = parse('<ir_version: 10, opset_import: ["": 23]>' + text, z=np.array(0, ir.DataType.INT4.numpy()))
+    del proto.graph.value_info[:]
+    executor = TorchModel(ir.from_proto(proto))  # nothing says the type of q but its zero point
+    x = np.array([[0.4, 9, -9, 1]], np.float32)
+    assert executor.run({"x": x})["y"].tolist() == [[0.5, 3.5, -4, 1]]
+    assert executor({"x": torch.from_numpy(x).requires_grad_()})["y"].tolist() == [[0.5, 3.5, -4, 1]]
+
+
 def test_dynamic_quantization_is_straight_through() -> None:
     model = graph(DYNAMIC, w=floats(4, 3))
     feeds = {"x": floats(5, 4)}
@@ -375,6 +386,11 @@ def test_parameters_buffers_and_trainable() -> None:
     state = {name: tensor * 0 for name, tensor in executor.state_dict().items()}
     executor.load_state_dict(state)
     assert not executor.run({"x": np.ones((1, 4), np.float32)})["y"].any()
+    twin = copy.deepcopy(TorchModel(model))
+    with torch.no_grad():
+        twin.weights()["a"].add_(1)
+    x = np.ones((1, 4), np.float32)
+    np.testing.assert_allclose(twin.run({"x": x})["y"] - TorchModel(model).run({"x": x})["y"], np.full((1, 4), 2), rtol=1e-5)
     some = TorchModel(model, trainable=["a", "scale"])
     assert {name for name, p in some.weights().items() if p.requires_grad} == {"a", "scale"}
     with pytest.raises(GraphoptError, match="`nothing`, which is no float initializer"):
