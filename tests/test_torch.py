@@ -255,6 +255,27 @@ def test_gradients_are_those_of_differences(case: str) -> None:
     assert torch.autograd.gradcheck(function, (x, *(p for _, p in learned)), atol=1e-6)
 
 
+GUARD = """
+g (float[N,3] x, float[N,3] mask) => (float[N,3] y) <float zero = {0}> {
+  s = Add(x, mask)
+  p = Softmax(s)
+  bad = IsNaN(p)
+  y = Where(bad, zero, p)
+}"""
+
+
+def test_a_row_that_sees_nothing_gets_no_gradient() -> None:
+    """What TorchScript writes for attention: a row of -inf is NaN after Softmax, and then replaced by 0."""
+    x, mask = floats(2, 3), np.array([[0, -np.inf, 0], [-np.inf] * 3], np.float32)
+    model = graph(GUARD)
+    given = {"x": torch.from_numpy(x).requires_grad_(), "mask": torch.from_numpy(mask)}
+    y = TorchModel(model)(given)["y"]
+    np.testing.assert_allclose(y.detach().numpy(), run(model, {"x": x, "mask": mask})["y"], atol=1e-6)
+    (y * torch.arange(3.0)).sum().backward()
+    share = y[0, 2].item()
+    np.testing.assert_allclose(given["x"].grad.numpy(), [[-2 * share * (1 - share), 0, 2 * share * (1 - share)], [0, 0, 0]], atol=1e-6)
+
+
 QDQ = """
 g (float[N,4] x) => (float[N,4] y, int8[N,4] q) <float s = {0.1}, int8 z = {3}> {
   q = QuantizeLinear(x, s, z)
