@@ -535,3 +535,20 @@ def test_the_page_on_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert names["changed"] > 50
     feeds = {name: tensor.numpy() for name, tensor in names["feeds"].items()}
     assert_same(names["executor"].run(feeds), run(names["model"], feeds), 1e-5)
+
+
+@pytest.mark.parametrize("pipeline", ["quantize{mode=dynamic}", "quantize{mode=weight-only bits=4 block=16}", "quantize{mode=weight-only bits=8}"])
+def test_quantized_models_run_and_learn(pipeline: str) -> None:
+    model = graphopt.optimize(tiny("bert", "sdpa", "18"), f"canonicalize, fuse-norm, {pipeline}", target="cpu{tune=off vendor=false}").model
+    assert {"DequantizeLinear", "MatMulInteger"} & {node.op_type for node in model.graph}
+    feeds = text_feeds(("input_ids", "attention_mask"), 3, 11)
+    feeds["input_ids"] %= 100
+    expected = run(model, feeds)
+    executor = TorchModel(model)
+    assert_same(expected, executor.run(feeds), 1e-5 if "weight-only" in pipeline else 2e-2)  # a rounding that falls on the other side
+    out = executor(tensors(feeds))["out"]
+    assert_same(executor.run(feeds), {"out": out.detach().numpy()}, 1e-5 if "weight-only" in pipeline else 2e-2)
+    out.square().mean().backward()
+    gradients = [weight.grad for weight in executor.weights().values() if weight.grad is not None]
+    assert len(gradients) >= 6
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
