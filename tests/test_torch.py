@@ -406,6 +406,7 @@ def test_parameters_buffers_and_trainable() -> None:
     assert sum(1 for _ in executor.buffers()) == 1
     state = {name: tensor * 0 for name, tensor in executor.state_dict().items()}
     executor.load_state_dict(state)
+    assert model.graph.initializers["scale"].const_value.numpy() == 2, "the model keeps its own numbers"
     assert not executor.run({"x": np.ones((1, 4), np.float32)})["y"].any()
     twin = copy.deepcopy(TorchModel(model))
     with torch.no_grad():

@@ -81,7 +81,7 @@ class TorchModel(torch.nn.Module):  # type: ignore[misc]
             unknown -= {name} if floating else set()
             module, key = self._home(name)
             if wanted or (floating and tensor.numel() > 1):
-                module.register_parameter(key, torch.nn.Parameter(tensor.clone(), requires_grad=wanted))
+                module.register_parameter(key, torch.nn.Parameter(tensor, requires_grad=wanted))
                 self._names[name] = (module, key)
             else:
                 module.register_buffer(key, tensor)
@@ -90,9 +90,10 @@ class TorchModel(torch.nn.Module):  # type: ignore[misc]
             raise GraphoptError(f"trainable names `{min(unknown)}`, which is no float initializer that the graph reads")
 
     def _tensor(self, value: ir.Value) -> Tensor:
+        """A copy: an optimizer or load_state_dict writes in place."""
         assert value.const_value is not None
         try:
-            tensor = to_tensor(value.const_value.numpy())
+            tensor = to_tensor(value.const_value.numpy()).clone()
         except TargetError as error:
             raise TargetError(f"the initializer `{value.name}`: {error}") from error
         return tensor.to(self._dtype) if tensor.dtype == torch.float32 else tensor
