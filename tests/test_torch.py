@@ -141,6 +141,26 @@ g (float[4] x, int64 n) => (float[4] y, float[N,4] all) <float[4] w, bool yes = 
 }"""
 
 
+CORNERS = {
+    "slice from far below, backwards": ("Slice(x, a, e, d, s)", {"a": np.array([-9]), "e": np.array([-(2**62)]), "d": np.array([1]), "s": np.array([-2])}),
+    "slice to far below, backwards": ("Slice(x, a, e, d, s)", {"a": np.array([9]), "e": np.array([-(2**62)]), "d": np.array([1]), "s": np.array([-2])}),
+    "nearest at a tie of float32": ("Resize(x, , s)", {"s": np.array([1, 0.7], np.float32)}),
+    "nearest at a tie of sizes": ("Resize(x, , , s)", {"s": np.array([4, 14])}),
+    "equal values": ("ArgMax <axis = 1, select_last_index = 1> (r)", {"r": np.array([[1, 2, 2, 0, 2]], np.float32)}),
+    "no axes": ("ReduceSum <noop_with_empty_axes = 1> (x)", {}),
+    "integers, truncated": ("Div(i, j)", {"i": np.array([-7, 7, -6]), "j": np.array([2, -2, 4])}),
+    "integers, remainder": ("Mod(i, j)", {"i": np.array([-7, 7, -6]), "j": np.array([2, -2, 4])}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CORNERS)
+def test_corners_are_those_of_onnx_runtime(case: str) -> None:
+    node, weights = CORNERS[case]
+    proto = parse('<ir_version: 10, opset_import: ["": 23]>\ng (float[4,7] x) => (y) { keep = Identity(x)  y = ' + node + " }", **weights)
+    feeds = {"x": floats(4, 7)}
+    assert_same(run(ir.from_proto(proto), feeds), TorchModel(ir.from_proto(proto)).run(feeds))
+
+
 def test_sequences() -> None:
     model = graph(SEQUENCES)
     feeds = {"x": floats(6, 4)}

@@ -168,10 +168,10 @@ def _at(x: Tensor, dim: int, stride: int) -> tuple[slice, ...]:
 
 
 def _reverse(start: int, end: int, stride: int, size: int) -> slice:
-    """Python has no number for "before the first"; ONNX writes one far below."""
-    start = min(max(start + size if start < 0 else start, -1), size - 1)
+    """A start before the first element is the first one, as the specification says and numpy does not; an end may lie before the first."""
+    start = min(max(start + size if start < 0 else start, 0), size - 1)
     end = min(max(end + size if end < 0 else end, -1), size - 1)
-    return slice(0, 0) if start < 0 else slice(start, None if end < 0 else end, stride)
+    return slice(0, 0) if not size else slice(start, None if end < 0 else end, stride)
 
 
 @op("Pad")

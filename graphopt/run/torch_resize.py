@@ -49,7 +49,7 @@ def resize(
             outside = outside | ((at < 0) | (at > size - 1)).reshape(shape).to(x.device)
         if target == size and torch.equal(at, torch.arange(size, dtype=at.dtype)):
             continue
-        matrix = _matrix(at, size, kernel, min(factor, 1.0) if antialias and mode != "nearest" else 1.0, exclude_outside)
+        matrix = _matrix(at.double(), size, kernel, min(factor, 1.0) if antialias and mode != "nearest" else 1.0, exclude_outside)
         x = _apply(x, matrix.to(x.device), dim, mode)
     if outside.any():
         x = torch.where(outside, torch.full_like(x, extrapolation_value), x)
@@ -70,10 +70,11 @@ def _targets(x: Tensor, dims: Ints, scales: Tensor | None, sizes: Tensor | None,
 
 
 def _coordinates(size: int, target: int, factor: float, mode: str, crop: tuple[float, float]) -> Tensor:
-    """For each place of the output, where it lies in the input, [target]."""
-    at = torch.arange(target, dtype=torch.float64)
+    """For each place of the output, where it lies in the input, [target]; in float32, as runtimes have it: what is a tie there must be one here."""
+    at = torch.arange(target, dtype=torch.float32)
+    ratio = torch.tensor(factor, dtype=torch.float32)
     if mode == "asymmetric":
-        return at / factor
+        return at / ratio
     if mode == "align_corners":
         last = size * factor - 1  # not rounded, as the specification has it
         return at * ((size - 1) / last) if target > 1 else at * 0
@@ -86,8 +87,8 @@ def _coordinates(size: int, target: int, factor: float, mode: str, crop: tuple[f
     if mode == "half_pixel_symmetric":
         exact = size * factor
         center, adjust = size / 2, target / exact
-        return center * (1 - adjust) + (at + 0.5) / factor - 0.5
-    return (at + 0.5) / factor - 0.5
+        return center * (1 - adjust) + (at + 0.5) / ratio - 0.5
+    return (at + 0.5) / ratio - 0.5
 
 
 Kernel = Callable[[Tensor], Tensor]  # distance to a sample of the input -> weight
