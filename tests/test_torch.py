@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -138,6 +141,26 @@ g (float[4] x, int64 n) => (float[4] y, float[N,4] all) <float[4] w, bool yes = 
 }"""
 
 
+CORNERS = {
+    "slice from far below, backwards": ("Slice(x, a, e, d, s)", {"a": np.array([-9]), "e": np.array([-(2**62)]), "d": np.array([1]), "s": np.array([-2])}),
+    "slice to far below, backwards": ("Slice(x, a, e, d, s)", {"a": np.array([9]), "e": np.array([-(2**62)]), "d": np.array([1]), "s": np.array([-2])}),
+    "nearest at a tie of float32": ("Resize(x, , s)", {"s": np.array([1, 0.7], np.float32)}),
+    "nearest at a tie of sizes": ("Resize(x, , , s)", {"s": np.array([4, 14])}),
+    "equal values": ("ArgMax <axis = 1, select_last_index = 1> (r)", {"r": np.array([[1, 2, 2, 0, 2]], np.float32)}),
+    "no axes": ("ReduceSum <noop_with_empty_axes = 1> (x)", {}),
+    "integers, truncated": ("Div(i, j)", {"i": np.array([-7, 7, -6]), "j": np.array([2, -2, 4])}),
+    "integers, remainder": ("Mod(i, j)", {"i": np.array([-7, 7, -6]), "j": np.array([2, -2, 4])}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CORNERS)
+def test_corners_are_those_of_onnx_runtime(case: str) -> None:
+    node, weights = CORNERS[case]
+    proto = parse('<ir_version: 10, opset_import: ["": 23]>\ng (float[4,7] x) => (y) { keep = Identity(x)  y = ' + node + " }", **weights)
+    feeds = {"x": floats(4, 7)}
+    assert_same(run(ir.from_proto(proto), feeds), TorchModel(ir.from_proto(proto)).run(feeds))
+
+
 def test_sequences() -> None:
     model = graph(SEQUENCES)
     feeds = {"x": floats(6, 4)}
@@ -252,6 +275,27 @@ def test_gradients_are_those_of_differences(case: str) -> None:
     assert torch.autograd.gradcheck(function, (x, *(p for _, p in learned)), atol=1e-6)
 
 
+GUARD = """
+g (float[N,3] x, float[N,3] mask) => (float[N,3] y) <float zero = {0}> {
+  s = Add(x, mask)
+  p = Softmax(s)
+  bad = IsNaN(p)
+  y = Where(bad, zero, p)
+}"""
+
+
+def test_a_row_that_sees_nothing_gets_no_gradient() -> None:
+    """What TorchScript writes for attention: a row of -inf is NaN after Softmax, and then replaced by 0."""
+    x, mask = floats(2, 3), np.array([[0, -np.inf, 0], [-np.inf] * 3], np.float32)
+    model = graph(GUARD)
+    given = {"x": torch.from_numpy(x).requires_grad_(), "mask": torch.from_numpy(mask)}
+    y = TorchModel(model)(given)["y"]
+    np.testing.assert_allclose(y.detach().numpy(), run(model, {"x": x, "mask": mask})["y"], atol=1e-6)
+    (y * torch.arange(3.0)).sum().backward()
+    share = y[0, 2].item()
+    np.testing.assert_allclose(given["x"].grad.numpy(), [[-2 * share * (1 - share), 0, 2 * share * (1 - share)], [0, 0, 0]], atol=1e-6)
+
+
 QDQ = """
 g (float[N,4] x) => (float[N,4] y, int8[N,4] q) <float s = {0.1}, int8 z = {3}> {
   q = QuantizeLinear(x, s, z)
@@ -291,6 +335,16 @@ def test_four_bit_blocks_learn_their_scales() -> None:
     executor(tensors(feeds))["y"].sum().backward()
     assert list(executor.weights()) == ["s"]
     assert executor.weights()["s"].grad.abs().min() > 0
+
+
+def test_four_bits_are_clipped_to_four_bits() -> None:
+    text = "g (float[N,4] x) => (float[N,4] y) <float s = {0.5}, int4 z> { q = QuantizeLinear(x, s, z)  y = DequantizeLinear(q, s, z) }"
+    proto = parse('<ir_version: 10, opset_import: ["": 23]>' + text, z=np.array(0, ir.DataType.INT4.numpy()))
+    del proto.graph.value_info[:]
+    executor = TorchModel(ir.from_proto(proto))  # nothing says the type of q but its zero point
+    x = np.array([[0.4, 9, -9, 1]], np.float32)
+    assert executor.run({"x": x})["y"].tolist() == [[0.5, 3.5, -4, 1]]
+    assert executor({"x": torch.from_numpy(x).requires_grad_()})["y"].tolist() == [[0.5, 3.5, -4, 1]]
 
 
 def test_dynamic_quantization_is_straight_through() -> None:
@@ -372,7 +426,13 @@ def test_parameters_buffers_and_trainable() -> None:
     assert sum(1 for _ in executor.buffers()) == 1
     state = {name: tensor * 0 for name, tensor in executor.state_dict().items()}
     executor.load_state_dict(state)
+    assert model.graph.initializers["scale"].const_value.numpy() == 2, "the model keeps its own numbers"
     assert not executor.run({"x": np.ones((1, 4), np.float32)})["y"].any()
+    twin = copy.deepcopy(TorchModel(model))
+    with torch.no_grad():
+        twin.weights()["a"].add_(1)
+    x = np.ones((1, 4), np.float32)
+    np.testing.assert_allclose(twin.run({"x": x})["y"] - TorchModel(model).run({"x": x})["y"], np.full((1, 4), 2), rtol=1e-5)
     some = TorchModel(model, trainable=["a", "scale"])
     assert {name for name, p in some.weights().items() if p.requires_grad} == {"a", "scale"}
     with pytest.raises(GraphoptError, match="`nothing`, which is no float initializer"):
@@ -480,3 +540,36 @@ def test_the_model_itself_stays() -> None:
         for weight in executor.parameters():
             weight.zero_()
     np.testing.assert_array_equal(model.graph.initializers["up"].const_value.numpy(), before)
+
+
+def test_the_page_on_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its examples run as they stand, one after the other."""
+    page = (Path(__file__).resolve().parent.parent / "docs" / "gradients.md").read_text(encoding="utf-8")
+    (tmp_path / "minilm.onnx").symlink_to(minilm("sdpa_23"))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.S):
+        exec(block, names)
+    assert names["importance"].shape == (1536,)
+    assert names["importance"].min() > 0
+    assert names["outputs"][names["hidden"]].shape == (1, 4, 1536)
+    assert names["changed"] > 50
+    feeds = {name: tensor.numpy() for name, tensor in names["feeds"].items()}
+    assert_same(names["executor"].run(feeds), run(names["model"], feeds), 1e-5)
+
+
+@pytest.mark.parametrize("pipeline", ["quantize{mode=dynamic}", "quantize{mode=weight-only bits=4 block=16}", "quantize{mode=weight-only bits=8}"])
+def test_quantized_models_run_and_learn(pipeline: str) -> None:
+    model = graphopt.optimize(tiny("bert", "sdpa", "18"), f"canonicalize, fuse-norm, {pipeline}", target="cpu{tune=off vendor=false}").model
+    assert {"DequantizeLinear", "MatMulInteger"} & {node.op_type for node in model.graph}
+    feeds = text_feeds(("input_ids", "attention_mask"), 3, 11)
+    feeds["input_ids"] %= 100
+    expected = run(model, feeds)
+    executor = TorchModel(model)
+    assert_same(expected, executor.run(feeds), 1e-5 if "weight-only" in pipeline else 2e-2)  # a rounding that falls on the other side
+    out = executor(tensors(feeds))["out"]
+    assert_same(executor.run(feeds), {"out": out.detach().numpy()}, 1e-5 if "weight-only" in pipeline else 2e-2)
+    out.square().mean().backward()
+    gradients = [weight.grad for weight in executor.weights().values() if weight.grad is not None]
+    assert len(gradients) >= 6
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)

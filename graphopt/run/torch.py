@@ -67,31 +67,33 @@ class TorchModel(torch.nn.Module):  # type: ignore[misc]
         self._inner = frozenset(str(v.name) for n in all_nodes(model) if n.graph is not model.graph for v in n.outputs)
         self._names: dict[str, tuple[torch.nn.Module, str]] = {}
         self._stored: list[tuple[dict[str, Any], str, int]] = []  # (parameters or buffers of a module, key, place)
-        stored = [*self._program.captured, *(v for v in model.graph.inputs if str(v.name) in defaults)]
-        self._add_weights(stored, None if trainable is None else set(trainable))
+        given = [pair for pair in zip(model.graph.inputs, self._program.input_places, strict=True) if pair[0].is_initializer()]
+        stored = zip(self._program.captured, self._program.captured_places, strict=True)
+        self._add_weights([*stored, *given], None if trainable is None else set(trainable))
         del self._program.captured
 
-    def _add_weights(self, values: Iterable[ir.Value], trainable: set[str] | None) -> None:
+    def _add_weights(self, values: Iterable[tuple[ir.Value, int]], trainable: set[str] | None) -> None:
         unknown = set(trainable or ())
-        for value in values:
+        for value, place in values:
             name, tensor = str(value.name), self._tensor(value)
             floating = tensor.is_floating_point() and tensor.dtype.itemsize > 1
             wanted = floating and (tensor.numel() > 1 if trainable is None else name in trainable)
             unknown -= {name} if floating else set()
             module, key = self._home(name)
             if wanted or (floating and tensor.numel() > 1):
-                module.register_parameter(key, torch.nn.Parameter(tensor.clone(), requires_grad=wanted))
+                module.register_parameter(key, torch.nn.Parameter(tensor, requires_grad=wanted))
+                self._names[name] = (module, key)
             else:
                 module.register_buffer(key, tensor)
-            self._names[name] = (module, key)
-            self._stored.append((module._parameters if key in module._parameters else module._buffers, key, self._program.place[name]))
+            self._stored.append((module._parameters if key in module._parameters else module._buffers, key, place))
         if unknown:
             raise GraphoptError(f"trainable names `{min(unknown)}`, which is no float initializer that the graph reads")
 
     def _tensor(self, value: ir.Value) -> Tensor:
+        """A copy: an optimizer or load_state_dict writes in place."""
         assert value.const_value is not None
         try:
-            tensor = to_tensor(value.const_value.numpy())
+            tensor = to_tensor(value.const_value.numpy()).clone()
         except TargetError as error:
             raise TargetError(f"the initializer `{value.name}`: {error}") from error
         return tensor.to(self._dtype) if tensor.dtype == torch.float32 else tensor
@@ -112,7 +114,7 @@ class TorchModel(torch.nn.Module):  # type: ignore[misc]
 
     def weights(self) -> dict[str, torch.nn.Parameter]:
         """The parameters by the names of their initializers."""
-        return {name: module._parameters[key] for name, (module, key) in self._names.items() if key in module._parameters}
+        return {name: module._parameters[key] for name, (module, key) in self._names.items()}
 
     def forward(self, feeds: Mapping[str, Tensor], *, observe: Iterable[str] = (), edit: Mapping[str, Edit] | None = None) -> dict[str, Tensor]:
         """Run the graph.

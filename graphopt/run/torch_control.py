@@ -1,4 +1,4 @@
-"""If, Loop and Scan: Python control flow that reads its conditions. A body is a function from tensors to a list of tensors."""
+"""Control flow in Python, which reads its conditions, and sequences of tensors, which are lists. A body gives a list of tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from graphopt.errors import TargetError
 from graphopt.run.torch_table import op
-from graphopt.run.torch_types import Tensor
+from graphopt.run.torch_types import Tensor, integers
 
 Body = Callable[..., list[Tensor]]
 
@@ -58,3 +58,51 @@ def scan(
     out_axes, out_back = scan_output_axes or [0] * len(made), scan_output_directions or [0] * len(made)
     stacked = [torch.stack(column[::-1] if back else column, axis) for column, axis, back in zip(made, out_axes, out_back, strict=True)]
     return (*state, *stacked)
+
+
+# ---- sequences of tensors: Python lists ---------------------------------------------------------------------------------------------------
+
+
+@op("SequenceConstruct")
+def sequence_construct(*parts: Tensor) -> list[Tensor]:
+    return list(parts)
+
+
+@op("SequenceEmpty")
+def sequence_empty(*, dtype: int = 1) -> list[Tensor]:
+    return []
+
+
+@op("SequenceAt")
+def sequence_at(sequence: list[Tensor], position: Tensor) -> Tensor:
+    return sequence[int(position)]
+
+
+@op("SequenceLength")
+def sequence_length(sequence: list[Tensor]) -> Tensor:
+    return torch.tensor(len(sequence), dtype=torch.int64)
+
+
+@op("SequenceInsert")
+def sequence_insert(sequence: list[Tensor], x: Tensor, position: Tensor | None = None) -> list[Tensor]:
+    place = len(sequence) if position is None else int(position)
+    return [*sequence[:place], x, *sequence[place:]]
+
+
+@op("SequenceErase")
+def sequence_erase(sequence: list[Tensor], position: Tensor | None = None) -> list[Tensor]:
+    gone = (-1 if position is None else int(position)) % len(sequence)
+    return sequence[:gone] + sequence[gone + 1 :]
+
+
+@op("SplitToSequence")
+def split_to_sequence(x: Tensor, sizes: Tensor | None = None, *, axis: int = 0, keepdims: int = 1) -> list[Tensor]:
+    if sizes is None:
+        parts = torch.split(x, 1, axis)
+        return list(parts) if keepdims else [part.squeeze(axis) for part in parts]
+    return list(torch.split(x, integers(sizes) if sizes.dim() else int(sizes), axis))
+
+
+@op("ConcatFromSequence")
+def concat_from_sequence(sequence: list[Tensor], *, axis: int, new_axis: int = 0) -> Tensor:
+    return torch.stack(sequence, axis) if new_axis else torch.cat(sequence, axis)

@@ -168,10 +168,10 @@ def _at(x: Tensor, dim: int, stride: int) -> tuple[slice, ...]:
 
 
 def _reverse(start: int, end: int, stride: int, size: int) -> slice:
-    """Python has no number for "before the first"; ONNX writes one far below."""
-    start = min(max(start + size if start < 0 else start, -1), size - 1)
+    """A start before the first element is the first one, as the specification says and numpy does not; an end may lie before the first."""
+    start = min(max(start + size if start < 0 else start, 0), size - 1)
     end = min(max(end + size if end < 0 else end, -1), size - 1)
-    return slice(0, 0) if start < 0 else slice(start, None if end < 0 else end, stride)
+    return slice(0, 0) if not size else slice(start, None if end < 0 else end, stride)
 
 
 @op("Pad")
@@ -264,91 +264,6 @@ def compress(x: Tensor, condition: Tensor, *, axis: int | None = None) -> Tensor
     return x.index_select(axis, torch.nonzero(condition).reshape(-1))
 
 
-# ---- gather and scatter -------------------------------------------------------------------------------------------------------------------
-
-
-@op("Gather")
-def gather(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
-    axis = axis % x.dim()
-    if indices.dim() == 0:
-        return x.select(axis, int(indices))
-    if axis == 0 and x.dim() == 2 and x.is_floating_point():
-        return functional.embedding(_wrapped(indices, x.shape[0]), x)
-    flat = x.index_select(axis, _wrapped(indices, x.shape[axis]).reshape(-1))
-    return flat.reshape(x.shape[:axis] + indices.shape + x.shape[axis + 1 :])
-
-
-def _wrapped(indices: Tensor, size: int) -> Tensor:
-    indices = indices.to(torch.int64)
-    return torch.where(indices < 0, indices + size, indices)
-
-
-@op("GatherElements")
-def gather_elements(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
-    return torch.gather(x, axis, _wrapped(indices, x.shape[axis]))
-
-
-@op("GatherND")
-def gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
-    return x[_coordinates(x, indices, batch_dims)]
-
-
-def _coordinates(x: Tensor, indices: Tensor, batch_dims: int) -> tuple[Tensor, ...]:
-    """Rows of indices as one index tensor an axis, the batch axes first."""
-    rows = tuple(_wrapped(part, x.shape[batch_dims + d]) for d, part in enumerate(indices.unbind(-1)))
-    rank = indices.dim() - 1
-    batch = tuple(
-        torch.arange(x.shape[d], device=x.device).reshape([-1 if e == d else 1 for e in range(rank)]).expand(indices.shape[:-1])
-        for d in range(batch_dims)
-    )
-    return batch + rows
-
-
-_SCATTER = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
-
-
-@op("ScatterElements", "Scatter")
-def scatter_elements(x: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0, reduction: str = "none") -> Tensor:
-    places = _wrapped(indices, x.shape[axis])
-    if reduction == "none":
-        return x.scatter(axis, places, updates)
-    return x.scatter_reduce(axis, places, updates, _SCATTER[reduction])
-
-
-@op("ScatterND")
-def scatter_nd(x: Tensor, indices: Tensor, updates: Tensor, *, reduction: str = "none") -> Tensor:
-    where = _coordinates(x, indices, 0)
-    if reduction in ("none", "add"):
-        return x.index_put(where, updates, accumulate=reduction == "add")
-    count = indices.shape[-1]
-    tail = math.prod(x.shape[count:])
-    row = torch.zeros(indices.shape[:-1], dtype=torch.int64, device=x.device)
-    for d, part in enumerate(where):
-        row = row * x.shape[d] + part
-    flat = (row.reshape(-1, 1) * tail + torch.arange(tail, device=x.device)).reshape(-1)
-    return x.reshape(-1).scatter_reduce(0, flat, updates.reshape(-1), _SCATTER[reduction]).reshape(x.shape)
-
-
-@op("TensorScatter")
-def tensor_scatter(past: Tensor, update: Tensor, write: Tensor | None = None, *, axis: int = -2, mode: str = "linear") -> Tensor:
-    """A key/value cache with the new rows written at a place of its own for each row of the batch."""
-    axis = axis % past.dim()
-    start = torch.zeros(past.shape[0], dtype=torch.int64, device=past.device) if write is None else write
-    places = start.reshape([-1] + [1] * (past.dim() - 1)) + torch.arange(update.shape[axis], device=past.device).reshape(
-        [-1 if d == axis else 1 for d in range(past.dim())]
-    )
-    places = places % past.shape[axis] if mode == "circular" else places
-    return past.scatter(axis, places.expand(update.shape), update)
-
-
-@op("ReverseSequence")
-def reverse_sequence(x: Tensor, lengths: Tensor, *, batch_axis: int = 1, time_axis: int = 0) -> Tensor:
-    steps = torch.arange(x.shape[time_axis], device=x.device)
-    place = torch.where(steps < lengths[:, None], lengths[:, None] - 1 - steps, steps)  # [batch, time]
-    place = place if batch_axis == 0 else place.t()
-    return torch.gather(x, time_axis, place.reshape(list(place.shape) + [1] * (x.dim() - 2)).expand(x.shape))
-
-
 @op("DepthToSpace")
 def depth_to_space(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
     n, c, h, w = x.shape
@@ -366,51 +281,3 @@ def space_to_depth(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
     b = blocksize
     order = (0, 3, 5, 1, 2, 4) if mode == "DCR" else (0, 1, 3, 5, 2, 4)
     return x.reshape(n, c, h // b, b, w // b, b).permute(order).reshape(n, c * b * b, h // b, w // b)
-
-
-# ---- sequences of tensors: Python lists ---------------------------------------------------------------------------------------------------
-
-
-@op("SequenceConstruct")
-def sequence_construct(*parts: Tensor) -> list[Tensor]:
-    return list(parts)
-
-
-@op("SequenceEmpty")
-def sequence_empty(*, dtype: int = 1) -> list[Tensor]:
-    return []
-
-
-@op("SequenceAt")
-def sequence_at(sequence: list[Tensor], position: Tensor) -> Tensor:
-    return sequence[int(position)]
-
-
-@op("SequenceLength")
-def sequence_length(sequence: list[Tensor]) -> Tensor:
-    return torch.tensor(len(sequence), dtype=torch.int64)
-
-
-@op("SequenceInsert")
-def sequence_insert(sequence: list[Tensor], x: Tensor, position: Tensor | None = None) -> list[Tensor]:
-    place = len(sequence) if position is None else int(position)
-    return [*sequence[:place], x, *sequence[place:]]
-
-
-@op("SequenceErase")
-def sequence_erase(sequence: list[Tensor], position: Tensor | None = None) -> list[Tensor]:
-    gone = (-1 if position is None else int(position)) % len(sequence)
-    return sequence[:gone] + sequence[gone + 1 :]
-
-
-@op("SplitToSequence")
-def split_to_sequence(x: Tensor, sizes: Tensor | None = None, *, axis: int = 0, keepdims: int = 1) -> list[Tensor]:
-    if sizes is None:
-        parts = torch.split(x, 1, axis)
-        return list(parts) if keepdims else [part.squeeze(axis) for part in parts]
-    return list(torch.split(x, integers(sizes) if sizes.dim() else int(sizes), axis))
-
-
-@op("ConcatFromSequence")
-def concat_from_sequence(sequence: list[Tensor], *, axis: int, new_axis: int = 0) -> Tensor:
-    return torch.stack(sequence, axis) if new_axis else torch.cat(sequence, axis)

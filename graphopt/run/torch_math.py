@@ -227,7 +227,12 @@ def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
 
 @op("Softmax")
 def softmax(x: Tensor, *, axis: int = -1) -> Tensor:
-    return torch.softmax(x, axis)
+    """A row of -inf alone gives NaN, which graphs then replace (Where(IsNaN(y), 0, y)); its gradient is 0, where torch's own would be NaN."""
+    y = torch.softmax(x, axis)
+    if not y.requires_grad or not bool(y.detach().sum().isnan()):
+        return y
+    dead = (x == -math.inf).all(axis, keepdim=True)
+    return torch.where(dead, torch.full_like(y, math.nan), torch.softmax(x.masked_fill(dead, 0), axis))
 
 
 @op("LogSoftmax")

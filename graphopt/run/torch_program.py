@@ -10,10 +10,21 @@ import torch
 
 from graphopt.errors import GraphoptError, TargetError
 from graphopt.graph import bodies
-from graphopt.run import one_line, torch_attention, torch_control, torch_index, torch_math, torch_norm, torch_quantized, torch_window
+from graphopt.run import (
+    one_line,
+    torch_attention,
+    torch_control,
+    torch_gather,
+    torch_index,
+    torch_math,
+    torch_norm,
+    torch_quantized,
+    torch_resize,
+    torch_window,
+)
 from graphopt.run.torch_table import Function, function_of
 
-FAMILIES = (torch_attention, torch_control, torch_index, torch_math, torch_norm, torch_quantized, torch_window)  # importing them fills the table
+_FILL = (torch_attention, torch_control, torch_gather, torch_index, torch_math, torch_norm, torch_quantized, torch_resize, torch_window)  # the table
 Hooks = Mapping[int, Callable[[Any], Any]]  # place -> what replaces the value as soon as it is there
 _NONE = 0  # the place of an input that a node leaves out
 

@@ -60,13 +60,13 @@ def quantize(
 
 
 def _kind(zero_point: Tensor | None, output_dtype: int, declared: ir.DataType | None) -> ir.DataType:
-    """torch keeps 4 bits in a byte, so the type of the node's output counts before that of the zero point's tensor."""
+    """torch keeps 4 bits in a byte, so the type that the graph declares counts before that of the zero point's tensor."""
     if output_dtype:
         return ir.DataType(output_dtype)
-    if declared is not None and (zero_point is None or DTYPES.get(declared) == zero_point.dtype):
-        return declared
-    if zero_point is None or (zero_point.is_floating_point() and zero_point.dtype not in FLOAT8):
+    if zero_point is None:
         return ir.DataType.UINT8
+    if declared is not None and DTYPES.get(declared) == zero_point.dtype:
+        return declared
     return next(k for k, own in DTYPES.items() if own == zero_point.dtype)
 
 

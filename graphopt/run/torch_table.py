@@ -1,7 +1,8 @@
 """The table of operators that the torch executor knows: op type -> function(inputs, *, attributes).
 
-The keyword arguments of a function are the attributes of the operator with the defaults of the specification, so that an attribute that a function
-does not know is an error and not a wrong number. `_outputs` is how many outputs the node has; a keyword argument without a default is required.
+The keyword arguments of a function are the attributes of the operator with the defaults of the specification, so that an attribute that a
+function does not know is an error and not a wrong number; one without a default is required. `_outputs` is how many outputs the node has,
+`_dtype` the type of the first.
 """
 
 from __future__ import annotations
@@ -73,12 +74,18 @@ def function_of(node: ir.Node, version: int | None, extra: Mapping[tuple[str, st
     if "_outputs" in known:
         attributes["_outputs"] = len(node.outputs)
     if "_dtype" in known:
-        attributes["_dtype"] = next((v.dtype for v in node.outputs), None)
+        attributes["_dtype"] = _kind(node)
     if dtype != torch.float32:
         if "stash_type" in known:
             attributes.setdefault("stash_type", known["stash_type"].default)
         attributes = {name: _retyped(node, name, value, dtype) for name, value in attributes.items()}
     return functools.partial(function, **attributes) if attributes else function
+
+
+def _kind(node: ir.Node) -> ir.DataType | None:
+    """The element type of the first output, else of the last input: the zero point of QuantizeLinear, the pattern of CastLike."""
+    last = node.inputs[-1] if len(node.inputs) > 1 else None
+    return node.outputs[0].dtype or (None if last is None else last.dtype)
 
 
 def _retyped(node: ir.Node, name: str, value: Any, dtype: torch.dtype) -> Any:
