@@ -271,6 +271,20 @@ def test_quantized_weights_stay_and_factors_are_quantized() -> None:
     assert error(run(source, x)["y"], run(model, x)["y"]) < 0.03
 
 
+def test_factors_suit_an_8_bit_grid() -> None:
+    """The singular values fall by a factor of 1,000; all columns between the factors are of like size nevertheless."""
+    left, _ = np.linalg.qr(normal(96, 32))
+    right, _ = np.linalg.qr(normal(96, 32, seed=1))
+    source, samples = one(((left * np.geomspace(30, 0.03, 32)) @ right.T).astype(np.float32)), [{"x": normal(4, 64, 96, seed=k)} for k in range(2)]
+    whole, _ = cut(source, "quantize")
+    model, record = cut(source, "factorize{rank=32}, quantize", samples)
+    assert record.changes == 2
+    base = run(source, samples[0])["y"]
+    assert error(base, run(model, samples[0])["y"]) < 2 * error(base, run(whole, samples[0])["y"])
+    norms = np.linalg.norm(np.asarray(cut(source, "factorize{rank=32}", samples)[0].graph.initializers["w_left"].const_value), axis=0)
+    assert norms.max() < 4 * norms.min(), "without the rotation 30 times"
+
+
 def test_include_and_exclude() -> None:
     text = HEAD + "g (float[B,16] x) => (float[B,16] y) <float[16,16] v, float[16,16] w> { [first] a = MatMul(x, v)  [second] y = MatMul(a, w) }"
     source = parse(text, v=low(16, 16, 2), w=low(16, 16, 2))
