@@ -37,11 +37,11 @@ METHODS = {
     "whitened without sensitivity": "sensitivity=false",
 }
 SMOL = {
-    "plain 10 %": "factorize{budget=0.1 method=svd sensitivity=false}",
-    "whitened 10 %": "factorize{budget=0.1 sensitivity=false}",
-    "joint 10 %": "factorize{budget=0.1 joint=true sensitivity=false}",
-    "whitened 20 %": "factorize{budget=0.2 sensitivity=false}",
-    "whitened 30 %": "factorize{budget=0.3 sensitivity=false}",
+    "plain": "factorize{budget=0.1 method=svd sensitivity=false}",
+    "whitened without sensitivity": "factorize{budget=0.1 sensitivity=false}",
+    "joint without sensitivity": "factorize{budget=0.1 joint=true sensitivity=false}",
+    "joint": "factorize{budget=0.1 joint=true}",
+    "joint 20 %": "factorize{budget=0.2 joint=true}",
     "1 layer": "drop-layers{count=1}",
     "2 layers": "drop-layers{count=2}",
     "4 layers": "drop-layers{count=4}",

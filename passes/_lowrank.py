@@ -58,12 +58,17 @@ def spectrum(weight: Array, moments: Array | None, method: str) -> Spectrum:
 
 
 def factors(weight: Array, cut: Spectrum, rank: int) -> tuple[Array, Array]:
-    """[.., in, r] and [.., r, out], float64, balanced: column k of the first and row k of the second have one norm."""
+    """[.., in, r] and [.., r, out], float64.
+
+    The columns of the basis differ much in size, and one 8-bit grid for all of them would be as coarse as the largest asks for. So both factors
+    take the square root of it, and the space between them is turned by a fixed rotation, after which all are alike (Ashkboos et al. 2024, "QuaRot").
+    """
     basis = cut.basis[..., :rank]
     left, right = np.asarray(weight, np.float64) @ basis, np.swapaxes(basis, -1, -2)
     norms = np.sqrt(np.linalg.norm(left, axis=-2))
     norms[norms == 0] = 1
-    return left / norms[..., None, :], right * norms[..., :, None]
+    turn = np.linalg.qr(np.random.default_rng(0).standard_normal((rank, rank)))[0]
+    return left / norms[..., None, :] @ turn, turn.T @ (right * norms[..., :, None])
 
 
 def _scaled(w: Array, moments: Array | None, method: str) -> Array:

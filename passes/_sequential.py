@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.moments import Paired, paired_moments
+from graphopt.analysis.stream import StreamLayer, Streams
 from graphopt.core import Array, Context
 
 from ._factorable import Item
@@ -20,15 +21,23 @@ _RIDGE = 1e-3  # of the mean of the diagonal: how strongly a fitted weight is he
 
 
 def refit(model: ir.Model, ctx: Context, plans: Sequence[Plan]) -> int:
-    """Put the factors in place, one input after the other in graph order; ranks stay. Returns the number of changes."""
+    """Put the factors in place, one input after the other in graph order; ranks stay. Returns the number of changes.
+
+    What a block adds to the residual stream is fitted to what it added in the original, and to what the stream has lost until then.
+    """
     original, changes = model.clone(), 0
+    layers: tuple[StreamLayer, ...] = ctx.get(Streams())
+    streams = _streams(layers)
     groups: dict[ir.Node, list[Plan]] = {}
     first: dict[ir.Value, ir.Node] = {}
     for p in plans:
         groups.setdefault(first.setdefault(p.item.linears[0].x, p.item.linears[0].node), []).append(p)
     for group in groups.values():
         now = [dataclasses.replace(p, item=_current(p.item)) for p in group]
-        seen = paired_moments(model, original, ctx.require_samples(), str(now[0].item.linears[0].x.name))
+        first_linear = now[0].item.linears[0]
+        alone = len(group) == 1 and len(group[0].item.linears) == 1 and first_linear.alpha == 1.0
+        before = streams.get(first_linear.output) if alone else None
+        seen = paired_moments(model, original, ctx.require_samples(), str(first_linear.x.name), before)
         changes += PutFactors([fitted(p, seen) for p in now]).run(model, ctx)
         if ctx.fuel.limit is not None and ctx.fuel.burned >= ctx.fuel.limit:
             break
@@ -44,17 +53,25 @@ def fitted(p: Plan, seen: Paired) -> Cut:
     best = least_squares(w, seen)
     left, right = factors(best, spectrum(best, seen.own, "whitened"), p.rank)
     product = left @ right
-    whole = float((w * (seen.other @ w)).sum())
+    whole = float((w * (seen.other @ w)).sum())  # of the outputs; what the stream is off by is not in it
     off = whole - 2 * float((product * (seen.cross @ w)).sum()) + float((product * (seen.own @ product)).sum())
     return Cut(p.item, *split(p.item, p.scales, left, right), max(off / whole, 0.0) ** 0.5 if whole > 0 else 0.0, sampled=True)
 
 
 def least_squares(weight: Array, seen: Paired) -> Array:
-    """argmin ||x W - z weight||^2 over the samples, held a little to `weight`."""
+    """argmin ||x W - (z weight + drift)||^2 over the samples, held a little to `weight`."""
     ridge = _RIDGE * np.maximum(np.diag(seen.own).mean(), np.finfo(np.float32).tiny)
     damped = seen.own + ridge * np.eye(len(seen.own))
-    found: Array = weight + np.linalg.solve(damped, (seen.cross - seen.own) @ weight)
+    wanted = (seen.cross - seen.own) @ weight
+    found: Array = weight + np.linalg.solve(damped, wanted if seen.drift is None else wanted + seen.drift)
     return found
+
+
+def _streams(layers: Sequence[StreamLayer]) -> dict[ir.Value, str]:
+    """Output of a block -> the name of the residual stream that it is added to: where the last layer of a block is fitted, it can take back what
+    the stream is off by."""
+    steps = [step for layer in layers for step in layer.steps]
+    return {step.branches[0].value: str(step.before.name) for step in steps if len(step.branches) == 1}
 
 
 def _current(item: Item) -> Item:

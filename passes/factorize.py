@@ -49,7 +49,7 @@ class Factorize(Pass):
         sensitivity: with `budget`: errors of layers are compared by what they do to the outputs of the model, one run for each; `false`: by their
             own relative size.
         sequential: layer after layer, each is fitted to the inputs that it gets from the layers cut before it, so that it makes up for
-            their error; one run over the samples for each input.
+            their error, also for that of the residual stream; one run over the samples for each input.
         multiple: ranks above it are a multiple of it, as kernels like them.
         embeddings: tables that Gather reads, too: [rows, rank] and a multiply [rank, width]; every row counts the same. Not with `budget`, as it
             saves no operations.

@@ -271,6 +271,20 @@ def test_quantized_weights_stay_and_factors_are_quantized() -> None:
     assert error(run(source, x)["y"], run(model, x)["y"]) < 0.03
 
 
+def test_factors_suit_an_8_bit_grid() -> None:
+    """The singular values fall by a factor of 1,000; all columns between the factors are of like size nevertheless."""
+    left, _ = np.linalg.qr(normal(96, 32))
+    right, _ = np.linalg.qr(normal(96, 32, seed=1))
+    source, samples = one(((left * np.geomspace(30, 0.03, 32)) @ right.T).astype(np.float32)), [{"x": normal(4, 64, 96, seed=k)} for k in range(2)]
+    whole, _ = cut(source, "quantize")
+    model, record = cut(source, "factorize{rank=32}, quantize", samples)
+    assert record.changes == 2
+    base = run(source, samples[0])["y"]
+    assert error(base, run(model, samples[0])["y"]) < 2 * error(base, run(whole, samples[0])["y"])
+    norms = np.linalg.norm(np.asarray(cut(source, "factorize{rank=32}", samples)[0].graph.initializers["w_left"].const_value), axis=0)
+    assert norms.max() < 4 * norms.min(), "without the rotation 30 times"
+
+
 def test_include_and_exclude() -> None:
     text = HEAD + "g (float[B,16] x) => (float[B,16] y) <float[16,16] v, float[16,16] w> { [first] a = MatMul(x, v)  [second] y = MatMul(a, w) }"
     source = parse(text, v=low(16, 16, 2), w=low(16, 16, 2))
@@ -393,6 +407,26 @@ def test_sequential_makes_up_for_the_layers_before() -> None:
         assert len(ranks(record)) <= 3
         found[flag] = error(*(np.concatenate([run(m, s)["y"] for s in samples]) for m in (source, model)))
     assert found["true"] < 0.95 * found["false"]
+
+
+def test_sequential_takes_back_what_the_stream_has_lost() -> None:
+    """Two blocks on a residual stream: the second is fitted to the sum, so that a part of the error of the first goes away with it."""
+    text = (
+        HEAD
+        + """g (float[B,S,32] x) => (float[B,S,32] y) <float[32,64] u1, float[64,32] d1, float[32,64] u2, float[64,32] d2> {
+      a1 = MatMul(x, u1)  r1 = Relu(a1)  b1 = MatMul(r1, d1)  s1 = Add(x, b1)
+      a2 = MatMul(s1, u2)  r2 = Relu(a2)  b2 = MatMul(r2, d2)  y = Add(s1, b2) }"""
+    )
+    weights = {
+        name: normal(*shape, seed=k) / 6 for k, (name, shape) in enumerate({"u1": (32, 64), "d1": (64, 32), "u2": (32, 64), "d2": (64, 32)}.items())
+    }
+    source, samples = parse(text, **weights), [{"x": normal(8, 64, 32, seed=30 + k)} for k in range(3)]
+    found = {}
+    for flag in ("false", "true"):
+        model, record = cut(source, f"factorize{{rank=10 sequential={flag}}}", samples)
+        assert record.changes == 4
+        found[flag] = error(*(np.concatenate([run(m, s)["y"] for s in samples]) for m in (source, model)))
+    assert found["true"] < 0.9 * found["false"], found
 
 
 # ---- time, errors, budgets of loss -----------------------------------------------------------------------------------------------------------

@@ -43,28 +43,39 @@ def input_moments(model: ir.Model, samples: Iterable[Feeds], values: Sequence[ir
 
 @dataclasses.dataclass(frozen=True)
 class Paired:
-    """Means over the rows of x [rows, K] in one model and of z, the same value in another: x^T x, x^T z and z^T z, each float64 [K, K]."""
+    """Means over the rows of x [rows, K] in one model and of z, the same value in another: x^T x, x^T z and z^T z, each float64 [K, K].
+
+    `drift` [K, H]: x^T (t - s), where s [rows, H] is a second value of the one and t that of the other model.
+    """
 
     own: Array
     cross: Array
     other: Array
+    drift: Array | None = None
 
 
-def paired_moments(model: ir.Model, other: ir.Model, samples: Iterable[Feeds], value: str) -> Paired:
+def paired_moments(model: ir.Model, other: ir.Model, samples: Iterable[Feeds], value: str, second: str | None = None) -> Paired:
     """How a value [.., K] of `model` and the one of this name in `other` go together; one run of both over the samples.
+
+    Args:
+        value, second: names of values in the main graphs of both; `second` has the same rows.
 
     Raises:
         SampleError: there was no sample.
     """
     from graphopt.run import ort
 
-    names = {str(v.name) for v in model.graph.inputs}
-    sessions = [] if value in names else [ort.session(exposed(m, [value])) for m in (model, other)]
+    given = {str(v.name) for v in model.graph.inputs}
+    names = [n for n in dict.fromkeys((value, second)) if n is not None]
+    shown = [n for n in names if n not in given]
+    sessions = [ort.session(exposed(m, shown)) for m in (model, other)] if shown else []
     sums: list[Array] = []
     count = 0
     for feed in samples:
-        x, z = (_rows(s.run(feed)[value]) for s in sessions) if sessions else (_rows(feed[value]),) * 2
-        parts = [(a.T @ b).astype(np.float64) for a, b in ((x, x), (x, z), (z, z))]
+        runs = [session.run(feed) for session in sessions] or [{}, {}]
+        (x, *s), (z, *t) = ([_rows(feed[n] if n in given else run[n]) for n in names] for run in runs)
+        pairs = [(x, x), (x, z), (z, z), *((x, b - a) for a, b in zip(s, t, strict=True))]
+        parts = [(a.T @ b).astype(np.float64) for a, b in pairs]
         sums = [total + part for total, part in zip(sums, parts, strict=True)] if sums else parts
         count += len(x)
     if not sums:
