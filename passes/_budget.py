@@ -15,7 +15,7 @@ from graphopt.samples import default_shapes
 from graphopt.sizes import Bindings, dim_at, fed_inputs
 
 from ._factorable import Item, Whole
-from ._plan import Plan, plan
+from ._cut_plan import Plan, plan
 from ._ranks import Menu, spread
 from ._sensitivity import sensitivities
 

@@ -15,7 +15,7 @@ from graphopt.core import Array, Context
 from ._factorable import Item
 from ._factors import Cut, PutFactors
 from ._lowrank import factors, spectrum
-from ._plan import Plan, split, wide
+from ._cut_plan import Plan, split, wide
 
 _RIDGE = 1e-3  # of the mean of the diagonal: how strongly a fitted weight is held to the original one
 

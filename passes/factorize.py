@@ -21,7 +21,7 @@ from ._factorable import Item, Whole, by_node, items, joined, table_reason
 from ._factors import PutFactors, TableCut
 from ._faster import Stopwatch
 from ._lowrank import Spectrum, factors, spectrum
-from ._plan import Plan, plan
+from ._cut_plan import Plan, plan
 from ._sequential import refit
 
 _ENERGY = 0.95
