@@ -190,4 +190,5 @@ _MEANING: dict[str, tuple[tuple[int, Callable[[Spelling], bool]], ...]] = {
     "Pad": ((19, _is_not("mode", "wrap")),),
     "Resize": ((11, _never), (19, _is_not("coordinate_transformation_mode", "half_pixel_symmetric"))),
     "RoiAlign": ((16, _never),),  # default of coordinate_transformation_mode
+    "Scan": ((9, _never),),  # batched before, with the lengths of the sequences as its first input
 }
