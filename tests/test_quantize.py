@@ -458,6 +458,14 @@ def test_what_this_version_does_not_have(text: str, message: str) -> None:
         parse(f"quantize{{{text}}}", passes())
 
 
+def test_a_bad_option_is_named_as_the_user_writes_it() -> None:
+    with pytest.raises(PipelineError) as caught:
+        parse("quantize{mode=weight-only bits=4 reduce-range=true}", passes())
+    first, line, caret = str(caught.value).split("\n")[:3]
+    assert "option `reduce-range` expects False" in first
+    assert line[caret.index("^") :].startswith("reduce-range=true")
+
+
 def test_options_round_trip() -> None:
     text = 'quantize{per-channel=false symmetric=false reduce-range=true embeddings=false include=/a/*+"b c" exclude=d}'
     (made,) = parse(text, passes())
