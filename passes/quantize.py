@@ -12,10 +12,11 @@ import onnx_ir as ir
 from graphopt.analysis.linear import Embedding, Linear, StoredOperands
 from graphopt.analysis.ranges import Ranges
 from graphopt.core import Context
-from graphopt.graph import attr, producer
+from graphopt.graph import attr, constant, producer
 from graphopt.options import option_error
 from graphopt.rewrite import Builder, Match, Miss, RewritePass
 
+from ._bias import CorrectBias
 from ._coding import REDUCED, Coded, encode
 from ._decode import DecodeWeights
 from ._decoded import decoded
@@ -99,13 +100,14 @@ class Quantize(RewritePass[QuantizeMatch]):
         reduce_range: codes of multiplied weights in [-64, 64]: safe on CPUs that add two products in 16 bits (no VNNI), one bit less exact.
         rows: dynamic: a scale for each row of an activation, so that one large token does not coarsen the others: `false`, `true`, or `auto`,
             where the samples show that it is needed. It costs four elementwise nodes.
+        bias_correction: what a product is off by on the average of the samples joins its bias (Nagel et al. 2019; passes/_bias.py).
         embeddings: also the tables that Gather reads rows of.
         include: only the nodes whose name (here or in the input model) fits one of these patterns (`*`, `?`, `[abc]`).
         exclude: not the nodes whose name fits one of these.
 
     Raises:
         PipelineError: a mode, width or way to calibrate that does not exist; when it runs: a pattern that fits no node.
-        SampleError: when it runs: static without samples.
+        SampleError: when it runs: static, gptq, rows=auto or bias-correction without samples.
     """
 
     mode: str = "dynamic"
@@ -118,6 +120,7 @@ class Quantize(RewritePass[QuantizeMatch]):
     method: str = "nearest"
     reduce_range: bool = False
     rows: Literal["false", "true", "auto"] = "false"
+    bias_correction: bool = False
     embeddings: bool = True
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -155,11 +158,19 @@ class Quantize(RewritePass[QuantizeMatch]):
         if self.mode == "static":
             ctx.require_samples()
         turned = TurnLeftWeights(self.include, self.exclude).run(model, ctx)
+        if not self.bias_correction:
+            return turned + self._quantize(model, ctx)
+        ctx.require_samples()
+        correct = CorrectBias.before(ctx)
+        changes = turned + self._quantize(model, ctx)
+        return changes + correct.run(model, ctx) if changes else 0
+
+    def _quantize(self, model: ir.Model, ctx: Context) -> int:
         if self.mode == "weight-only":
-            return turned + WeightOnly(self).run(model, ctx)
+            return WeightOnly(self).run(model, ctx)
         done = quantized_before(ctx)
         mark = len(ctx.remarks)
-        changes = turned + DecodeWeights().run(model, ctx) + super().run(model, ctx)
+        changes = DecodeWeights().run(model, ctx) + super().run(model, ctx)
         _warn_of_rulers(ctx, mark)
         if not changes:
             say_nothing_to_do(ctx, done)
@@ -268,8 +279,11 @@ def _plus(op: Builder, product: ir.Value, gemm: ir.Node) -> ir.Value:
     third = gemm.inputs[2] if len(gemm.inputs) > 2 else None
     if third is None:
         return product
-    beta = attr(gemm, "beta", 1.0)
-    value: ir.Value = op.Add(product, third if beta == 1.0 else op.Mul(third, op.const(np.array(beta, np.float32), "beta")))
+    beta, array = attr(gemm, "beta", 1.0), constant(third)
+    if beta != 1.0:
+        factor = np.array(beta, np.float32)
+        third = op.Mul(third, op.const(factor, "beta")) if array is None else op.const(array * factor, f"{third.name}_scaled")
+    value: ir.Value = op.Add(product, third)
     return value
 
 
