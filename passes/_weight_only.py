@@ -18,6 +18,7 @@ from graphopt.rewrite import Builder, Match, Miss, RewritePass
 from graphopt.run.observe import observable
 
 from ._blocks import Steps, steps
+from ._decoded import decoded
 from ._eligible import numbers, passed_over, quantized_before, say_nothing_to_do, tied_table, unfit_linear, unfit_table, why_no_linear
 from ._gptq import Inputs, gptq
 
@@ -123,29 +124,13 @@ class WeightOnly(RewritePass[WeightMatch]):
 
     def build(self, op: Builder, m: WeightMatch) -> Sequence[ir.Value]:
         node = m.nodes[0]
-        weight = self._decoded(op, m)
+        weight = decoded(op, m.source, m.coded, node.graph, transposed=m.transposed and node.op_type == "MatMul")
         if node.op_type == "Gather":
             return [op.Gather(weight, node.inputs[1], axis=0)]
         if node.op_type == "Gemm":
             kept = {name: a.value for name, a in node.attributes.items() if name != "transB"}
             return [op.Gemm(node.inputs[0], weight, *node.inputs[2:], transB=int(m.transposed), **kept)]
-        if m.transposed:
-            rank, source = m.coded.codes.ndim, weight
-            order = [*range(rank - 2), rank - 1, rank - 2]
-            weight = op.shared(("transposed", m.source, m.coded.axis, node.graph), lambda: op.Transpose(source, perm=order))
         return [op.MatMul(node.inputs[0], weight)]
-
-    def _decoded(self, op: Builder, m: WeightMatch) -> ir.Value:
-        coded, key = m.coded, (m.source, m.coded.axis)
-        name, kind = m.source.name or "weight", np.dtype(m.coded.codes.dtype).name
-        parts = [op.shared(("codes", *key), lambda: op.const(coded.codes, f"{name}_{kind}"))]
-        parts.append(op.shared(("scale", *key), lambda: op.const(coded.scale, f"{name}_scale")))
-        zero = coded.zero_point
-        if zero is not None:
-            parts.append(op.shared(("zero", *key), lambda: op.const(zero, f"{name}_zero_point")))
-        block = coded.block or None
-        value: ir.Value = op.shared(("decoded", *key, m.nodes[0].graph), lambda: op.DequantizeLinear(*parts, axis=coded.axis, block_size=block))
-        return value
 
     def _code(self, value: ir.Value, axis: int) -> Blocked:
         """Codes of a constant whose `axis` runs along the input features; rounded to nearest where GPTQ has not been here."""

@@ -12,12 +12,14 @@ import onnx_ir as ir
 from graphopt.analysis.linear import Embedding, Linear, StoredOperands
 from graphopt.analysis.ranges import Ranges
 from graphopt.core import Context
-from graphopt.errors import PipelineError
-from graphopt.graph import attr, producer
+from graphopt.graph import attr, constant, producer
+from graphopt.options import option_error
 from graphopt.rewrite import Builder, Match, Miss, RewritePass
 
+from ._bias import CorrectBias
 from ._coding import REDUCED, Coded, encode
 from ._decode import DecodeWeights
+from ._decoded import decoded
 from ._eligible import (
     LONGEST_SUM,
     check_patterns,
@@ -98,13 +100,14 @@ class Quantize(RewritePass[QuantizeMatch]):
         reduce_range: codes of multiplied weights in [-64, 64]: safe on CPUs that add two products in 16 bits (no VNNI), one bit less exact.
         rows: dynamic: a scale for each row of an activation, so that one large token does not coarsen the others: `false`, `true`, or `auto`,
             where the samples show that it is needed. It costs four elementwise nodes.
+        bias_correction: what a product is off by on the average of the samples joins its bias (Nagel et al. 2019; passes/_bias.py).
         embeddings: also the tables that Gather reads rows of.
         include: only the nodes whose name (here or in the input model) fits one of these patterns (`*`, `?`, `[abc]`).
         exclude: not the nodes whose name fits one of these.
 
     Raises:
         PipelineError: a mode, width or way to calibrate that does not exist; when it runs: a pattern that fits no node.
-        SampleError: when it runs: static without samples.
+        SampleError: when it runs: static, gptq, rows=auto or bias-correction without samples.
     """
 
     mode: str = "dynamic"
@@ -117,6 +120,7 @@ class Quantize(RewritePass[QuantizeMatch]):
     method: str = "nearest"
     reduce_range: bool = False
     rows: Literal["false", "true", "auto"] = "false"
+    bias_correction: bool = False
     embeddings: bool = True
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -126,9 +130,9 @@ class Quantize(RewritePass[QuantizeMatch]):
     def __post_init__(self) -> None:
         for key, value, known in self._known():
             if value not in known:
-                _refuse(key, f"{' or '.join(str(x) for x in known if x is not None)} in this version", value)
+                raise option_error(self.name, key, f"{' or '.join(str(x) for x in known if x is not None)} in this version", value)
         if not 50 < self.percentile <= 100:
-            _refuse("percentile", "more than 50 and at most 100", self.percentile)
+            raise option_error(self.name, "percentile", "more than 50 and at most 100", self.percentile)
 
     def _known(self) -> Sequence[tuple[str, Any, Sequence[Any]]]:
         """(option, its value, the values that it may have)."""
@@ -154,11 +158,19 @@ class Quantize(RewritePass[QuantizeMatch]):
         if self.mode == "static":
             ctx.require_samples()
         turned = TurnLeftWeights(self.include, self.exclude).run(model, ctx)
+        if not self.bias_correction:
+            return turned + self._quantize(model, ctx)
+        ctx.require_samples()
+        correct = CorrectBias.before(ctx)
+        changes = turned + self._quantize(model, ctx)
+        return changes + correct.run(model, ctx) if changes else 0
+
+    def _quantize(self, model: ir.Model, ctx: Context) -> int:
         if self.mode == "weight-only":
-            return turned + WeightOnly(self).run(model, ctx)
+            return WeightOnly(self).run(model, ctx)
         done = quantized_before(ctx)
         mark = len(ctx.remarks)
-        changes = turned + DecodeWeights().run(model, ctx) + super().run(model, ctx)
+        changes = DecodeWeights().run(model, ctx) + super().run(model, ctx)
         _warn_of_rulers(ctx, mark)
         if not changes:
             say_nothing_to_do(ctx, done)
@@ -193,7 +205,8 @@ class Quantize(RewritePass[QuantizeMatch]):
 
     def build(self, op: Builder, m: QuantizeMatch) -> Sequence[ir.Value]:
         node, graph = m.nodes[0], m.nodes[0].graph
-        weight = node.inputs[1] if m.coded is None else _decoded(op, m, m.coded, graph)
+        swapped = m.transposed and node.op_type == "MatMul"
+        weight = node.inputs[1] if m.coded is None else decoded(op, m.source, m.coded, graph, transposed=swapped)
         if node.op_type == "Gather":
             return [op.Gather(weight, node.inputs[1], axis=0)]
         x, grid = node.inputs[0], m.activation
@@ -203,15 +216,10 @@ class Quantize(RewritePass[QuantizeMatch]):
         x = op.shared(("activation", source, graph), lambda: _measured(op, source) if grid is None else on_grid(op, source, grid))
         if node.op_type == "Gemm":
             kept = {name: a.value for name, a in node.attributes.items() if name != "transB"}
-            swapped = node.attributes["transB"].as_int() if m.coded is None and "transB" in node.attributes else int(m.transposed)
+            across = attr(node, "transB", 0) if m.coded is None else int(m.transposed)
             added = [] if m.rows else node.inputs[2:]
-            product = op.Gemm(x, weight, *added, transB=swapped, **(_without_beta(kept) if m.rows else kept))
+            product = op.Gemm(x, weight, *added, transB=across, **(_without_beta(kept) if m.rows else kept))
             return [product if back is None else _plus(op, op.Mul(product, back), node)]
-        coded = m.coded
-        if m.transposed and coded is not None:
-            rank = coded.codes.ndim
-            order = [*range(rank - 2), rank - 1, rank - 2]
-            weight = op.shared(("transposed", m.source, coded.axis, graph), lambda: op.Transpose(_decoded(op, m, coded, graph), perm=order))
         product = op.MatMul(x, weight)
         return [product if back is None else op.Mul(product, back)]
 
@@ -233,11 +241,8 @@ class Quantize(RewritePass[QuantizeMatch]):
 
     def _match_table(self, e: Embedding, ctx: Context) -> QuantizeMatch:
         linears = (x for x in ctx.get(StoredOperands(casts=True)).values() if isinstance(x, Linear) and not x.quantized)
-        #
-        reduced = self.reduce_range and any(
-            x.weight is e.table or tied_table(x, ctx, self._unfit) is e for x in linears
-        )  # rows are decoded, not multiplied
-        return QuantizeMatch((e.node,), (e.node.outputs[0],), e.table, encode(numbers(e.table), 0, symmetric=self.symmetric, reduced=reduced))
+        multiplied = any(x.weight is e.table or tied_table(x, ctx, self._unfit) is e for x in linears) if self.reduce_range else False
+        return QuantizeMatch((e.node,), (e.node.outputs[0],), e.table, encode(numbers(e.table), 0, symmetric=self.symmetric, reduced=multiplied))
 
     def _match_linear(self, linear: Linear, ctx: Context) -> QuantizeMatch:
         nodes, outputs, reduced = (linear.node,), (linear.node.outputs[0],), self.reduce_range
@@ -259,12 +264,6 @@ class Quantize(RewritePass[QuantizeMatch]):
         return unfit_table(operand) if self.embeddings else "embeddings=false"
 
 
-def _refuse(key: str, expected: str, found: object) -> None:
-    error = PipelineError(f"quantize: option `{key}` expects {expected}, found `{found}`")
-    error.bad_key = key  # type: ignore[attr-defined]
-    raise error
-
-
 def _measured(op: Builder, x: ir.Value) -> ir.Value:
     """x rounded to a grid that is measured at run time."""
     value: ir.Value = op.DequantizeLinear(*op.DynamicQuantizeLinear(x, _outputs=3))
@@ -280,20 +279,11 @@ def _plus(op: Builder, product: ir.Value, gemm: ir.Node) -> ir.Value:
     third = gemm.inputs[2] if len(gemm.inputs) > 2 else None
     if third is None:
         return product
-    beta = attr(gemm, "beta", 1.0)
-    value: ir.Value = op.Add(product, third if beta == 1.0 else op.Mul(third, op.const(np.array(beta, np.float32), "beta")))
-    return value
-
-
-def _decoded(op: Builder, m: QuantizeMatch, coded: Coded, graph: object) -> ir.Value:
-    """The DequantizeLinear of a weight: its codes are stored once in the model, the node stands once in each graph that reads them."""
-    name = m.source.name or "weight"
-    key = (m.source, coded.axis)
-    codes = op.shared(("codes", *key), lambda: op.const(coded.codes, f"{name}_int8"))
-    scale = op.shared(("scale", *key), lambda: op.const(coded.scale, f"{name}_scale"))
-    zero = coded.zero_point
-    parts = [codes, scale] if zero is None else [codes, scale, op.shared(("zero", *key), lambda: op.const(zero, f"{name}_zero_point"))]
-    value: ir.Value = op.shared(("decoded", *key, graph), lambda: op.DequantizeLinear(*parts, axis=coded.axis))
+    beta, array = attr(gemm, "beta", 1.0), constant(third)
+    if beta != 1.0:
+        factor = np.array(beta, np.float32)
+        third = op.Mul(third, op.const(factor, "beta")) if array is None else op.const(array * factor, f"{third.name}_scaled")
+    value: ir.Value = op.Add(product, third)
     return value
 
 

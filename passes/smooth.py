@@ -10,8 +10,8 @@ import onnx_ir as ir
 from graphopt.analysis.activations import LinearInputs
 from graphopt.analysis.linear import Linear, Linears
 from graphopt.core import Array, Context, Pass
-from graphopt.errors import PipelineError
-from graphopt.graph import Names
+from graphopt.graph import Names, initializer
+from graphopt.options import option_error
 
 from ._eligible import numbers
 from ._smoothing import Group, groups, scales
@@ -72,9 +72,7 @@ class Smooth(Pass):
             value = -1.0
         if 0 <= value <= 1:
             return value
-        error = PipelineError(f"smooth: option `strength` expects `search` or a number from 0 to 1, found `{self.strength}`")
-        error.bad_key = "strength"  # type: ignore[attr-defined]
-        raise error
+        raise option_error(self.name, "strength", "`search` or a number from 0 to 1", self.strength)
 
 
 def _fold(model: ir.Model, names: Names, group: Group, s: Array) -> None:
@@ -109,9 +107,7 @@ def _divide_bias(model: ir.Model, names: Names, linear: Linear, s: Array) -> Non
 
 def _exchange(model: ir.Model, names: Names, old: ir.Value, reader: ir.Node, array: Array) -> None:
     """`reader` reads `array` instead of the constant `old`, which goes if nothing else reads it."""
-    fresh = names.fresh(f"{old.name}_smooth")
-    tensor = ir.tensor(np.ascontiguousarray(array, np.float32), name=fresh)
-    value = ir.Value(name=fresh, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+    value = initializer(array.astype(np.float32, copy=False), names.fresh(f"{old.name}_smooth"))
     model.graph.register_initializer(value)
     for k in range(len(reader.inputs)):
         if reader.inputs[k] is old:
