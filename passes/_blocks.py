@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -14,13 +15,21 @@ _SHRINK = {4: np.linspace(1.06, 0.58, 13), 8: np.linspace(1.0, 0.94, 3)}  # of t
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """The grid of rows [rows, in]: `scale` float32 and `zero` float32 (whole numbers), both [rows, blocks]; codes in [low, high]."""
+    """The grid of rows [rows, in]: `scale` float32 and `zero` float32 (whole numbers), both [rows, blocks]; codes in [low, high].
+
+    `whole`: one scale was asked for each row, whatever its length.
+    """
 
     scale: Array
     zero: Array
     block: int
     low: int
     high: int
+    whole: bool = False
+
+    @property
+    def bits(self) -> int:
+        return int(self.high - self.low + 1).bit_length() - 1
 
     def spread(self, width: int) -> tuple[Array, Array]:
         """Scale and zero point of each of `width` columns, [rows, width]."""
@@ -42,6 +51,16 @@ class Steps:
         decoded: Array = (codes - zero) * scale
         return decoded
 
+    def columns(self, order: Array) -> Callable[[int, Array], tuple[Array, Array]]:
+        """For GPTQ: (j, column order[j] of all rows) -> its nearest codes, and what they stand for."""
+        scale, zero = (np.ascontiguousarray(a[:, order].T) for a in self.spread(len(order)))
+
+        def nearest(j: int, column: Array) -> tuple[Array, Array]:
+            codes = np.clip(np.rint(column / scale[j]) + zero[j], self.low, self.high)
+            return codes, (codes - zero[j]) * scale[j]
+
+        return nearest
+
 
 def steps(rows: Array, block: int, bits: int, *, symmetric: bool = True, importance: Array | None = None) -> Steps:
     """The grid of least squared error among shrunken ranges, block by block; a last block may be shorter.
@@ -53,7 +72,7 @@ def steps(rows: Array, block: int, bits: int, *, symmetric: bool = True, importa
         importance: [in], the weight of each column in the error (mean square of the activation); None: all alike.
     """
     count, width = rows.shape
-    block = block or width
+    whole, block = not block, block or width
     blocks = -(-width // block)
     weight = np.ones(width, np.float32) if importance is None else np.maximum(importance / max(float(importance.mean()), 1e-30), 1e-6)
     weights = np.pad(weight.astype(np.float32), (0, blocks * block - width)).reshape(blocks, block)
@@ -64,7 +83,7 @@ def steps(rows: Array, block: int, bits: int, *, symmetric: bool = True, importa
         now = slice(k, k + step)
         part = np.pad(rows[now].astype(np.float32), ((0, 0), (0, blocks * block - width))).reshape(-1, blocks, block)
         scale[now], zero[now] = _search(part, weights, bits, low, high)
-    return Steps(scale, zero, block, low, high)
+    return Steps(scale, zero, block, low, high, whole)
 
 
 def _search(part: Array, weights: Array, bits: int, low: int, high: int) -> tuple[Array, Array]:

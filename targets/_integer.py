@@ -27,6 +27,7 @@ from ._blocked import blocked_weights
 _VENDOR = "com.microsoft"
 _EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
 _INTEGER = ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")  # the weight is their second input
+_LOOKED_UP = "its codes are looked up in a codebook when the runtime loads it, which then holds and multiplies floats"
 _UNSPELLED = "it was left as DequantizeLinear, and the runtime does not fuse it"
 
 
@@ -245,10 +246,11 @@ def integer_report(model: ir.Model) -> dict[str, Any]:
         elif node.op_type in _INTEGER and (weight := stored(node.inputs[1])) is not None:
             integer[weight.value.name or ""] = None
         elif node.op_type == "Gather" and (table := stored(node.inputs[0])) is not None and table.value.dtype in _EIGHT_BITS:
-            if rank(table.value) != 1:  # not the zero points of the rows
+            if rank(table.value) != 1 and table.codebook is None:  # not the zero points of the rows
                 tables[table.value.name or ""] = None
         elif node.op_type == "DequantizeLinear" and (weight := stored(node.outputs[0])) is not None:
             floats[weight.value.name or ""] = _why_decoded(node, operands)
+    floats.update((name, _LOOKED_UP) for x in operands.values() if x.codebook is not None and (name := x.codebook.codes.name or ""))
     if any(reason == _UNSPELLED for reason in floats.values()):
         fused = _fused_at_load(model)
         integer.update(dict.fromkeys(name for name in floats if name in fused))
