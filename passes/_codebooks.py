@@ -7,13 +7,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from graphopt.analysis.codebook import NF4
 from graphopt.core import Array
 
-# The quantiles of a normal distribution, with a zero of its own, in [-1, 1] (Dettmers et al. 2023, "QLoRA", appendix E).
-NF4 = np.array(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
-     1.0], np.float32)  # fmt: skip
 _ROUNDS = 50  # of Lloyd's algorithm, which stops earlier where nothing moves
 _BINS = 1 << 16  # in which the numbers of a whole weight are counted
 _FINE, _MOST = 6, 512  # bins for each entry, and in all, between which clusters are found exactly

@@ -22,7 +22,7 @@ from graphopt.core import Context
 from graphopt.graph import all_nodes, constant, consumers, is_constant, producer, rank
 from graphopt.rewrite import Builder, Match, Miss, RewritePass
 
-from ._blocked import blocked_weights
+from ._vendored import blocked_weights
 
 _VENDOR = "com.microsoft"
 _EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
@@ -238,11 +238,14 @@ def integer_report(model: ir.Model) -> dict[str, Any]:
     tables: dict[str, None] = {}
     floats: dict[str, str] = {}
     operands = Context(model).get(StoredOperands())
-    blocked: dict[str, None] = {}
+    blocked: dict[str, str] = {}
     for node in all_nodes(model):
         if (found := blocked_weights(node)) is not None:
             kind, name, whole = found
-            (tables if kind == "table" else integer if whole else blocked)[name] = None
+            if kind == "table" or whole:
+                (tables if kind == "table" else integer)[name] = None
+            else:
+                blocked[name] = node.op_type
         elif node.op_type in _INTEGER and (weight := stored(node.inputs[1])) is not None:
             integer[weight.value.name or ""] = None
         elif node.op_type == "Gather" and (table := stored(node.inputs[0])) is not None and table.value.dtype in _EIGHT_BITS:
@@ -255,7 +258,7 @@ def integer_report(model: ir.Model) -> dict[str, Any]:
         fused = _fused_at_load(model)
         integer.update(dict.fromkeys(name for name in floats if name in fused))
     told = [{"name": name, "reason": reason} for name, reason in floats.items() if name not in integer and name not in tables]
-    told += [{"name": name, "reason": "blocks of it are decoded inside MatMulNBits, which multiplies floats"} for name in blocked]
+    told += [{"name": name, "reason": f"blocks of it are decoded inside {op}, which multiplies floats"} for name, op in blocked.items()]
     return {"integer": list(integer), "float": told, "tables": list(tables)}
 
 

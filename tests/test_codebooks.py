@@ -18,14 +18,15 @@ from onnx import TensorProto, helper, numpy_helper
 from test_weight_only import BIAS, LAYOUTS, TABLE, K, N, Quantized, W, calibration, node, proto, rng, rows, stored_bytes, tied
 
 import graphopt
+from graphopt.analysis.codebook import NF4
 from graphopt.analysis.linear import Embedding, Embeddings, Linears, StoredOperands
 from graphopt.core import Context
 from graphopt.errors import PipelineError
 from graphopt.pipeline import PassManager, parse
-from graphopt.registry import passes
+from graphopt.registry import passes, targets
 from graphopt.run.ort import session
 from graphopt.save import save
-from passes._codebooks import NF4, kmeans
+from passes._codebooks import kmeans
 
 BOUNDS = {"bits=4 codes=nf4": 0.115, "bits=4 codes=nf4 block=16": 0.105, "bits=4 codes=nf4 block=0": 0.14, "bits=4 codes=kmeans": 0.085,
           "bits=4 codes=kmeans block=32": 0.1, "bits=8 codes=kmeans": 0.0075}  # fmt: skip
@@ -95,6 +96,56 @@ def test_a_tied_table_is_stored_once(options: str) -> None:
     again = PassManager(parse("quantize{mode=weight-only bits=8}", passes())).run(made.graph, Context(made.graph))[0]
     assert again.changes == 0
     assert any("2 weights are quantized already" in r.message for r in again.remarks)
+
+
+# ---- MatMulBnb4 ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", ["", "block=16", "block=0"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nf4_is_multiplied_by_the_kernel(layout: str, options: str) -> None:
+    made = Quantized(proto(*LAYOUTS[layout][:2]), f"bits=4 codes=nf4 {options}")
+    assert made.count("MatMulBnb4", "MatMul", "Gemm", "Cast") == [1, 0, 0, 0]
+    made.error({"x": rows()})  # the numbers of the decoded form
+    block = 16 if "16" in options else 32  # the largest power of two in 96
+    assert sum(v.const_value.nbytes for v in made.model.graph.initializers.values() if v.const_value and "pairs" in str(v.name)) == (
+        K * N // 2 + K * N // block * 4
+    )
+    report = made.target.report(made.model)
+    assert (report["integer"], len(report["float"])) == ([], 1)
+    assert "inside MatMulBnb4, which multiplies floats" in report["float"][0]["reason"]
+
+
+def test_a_long_row_with_one_scale() -> None:
+    w = rng().standard_normal((512, 16)).astype(np.float32)
+    made = Quantized(proto([node("MatMul", "x w", "y")], {"w": w}, "x:B,512"), "bits=4 codes=nf4 block=0")
+    assert made.count("MatMulBnb4") == [1]
+    made.error({"x": rows(512)})
+
+
+def test_lookup_and_multiply_read_the_same_bytes(tmp_path: Path) -> None:
+    made = Quantized(tied(TABLE.T.copy()), "bits=4 codes=nf4")
+    assert made.count("MatMulBnb4", "Cast") == [1, 1]
+    assert stored_bytes(made.model) <= 250 * 32 + 250 * 2 * 4 + 250
+    made.error({"ids": rng().integers(0, 250, (4, 9))})
+    report = made.target.report(made.model)
+    assert report["tables"] == [entry["name"] for entry in report["float"]]
+    made.target.save(made.model, tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx").stat().st_size <= 250 * 32 + 250 * 2 * 4 + 3500
+
+
+def test_a_kernel_for_no_other_codebook() -> None:
+    """Also not for a table that is nearly NF4, nor where a provider lacks the operator, nor where no operator of the runtime may be used."""
+    made = Quantized(proto(*LAYOUTS["MatMul"][:2]), "bits=4 codes=nf4", "cpu{tune=off vendor=false}")
+    assert made.count("MatMulBnb4", "MatMul") == [0, 1]
+    table = next(v for v in made.graph.graph.initializers.values() if "codebook" in str(v.name))
+    assert table.const_value is not None
+    table.const_value = ir.tensor(table.const_value.numpy() * np.float32(1.001), name=table.name)
+    (target,) = parse("cpu{tune=off}", targets(), "target")
+    ctx = Context(made.graph, target=target)
+    PassManager(list(target.lowerings())).run(made.graph, ctx)
+    assert [n.op_type for n in made.graph.graph if n.domain] == []
+    assert any("only for NF4" in r.message for r in ctx.remarks.since(0))
 
 
 def test_batches_of_matrices() -> None:

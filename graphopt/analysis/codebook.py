@@ -10,6 +10,11 @@ import onnx_ir as ir
 from graphopt.core import Array
 from graphopt.graph import attr, constant, is_constant, producer
 
+# The quantiles of a normal distribution, with a zero of its own, in [-1, 1] (Dettmers et al. 2023, "QLoRA", appendix E).
+NF4 = np.array(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+     1.0], np.float32)  # fmt: skip
 _CODES = (ir.DataType.UINT4, ir.DataType.UINT8)
 _INDICES = (ir.DataType.INT32, ir.DataType.INT64)
 
