@@ -13,7 +13,7 @@ from graphopt.core import Array
 _ROUNDS = 50  # of Lloyd's algorithm, which stops earlier where nothing moves
 _BINS = 1 << 16  # in which the numbers of a whole weight are counted
 _FINE, _MOST = 6, 512  # bins for each entry, and in all, between which clusters are found exactly
-_CHUNK = 1 << 21  # elements that are clustered at a time
+_CHUNK, _NEAR = 1 << 21, 1 << 18  # elements that are clustered at a time, and costs of runs of bins (which the cache should hold)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _cluster(points: Array, mass: Array, entries: int) -> Array:
     fine = np.concatenate(
         [_find(place, np.broadcast_to(np.arange(bins) * 2 / bins, (len(points), bins))), np.full((len(points), 1), points.shape[1])], 1
     )
-    edges, step = np.empty((len(points), entries + 1), np.int64), max(1, _CHUNK // bins**2)
+    edges, step = np.empty((len(points), entries + 1), np.int64), max(1, _NEAR // bins**2)
     for k in range(0, len(points), step):
         now = slice(k, k + step)
         cuts = _best_cuts([np.take_along_axis(s[now], fine[now], 1) for s in sums], entries)
@@ -152,14 +152,15 @@ def _best_cuts(sums: Sequence[Array], entries: int) -> Array:
     Args:
         sums: mass, mass * x and mass * x^2 of all that lies before each edge of a bin, [rows, bins + 1].
     """
-    held, first, second = (s[:, None, :] - s[:, :, None] for s in sums)  # of the bins from i to j
-    cost = second - first**2 / np.where(held > 0, held, 1)
-    cost[:, *np.tril_indices(cost.shape[1], -1)] = np.inf
-    least, came = cost[:, 0], []
+    held, first, second = (s[:, :, None] - s[:, None, :] for s in sums)  # [rows, j, i]: of the bins from i to j
+    exact = second - first**2 / np.where(held > 0, held, 1)
+    exact[:, *np.triu_indices(exact.shape[1], 1)] = np.inf
+    cost = exact.astype(np.float32)
+    least, came = cost[:, :, 0], list[Array]()
     for _ in range(entries - 1):
-        every = least[:, :, None] + cost
-        came.append(every.argmin(1))
-        least = np.take_along_axis(every, came[-1][:, None], 1)[:, 0]
+        every = cost + least[:, None, :]
+        came.append(every.argmin(2))
+        least = np.take_along_axis(every, came[-1][..., None], 2)[..., 0]
     cuts = [np.full((len(cost), 1), cost.shape[1] - 1)]
     for before in reversed(came):
         cuts.append(np.take_along_axis(before, cuts[-1], 1))

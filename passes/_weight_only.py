@@ -16,6 +16,7 @@ from graphopt.graph import static_dim
 from graphopt.rewrite import Builder, Match, Miss, RewritePass
 from graphopt.run.observe import observable
 
+from ._awq import scale_inputs
 from ._blocks import Steps, steps
 from ._codebooks import Lookup, kmeans, nf4
 from ._eligible import numbers, passed_over, quantized_before, say_nothing_to_do, tied_table, unfit_linear, unfit_table, why_no_linear
@@ -75,10 +76,13 @@ class WeightOnly(RewritePass[WeightMatch]):
         self._coded: dict[tuple[ir.Value, int], Form] = {}
 
     def run(self, model: ir.Model, ctx: Context) -> int:
-        if self.options.method == "gptq" or (self.options.codes == "kmeans" and ctx.samples is not None):
+        scaled = 0
+        if "awq" in self.options.method:
+            scaled = scale_inputs(model, ctx, lambda x: not x.quantized and self._unfit(x) is None and self._own(x, ctx), self._rounded)
+        if self.options.method != "nearest" or (self.options.codes == "kmeans" and ctx.samples is not None):
             self._look(model, ctx)
         done = quantized_before(ctx)
-        changes = super().run(model, ctx)
+        changes = scaled + super().run(model, ctx)
         if not changes:
             say_nothing_to_do(ctx, done)
         return changes
@@ -130,12 +134,24 @@ class WeightOnly(RewritePass[WeightMatch]):
             self._coded[value, axis] = _form(value, axis, rows, grid, grid.round(rows))
         return self._coded[value, axis]
 
-    def _grid(self, rows: Array, importance: Array | None) -> Steps | Lookup:
+    def _rounded(self, rows: Array, moments: Array) -> Array:
+        grid = self._grid(rows, moments)
+        return grid.decode(grid.round(rows))
+
+    def _grid(self, rows: Array, moments: Array | None) -> Steps | Lookup:
+        importance = None if moments is None else np.diag(moments)
         if self.options.codes == "nf4":
             return nf4(rows, self.block)
         if self.options.codes == "kmeans":
             return kmeans(rows, 1 << self.options.bits, self.block, importance)
-        return steps(rows, self.block, self.options.bits, symmetric=self.options.symmetric, importance=importance)
+        return steps(
+            rows,
+            self.block,
+            self.options.bits,
+            symmetric=self.options.symmetric,
+            importance=importance,
+            moments=moments if self.options.method == "awq" else None,
+        )
 
     def _look(self, model: ir.Model, ctx: Context) -> None:
         """Codes for every weight of a multiply that fits, by the second moments of its inputs; multiplies of one input share them."""
@@ -144,27 +160,30 @@ class WeightOnly(RewritePass[WeightMatch]):
         for operand in ctx.get(StoredOperands(casts=True)).values():
             if not isinstance(operand, Linear) or operand.quantized or self._unfit(operand) is not None:
                 continue
-            if tied_table(operand, ctx, self._unfit) is not None or self._read_as_rows(operand, ctx):
+            if not self._own(operand, ctx):
                 continue  # the lookup would pay for the errors that the multiply no longer makes
             if operand.batch or operand.trans_x or not observable(model, operand.x) or static_dim(operand.x, -1) is None:
                 hidden.append(operand)
                 continue
             groups.setdefault(operand.x, {}).setdefault(operand.weight, operand)
         for x, moments in input_moments(model, ctx.require_samples(), list(groups)):
-            inputs = Inputs.of(moments) if self.options.method == "gptq" else None
+            inputs = Inputs.of(moments) if "gptq" in self.options.method else None
             for linear in groups[x].values():
                 key = linear.weight, _input_axis(linear)
                 if key in self._coded:
                     continue
                 rows = _rows(numbers(linear.weight), key[1])
-                grid = self._grid(rows, np.diag(moments))
+                grid = self._grid(rows, moments)
                 self._coded[key] = _form(*key, rows, grid, grid.round(rows) if inputs is None else gptq(rows, inputs, grid))
         for linear in hidden:
             if (linear.weight, _input_axis(linear)) not in self._coded:
                 ctx.remarks.missed(linear.node.name or "", "rounded to nearest: its input cannot be observed as rows of features")
 
-    def _read_as_rows(self, linear: Linear, ctx: Context) -> bool:
-        return any(isinstance(e, Embedding) and e.table is linear.weight for e in ctx.get(StoredOperands(casts=True)).values())
+    def _own(self, linear: Linear, ctx: Context) -> bool:
+        """No lookup reads the same numbers."""
+        return tied_table(linear, ctx, self._unfit) is None and not any(
+            isinstance(e, Embedding) and e.table is linear.weight for e in ctx.get(StoredOperands(casts=True)).values()
+        )
 
     def _unfit(self, operand: Linear | Embedding) -> str | None:
         reason = passed_over(operand.node, self.options.include, self.options.exclude)

@@ -37,7 +37,7 @@ from ._weight_only import WeightOnly
 
 _MODES = ("dynamic", "static", "weight-only")
 _CODES = {"linear": (8, 4), "nf4": (4,), "kmeans": (4, 8)}
-_CODERS = ("nearest", "gptq")
+_CODERS = ("nearest", "gptq", "awq", "awq-gptq")
 _BLOCKS = (None, 0, 16, 32, 64, 128, 256)
 _DOMINATED = 0.25  # relative error of a channel beside its largest weight, above which one input row rules its scale
 
@@ -98,7 +98,9 @@ class Quantize(RewritePass[QuantizeMatch]):
             (Dettmers et al. 2023); `kmeans`, the codebook of least squared error, weighted by the samples where there are any (Kim et al. 2023):
             one for each output feature, or, with a block or 8 bits, one for the weight, times the largest weight of each block (feature).
         method: weight-only: `nearest`, with the scale of least error; `gptq` corrects the error of each rounded column in the columns that
-            follow, as the samples weigh it (Frantar et al. 2022); tables that are also looked up are rounded to nearest.
+            follow, as the samples weigh it (Frantar et al. 2022); `awq` scales input channels by their magnitude on the samples, folded into what
+            makes them, and clips each block where its products err least (Lin et al. 2023; not kmeans); `awq-gptq` scales, then corrects. Tables
+            that are also looked up are rounded to nearest.
         reduce_range: codes of multiplied weights in [-64, 64]: safe on CPUs that add two products in 16 bits (no VNNI), one bit less exact.
         rows: dynamic: a scale for each row of an activation, so that one large token does not coarsen the others: `false`, `true`, or `auto`,
             where the samples show that it is needed. It costs four elementwise nodes.
@@ -140,9 +142,11 @@ class Quantize(RewritePass[QuantizeMatch]):
         if self.mode not in _MODES:
             return (("mode", self.mode, _MODES),)
         only = self.mode == "weight-only"
-        blocks, methods, codes = (_BLOCKS, _CODERS, tuple(_CODES)) if only else ((None, 0), _CODERS[:1], ("linear",))
+        blocks, codes = (_BLOCKS, tuple(_CODES)) if only else ((None, 0), ("linear",))
         if self.codes not in codes:
             return (("codes", self.codes, codes),)
+        coders = len(_CODERS) if self.codes != "kmeans" else 2  # its codebooks take up what scaling and clipping would change
+        methods = _CODERS[: coders if only else 1]
         bits, symmetric = _CODES[self.codes] if only else (8,), (True, False) if self.codes == "linear" else (True,)
         own = ("bits", self.bits, bits), ("block", self.block, blocks), ("method", self.method, methods), ("symmetric", self.symmetric, symmetric)
         reduced = (False,) if self.mode == "weight-only" else (False, True)  # float products cannot saturate
