@@ -20,15 +20,15 @@ from _perplexity import feed_of, perplexity
 from _ratio import speedup
 
 import graphopt
-from graphopt.registry import targets
+from graphopt.core import Context
+from graphopt.pipeline import PassManager, parse
+from graphopt.registry import passes, targets
 from graphopt.run.ort import session
+from graphopt.save import save
 
 TABLE = "quantize{mode=weight-only block=64 include=node_embedding+node_linear_210}"  # the table, and the multiply that shares it
-VARIANTS = {
-    "8 bit": "quantize{mode=weight-only block=64}",
-    "8 bit per channel": "quantize{mode=weight-only}",
-}
-FOUR = {  # name: options of the other weights
+VARIANTS = {"8 bit": "block=64", "8 bit per channel": "block=0"}  # name: options of all weights
+FOUR = {  # name: options of the other weights; the table has 8 bits
     "4 bit": "block=32",
     "4 bit awq": "block=32 method=awq",
     "4 bit gptq": "block=32 method=gptq",
@@ -43,7 +43,6 @@ FOUR = {  # name: options of the other weights
     "kmeans gptq": "codes=kmeans method=gptq",
     "kmeans block 32 gptq": "codes=kmeans block=32 method=gptq",
 }
-VARIANTS |= {name: f"{TABLE}, quantize{{mode=weight-only bits=4 {options}}}" for name, options in FOUR.items()}
 SAMPLED = ("gptq", "awq", "sampled")  # in a name: it sees samples
 _HELD = """
 import sys
@@ -80,14 +79,20 @@ def held(path: Path) -> float:
 def main(model: Path, names: list[str]) -> None:
     held_out, seen = tokens(0, 40, 8), tokens(40, 300, 32)
     samples = [feed_of(row[None]) for row in seen]
-    exact = targets()["cpu"]().pipeline(1)
     base = session(model)
     print("| weights | MB | perplexity | speed, 16 tokens | 256 tokens | MB in memory | seconds to make |\n|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for name in names or VARIANTS:
-            start, path = time.process_time(), Path(folder, "model.onnx")
+        path, exact = Path(folder, "model.onnx"), targets()["cpu"]().pipeline(1)
+        prepared = {True: Path(folder, "table.onnx"), False: Path(folder, "exact.onnx")}
+        for with_table, place in prepared.items():
+            graph = graphopt.load(str(model))
+            PassManager(parse(f"{exact}, {TABLE}" if with_table else exact, passes())).run(graph, Context(graph))
+            save(graph, place)
+        for name in names or (*VARIANTS, *FOUR):
+            start, options = time.process_time(), f"bits=4 {FOUR[name]}" if name in FOUR else VARIANTS[name]
             given = samples if any(word in name for word in SAMPLED) else None
-            result = graphopt.optimize(str(model), f"{exact}, {VARIANTS[name]}", target="cpu{tune=off}", samples=given, promise=False)
+            text, source = f"quantize{{mode=weight-only {options}}}", str(prepared[name in FOUR])
+            result = graphopt.optimize(source, text, target="cpu{tune=off}", samples=given, promise=False)
             result.save(path)
             seconds, runner = time.process_time() - start, session(path)
             del result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,7 +18,8 @@ from graphopt.run.observe import observable
 from ._folding import fold
 from ._smoothing import Group, groups
 
-STRENGTHS = tuple(k / 20 for k in range(1, 20))
+STRENGTHS = tuple(k / 10 for k in range(1, 10))
+_BETWEEN = 0.05  # from the best of these, once up and once down
 _ROWS = 128  # output features of each weight on which a strength is judged
 _GAIN = 0.99  # a smaller improvement is within what these tell
 
@@ -66,14 +68,20 @@ def scale_inputs(model: ir.Model, ctx: Context, fits: Callable[[Linear], bool], 
 
 def _search(group: Group, moments: Array, rounded: Rounded) -> Scaling:
     weights = [_some(np.ascontiguousarray(w.matrix().T, dtype=np.float32)) for w in group.readers]
-    plain = np.ones(len(moments), np.float32)
-    before = _error(weights, moments, plain, rounded)
+    plain, outputs = np.ones(len(moments), np.float32), sum(map(functools.partial(_energy, moments), weights))
+    before = _error(weights, moments, plain, rounded, outputs)
     best = Scaling(plain, 0.0, before, before)
-    for strength in STRENGTHS:
+
+    def better(strength: float) -> Scaling:
         scale = channel_scale(moments, strength)
-        after = _error(weights, moments, scale, rounded)
-        if after < min(best.after, _GAIN * before):
-            best = Scaling(scale, strength, before, after)
+        after = _error(weights, moments, scale, rounded, outputs)
+        return Scaling(scale, round(strength, 2), before, after) if after < min(best.after, _GAIN * before) else best
+
+    for strength in STRENGTHS:
+        best = better(strength)
+    coarse = best.strength
+    for strength in (coarse - _BETWEEN, coarse + _BETWEEN) if coarse else ():
+        best = better(strength)
     return best
 
 
@@ -91,15 +99,16 @@ def channel_scale(moments: Array, strength: float) -> Array:
     return found
 
 
-def _error(weights: Sequence[Array], moments: Array, scale: Array, rounded: Rounded) -> float:
-    """||(W - decoded) x|| / ||W x|| over all weights, x with these second moments."""
+def _error(weights: Sequence[Array], moments: Array, scale: Array, rounded: Rounded, outputs: float) -> float:
+    """||(W - decoded) x|| over all weights, x with these second moments, relative to the energy `outputs` of what they should give."""
     inner = moments / np.outer(scale, scale)
-    off = kept = 0.0
-    for rows in weights:
-        missed = rounded(rows * scale, inner) / scale - rows
-        off += float(np.einsum("rk,rk->", missed @ moments, missed, dtype=np.float64))
-        kept += float(np.einsum("rk,rk->", rows @ moments, rows, dtype=np.float64))
-    return float(np.sqrt(max(off, 0) / kept)) if kept > 0 else 0.0
+    off = sum(_energy(moments, rounded(rows * scale, inner) / scale - rows) for rows in weights)
+    return float(np.sqrt(off / outputs)) if outputs > 0 else 0.0
+
+
+def _energy(moments: Array, rows: Array) -> float:
+    """The mean of ||rows @ x||^2."""
+    return max(float(np.einsum("rk,rk->", rows @ moments, rows, dtype=np.float64)), 0.0)
 
 
 def _some(rows: Array) -> Array:
