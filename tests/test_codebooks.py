@@ -246,3 +246,52 @@ def test_gemm_with_all_its_parts() -> None:
 def test_options_that_do_not_exist(text: str, message: str) -> None:
     with pytest.raises(PipelineError, match=message):
         parse(f"quantize{{{text}}}", passes())
+
+
+# ---- what is read as a codebook, and what is not ----------------------------------------------------------------------------------------
+
+
+def spelled(change: str = "") -> onnx.ModelProto:
+    """An NF4 weight [64, 8] in blocks of 32, by hand; `change` makes it another thing."""
+    made = [node("Cast", "codes", "index", to=TensorProto.INT64), node("Gather", "table index", "values", axis=0),
+            node("Reshape", "values split", "parts"), node("Mul", "scale parts", "scaled"), node("Reshape", "scaled whole", "w")]  # fmt: skip
+    weights = {"table": NF4, "split": np.array([2, 32, 8]), "whole": np.array([64, 8]), "scale": np.ones((2, 1, 8), np.float32) * 3,
+               "codes": rng().integers(0, 16, (64, 8)).astype(np.uint8)}  # fmt: skip
+    if change == "another split":  # the product goes along other neighbours than the Reshape back says
+        weights |= {"split": np.array([32, 2, 8])}
+        weights |= {"scale": np.ones((32, 1, 8), np.float32)}
+    if change == "turned":
+        weights |= {"whole": np.array([8, 64])}
+    if change == "a scale for each element":
+        weights |= {"scale": np.ones((2, 32, 8), np.float32)}
+    if change == "float codes":
+        made[0] = node("Cast", "codes", "index", to=TensorProto.INT32)
+        weights |= {"codes": rng().integers(0, 16, (64, 8)).astype(np.float32)}
+    width = 8 if change == "turned" else 64
+    return proto([*made, node("MatMul", "x w", "y")], weights, f"x:B,{width}")
+
+
+def test_the_spelling_of_others_is_read() -> None:
+    (linear,) = Context(graphopt.load(spelled())).get(Linears())
+    assert linear.codebook is not None
+    assert (linear.codebook.block, linear.codebook.block_axis, linear.in_features, len(linear.path)) == (32, 0, 64, 5)
+    x = rows(64)
+    np.testing.assert_allclose(session(spelled(), optimize=False).run({"x": x})["y"], x @ linear.matrix(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["turned", "a scale for each element", "float codes"])
+def test_near_spellings_are_no_codebook(change: str) -> None:
+    model = graphopt.load(spelled(change))
+    assert not any(x.quantized for x in Context(model).get(Linears()))
+
+
+def test_blocks_of_two_are_read_as_they_are() -> None:
+    model = graphopt.load(spelled("another split"))
+    (linear,) = Context(model).get(Linears())
+    assert linear.codebook is not None
+    assert linear.codebook.block == 2
+    (target,) = parse("cpu{tune=off}", targets(), "target")
+    ctx = Context(model, target=target)
+    PassManager(list(target.lowerings())).run(model, ctx)
+    assert "MatMulBnb4" not in [n.op_type for n in model.graph]
+    assert any("no kernel for blocks of 2" in r.message for r in ctx.remarks.since(0))
