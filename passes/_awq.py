@@ -47,7 +47,14 @@ def scale_inputs(model: ir.Model, ctx: Context, fits: Callable[[Linear], bool], 
     for linear, reason in refused:
         if fits(linear):
             ctx.remarks.missed(linear.node.name or "", f"its input channels are not scaled: {reason}")
-    places = {g.x: g for g in found if all(map(fits, g.readers)) and observable(model, g.x) and static_dim(g.x, -1) is not None}
+    places: dict[ir.Value, Group] = {}
+    for group in found:
+        fit = [x for x in group.readers if fits(x)]
+        if len(fit) == len(group.readers) and observable(model, group.x) and static_dim(group.x, -1) is not None:
+            places[group.x] = group
+        elif fit:
+            reason = f"all that read `{group.x.name}` would have to be quantized"
+            ctx.remarks.missed(fit[0].node.name or "", f"its input channels are not scaled: {reason}, and its size known")
     planned = [(places[x], _search(places[x], m, rounded)) for x, m in input_moments(model, ctx.require_samples(), list(places))] if places else []
     names, changes = Names(model), 0
     for group, scaling in planned:
