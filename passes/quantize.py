@@ -37,8 +37,9 @@ from ._rows import even_rows, row_scale, wants_rows
 from ._static import METHODS, ActivationGrid, calibrated, on_grid
 from ._weight_only import WeightOnly
 
-_BITS = {"dynamic": (8,), "static": (8,), "weight-only": (8, 4)}
-_CODERS = ("nearest", "gptq")
+_MODES = ("dynamic", "static", "weight-only")
+_CODES = {"linear": (8, 4), "nf4": (4,), "kmeans": (4, 8)}
+_CODERS = ("nearest", "gptq", "awq", "awq-gptq")
 _BLOCKS = (None, 0, 16, 32, 64, 128, 256)
 _DOMINATED = 0.25  # relative error of a channel beside its largest weight, above which one input row rules its scale
 
@@ -92,11 +93,16 @@ class Quantize(RewritePass[QuantizeMatch]):
         percentile: how many percent of its values calibrate=percentile covers.
         per_channel: one scale for each output feature; False: one for the whole weight. Embedding tables always have one for each row.
         symmetric: codes around zero ([-127, 127] in mode `dynamic`); False: a zero point as well.
-        bits: 8; weight-only also 4. Weights that are quantized already are left alone, so that two of these passes can mix widths.
+        bits: 8; weight-only also 4 (nf4: only 4). Weights that are quantized already are left alone, so that two of these passes can mix widths.
         block: weight-only: so many neighbours along the input features share a scale (16 to 256, a power of two); 0: each output feature
-            has one. The default is 0 for 8 bits and 32 for 4.
+            has one. The default is 32 for 4 bits, and 0 for 8 and for kmeans.
+        codes: weight-only: `linear`, a grid of even steps; `nf4`, the quantiles of a normal distribution, times the largest weight of each block
+            (Dettmers et al. 2023); `kmeans`, the codebook of least squared error, weighted by the samples where there are any (Kim et al. 2023):
+            one for each output feature, or, with a block or 8 bits, one for the weight, times the largest weight of each block (feature).
         method: weight-only: `nearest`, with the scale of least error; `gptq` corrects the error of each rounded column in the columns that
-            follow, as the samples weigh it (Frantar et al. 2022); tables that are also looked up are rounded to nearest.
+            follow, as the samples weigh it (Frantar et al. 2022); `awq` scales input channels by their magnitude on the samples, folded into what
+            makes them, and clips each block where its products err least (Lin et al. 2023; not kmeans); `awq-gptq` scales, then corrects. Tables
+            that are also looked up are rounded to nearest.
         reduce_range: codes of multiplied weights in [-64, 64]: safe on CPUs that add two products in 16 bits (no VNNI), one bit less exact.
         rows: dynamic: a scale for each row of an activation, so that one large token does not coarsen the others: `false`, `true`, or `auto`,
             where the samples show that it is needed. It costs four elementwise nodes.
@@ -117,6 +123,7 @@ class Quantize(RewritePass[QuantizeMatch]):
     symmetric: bool = True
     bits: int = 8
     block: int | None = None
+    codes: str = "linear"
     method: str = "nearest"
     reduce_range: bool = False
     rows: Literal["false", "true", "auto"] = "false"
@@ -136,10 +143,16 @@ class Quantize(RewritePass[QuantizeMatch]):
 
     def _known(self) -> Sequence[tuple[str, Any, Sequence[Any]]]:
         """(option, its value, the values that it may have)."""
-        if self.mode not in _BITS:
-            return (("mode", self.mode, tuple(_BITS)),)
-        blocks, methods = (_BLOCKS, _CODERS) if self.mode == "weight-only" else ((None, 0), _CODERS[:1])
-        own = ("bits", self.bits, _BITS[self.mode]), ("block", self.block, blocks), ("method", self.method, methods)
+        if self.mode not in _MODES:
+            return (("mode", self.mode, _MODES),)
+        only = self.mode == "weight-only"
+        blocks, codes = (_BLOCKS, tuple(_CODES)) if only else ((None, 0), ("linear",))
+        if self.codes not in codes:
+            return (("codes", self.codes, codes),)
+        coders = len(_CODERS) if self.codes != "kmeans" else 2  # its codebooks take up what scaling and clipping would change
+        methods = _CODERS[: coders if only else 1]
+        bits, symmetric = _CODES[self.codes] if only else (8,), (True, False) if self.codes == "linear" else (True,)
+        own = ("bits", self.bits, bits), ("block", self.block, blocks), ("method", self.method, methods), ("symmetric", self.symmetric, symmetric)
         reduced = (False,) if self.mode == "weight-only" else (False, True)  # float products cannot saturate
         rows = ("false", "true", "auto") if self.mode == "dynamic" else ("false",)
         return *own, ("calibrate", self.calibrate, METHODS), ("reduce_range", self.reduce_range, reduced), ("rows", self.rows, rows)
@@ -150,7 +163,7 @@ class Quantize(RewritePass[QuantizeMatch]):
         if self.mode == "static":
             return dataclasses.replace(self, mode="dynamic")
         if self.bits == 4:
-            return dataclasses.replace(self, bits=8)
+            return dataclasses.replace(self, bits=8, codes="linear")
         return dataclasses.replace(self, embeddings=False) if self.embeddings else None
 
     def run(self, model: ir.Model, ctx: Context) -> int:

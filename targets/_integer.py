@@ -21,11 +21,12 @@ from graphopt.graph import all_nodes, constant, consumers, is_constant, producer
 from graphopt.rewrite import Builder, Match, Miss, RewritePass
 
 from ._at_load import INTEGER, ROUNDED, multiplied_at_load
-from ._blocked import blocked_weights
+from ._vendored import blocked_weights
 
 _VENDOR = "com.microsoft"
 _EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
 WEIGHT_ONLY = "its input is not quantized to 8 bits by one scale (weight-only)"
+_LOOKED_UP = "its codes are looked up in a codebook when the runtime loads it, which then holds and multiplies floats"
 _UNSPELLED = "it was left as DequantizeLinear, and the runtime does not fuse it"
 
 
@@ -238,25 +239,29 @@ def integer_report(model: ir.Model) -> dict[str, Any]:
     tables: dict[str, None] = {}
     floats: dict[str, str] = {}
     operands = Context(model).get(StoredOperands())
-    blocked: dict[str, None] = {}
+    blocked: dict[str, str] = {}
     for node in all_nodes(model):
         if (found := blocked_weights(node)) is not None:
             kind, name, whole = found
-            (tables if kind == "table" else integer if whole else blocked)[name] = None
+            if kind == "table" or whole:
+                (tables if kind == "table" else integer)[name] = None
+            else:
+                blocked[name] = node.op_type
         elif node.op_type in INTEGER and (weight := stored(node.inputs[1])) is not None:
             integer[weight.value.name or ""] = None
         elif node.op_type == "Gather" and (table := stored(node.inputs[0])) is not None and table.value.dtype in _EIGHT_BITS:
-            if rank(table.value) != 1:  # not the zero points of the rows
+            if rank(table.value) != 1 and table.codebook is None:  # not the zero points of the rows
                 tables[table.value.name or ""] = None
         elif node.op_type == "DequantizeLinear" and (weight := stored(node.outputs[0])) is not None:
             floats[weight.value.name or ""] = _why_decoded(node, operands)
+    floats.update((name, _LOOKED_UP) for x in operands.values() if x.codebook is not None and (name := x.codebook.codes.name or ""))
     report: dict[str, Any] = {}
     if any(reason in (_UNSPELLED, WEIGHT_ONLY) for reason in floats.values()):
         fused, rounded = multiplied_at_load(model, operands.values())
         integer.update(dict.fromkeys(name for name in floats if name in fused or name in rounded))
         report = {"rounded_at_load": [{"name": name, "reason": ROUNDED} for name in floats if name in rounded]} if rounded else {}
     told = [{"name": name, "reason": reason} for name, reason in floats.items() if name not in integer and name not in tables]
-    told += [{"name": name, "reason": "blocks of it are decoded inside MatMulNBits, which multiplies floats"} for name in blocked]
+    told += [{"name": name, "reason": f"blocks of it are decoded inside {op}, which multiplies floats"} for name, op in blocked.items()]
     return {"integer": list(integer), "float": told, "tables": list(tables), **report}
 
 
