@@ -135,8 +135,9 @@ class Assemble(RewritePass[RecipeMatch]):
         values = {str(v.name): v for v in (*model.graph.inputs, *(v for node in model.graph for v in node.outputs)) if v.name}
         self.matches: dict[ir.Node, RecipeMatch] = {}
         for name, recipe in change.items():
-            node = values[name].producer()
-            assert node is not None
+            node = values[name].producer() if name in values else None
+            if node is None or not values.keys() >= set(recipe.reads):  # out of fuel, a step before did not make it
+                continue
             self.matches[node] = RecipeMatch((node,), (values[name],), recipe, tuple(values[read] for read in recipe.reads))
         self.anchors = frozenset(node.op_type for node in self.matches)  # type: ignore[misc]
 

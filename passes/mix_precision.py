@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
 
 import onnx_ir as ir
 
 from graphopt import registry
+from graphopt.analysis.heads import HeadBlock, HeadBlocks
 from graphopt.analysis.sensitivity import effects
 from graphopt.core import Context, Pass
 from graphopt.errors import PipelineError
-from graphopt.knapsack import Assignment, Option, predicted, settle
 from graphopt.pipeline import PassManager, parse
 from graphopt.remarks import Remarks
 from graphopt.run import Feeds
 
 from ._eligible import check_patterns, passed_over
 from ._mixture import Assemble, Part, merged, parts_of
+from ._plan import Effects, Plan, choose, joined
+from ._split_heads import SplitHeads
 
 KNOWN = {
     "int4": "quantize{mode=weight-only bits=4}",
@@ -29,6 +31,7 @@ KNOWN = {
 }
 _MARGIN = 0.98  # of the budget: the target computes in another order than the measurement
 _LEAST_SHARE = 1 / 16
+_PLANS = 3  # of heads: put together they lose a little more or less than one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,9 @@ class MixPrecision(Pass):
         loss: the budget, a fraction of the norm of the outputs; by default the `--max-loss` of the run.
         share: so much of the budget is used; a run over the budget halves it.
         batches: of the samples, on which effects are measured; 0 for all.
+        heads: one choice for each head of an attention (for each key/value head, with the query heads that share it) instead of one for each
+            projection: its columns of the query, key and value projections and its rows of the output projection. Heads are reordered so that
+            those of one choice lie together, and each projection becomes one product for each choice. After fuse-attention only.
         include: only the nodes whose name (here or in the input model) fits one of these patterns (`*`, `?`, `[abc]`).
         exclude: not the nodes whose name fits one of these.
 
@@ -57,6 +63,7 @@ class MixPrecision(Pass):
     loss: float | None = None
     share: float = 1.0
     batches: int = 4
+    heads: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     exact: ClassVar[bool] = False
@@ -80,22 +87,28 @@ class MixPrecision(Pass):
         samples, budget = ctx.require_samples(), self._budget(ctx)
         check_patterns(model, (*self.include, *self.exclude), {n.op_type for n in model.graph})
         feeds = list(itertools.islice(samples, self.batches or None))
-        parts = parts_of(model, self._versions(model, ctx))
-        found = self._effects(model, feeds, parts, ctx)
-        labels, options = _options(parts, found)
-
-        def change(chosen: Assignment) -> Mapping[str, object]:
-            return merged(parts, [own[k] for own, k in zip(labels, chosen, strict=True)])
-
-        chosen, loss = settle(options, budget, lambda chosen: effects(model, feeds, {"all": change(chosen)})["all"])  # type: ignore[dict-item]
-        done = [own[k] for own, k in zip(labels, chosen, strict=True)]
-        changes = Assemble(model, merged(parts, done)).run(model, Context(model, fuel=ctx.fuel))
-        self._tell(ctx, parts, done, found)
-        sizes = [sum(part.nbytes[label] for part, label in zip(parts, own, strict=True)) for own in ([""] * len(parts), done)]
-        facts = {"loss": loss, "predicted": predicted(options, chosen), "budget": budget, "before": sizes[0], "after": sizes[1]}
-        what = ", ".join(f"{count} {label or 'as they are'}" for label, count in Counter(done).items()) or "nothing to quantize"
-        text = f"{what}; {sizes[0]} -> {sizes[1]} bytes, loss {loss:.4g} of {budget:.4g} (predicted {facts['predicted']:.4g})"
-        (ctx.remarks.applied if changes else ctx.remarks.missed)("", text, **facts)
+        blocks = self._blocks(model, ctx) if self.heads else {}
+        work, units = model, SplitHeads({name: tuple((g,) for g in range(block.kv_heads)) for name, block in blocks.items()})
+        if blocks:
+            work = model.clone()
+            units.run(work, Context(work))
+        versions = functools.partial(self._versions, ctx=ctx)
+        parts = parts_of(work, versions(work), units.owner)
+        found = self._effects(work, feeds, parts, ctx)
+        apart = plan = choose(work, feeds, parts, found, budget)
+        for k in range(_PLANS if blocks else 0):
+            plan = joined(model, feeds, blocks, apart, versions)
+            if plan.loss <= budget:
+                break
+            apart = choose(work, feeds, parts, found, apart.loss * 0.9 ** (k + 1) * budget / plan.loss)
+        if plan.loss > budget:
+            ctx.remarks.missed("", f"nothing is changed: together the heads lose {plan.loss:.4g}, over the budget {budget:.4g}")
+            return 0
+        quiet = Context(model, fuel=ctx.fuel)
+        changes = 0 if plan.split is None else plan.split.run(model, quiet)
+        changes += Assemble(model, merged(plan.parts, plan.labels)).run(model, quiet)
+        self._tell(ctx, apart, found)
+        plan.tell(ctx, sum(part.nbytes[""] for part in parts), budget, changes)
         return changes
 
     def _budget(self, ctx: Context) -> float:
@@ -129,27 +142,37 @@ class MixPrecision(Pass):
                 wanted[number, label] = change
         return effects(model, feeds, wanted)
 
-    def _tell(self, ctx: Context, parts: Sequence[Part], done: Sequence[str], found: Mapping[tuple[int, str], float]) -> None:
-        for number, (part, label) in enumerate(zip(parts, done, strict=True)):
+    def _blocks(self, model: ir.Model, ctx: Context) -> dict[str, HeadBlock]:
+        """By name of the Attention node, those whose heads can be told apart; the others get a remark."""
+        found: dict[str, HeadBlock] = {}
+        for node, block in ctx.get(HeadBlocks()).items():
+            if isinstance(block, str) or block.kv_heads == 1:
+                ctx.remarks.missed(
+                    node.name or "", f"its heads stay together: {block if isinstance(block, str) else 'they share one key/value head'}"
+                )
+            else:
+                found[str(node.name)] = block
+        if not found:
+            ctx.remarks.missed("", "heads=true finds no attention whose heads can be told apart; put fuse-attention before")
+        return found
+
+    def _tell(self, ctx: Context, plan: Plan, found: Effects) -> None:
+        for number, (part, label) in enumerate(zip(plan.parts, plan.labels, strict=True)):
             measured = {other: effect for (k, other), effect in found.items() if k == number}
             if not measured:
                 continue
-            facts = {"choice": label, "weight": part.weight, "effects": {k: round(e, 6) for k, e in measured.items()}, "bytes": part.nbytes[label]}
+            facts: dict[str, Any] = {"choice": label, "effects": {k: round(e, 6) for k, e in measured.items()}, "bytes": part.nbytes[label]}
+            where, what = part.name, ""
+            if isinstance(part.key, tuple):
+                where, what = part.key[0], f"head group {part.key[1]}: "
+                facts["group"] = part.key[1]
+            else:
+                facts["weight"] = part.weight
             if label:
-                ctx.remarks.applied(part.name, f"{label}: effect {measured[label]:.4g}, {part.nbytes['']} -> {part.nbytes[label]} bytes", **facts)
+                ctx.remarks.applied(where, f"{what}{label}: effect {measured[label]:.4g}, {part.nbytes['']} -> {part.nbytes[label]} bytes", **facts)
             else:
                 told = ", ".join(f"{other} {effect:.4g}" for other, effect in measured.items())
-                ctx.remarks.missed(part.name, f"stays as it is; effects: {told}", **facts)
-
-
-def _options(parts: Sequence[Part], found: Mapping[tuple[int, str], float]) -> tuple[list[list[str]], list[list[Option]]]:
-    """For each part its labels, and what each costs."""
-    labels = [["", *(label for k, label in found if k == number)] for number in range(len(parts))]
-    options = [
-        [Option(part.nbytes[label], found[number, label] if label else 0.0) for label in own]
-        for number, (part, own) in enumerate(zip(parts, labels, strict=True))
-    ]
-    return labels, options
+                ctx.remarks.missed(where, f"{what}stays as it is; effects: {told}", **facts)
 
 
 def _step(choice: str) -> Pass:
