@@ -28,6 +28,7 @@ class Part:
         nodes: of the graph as it is.
         changes: label of a version -> how it makes the values of these nodes.
         nbytes: label -> bytes of all constants that are then read; "" for the graph as it is.
+        cost: label -> what is to become small, in `unit`: the same bytes, or another measure.
     """
 
     key: Hashable
@@ -35,6 +36,8 @@ class Part:
     weight: str
     changes: Mapping[str, Change]
     nbytes: Mapping[str, int]
+    cost: Mapping[str, float]
+    unit: str = "bytes"
 
     @property
     def name(self) -> str:
@@ -67,7 +70,7 @@ def parts_of(model: ir.Model, versions: Mapping[str, ir.Model], owner: Callable[
         sizes = {label: _size(names, read, change) for label, change in {"": {}, **changes}.items()}
         weight = _weight(read[0][1])
         key = keys[names[0]] if keys[names[0]] is not None else names[0]
-        result.append(Part(key, tuple(dict.fromkeys(members)), "" if weight is None else str(weight.name), changes, sizes))
+        result.append(Part(key, tuple(dict.fromkeys(members)), "" if weight is None else str(weight.name), changes, sizes, sizes))
     return result
 
 

@@ -47,7 +47,7 @@ def choose(model: ir.Model, feeds: Sequence[Feeds], parts: Sequence[Part], found
     """The smallest within the budget."""
     labels = [["", *(label for k, label in found if k == number)] for number in range(len(parts))]
     options = [
-        [Option(part.nbytes[label], found[number, label] if label else 0.0) for label in own]
+        [Option(part.cost[label], found[number, label] if label else 0.0) for label in own]
         for number, (part, own) in enumerate(zip(parts, labels, strict=True))
     ]
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import onnx_ir as ir
 
@@ -19,6 +19,7 @@ from graphopt.pipeline import PassManager, parse
 from graphopt.remarks import Remarks
 from graphopt.run import Feeds
 
+from ._cost import timed
 from ._eligible import check_patterns, passed_over
 from ._mixture import Assemble, Part, merged, parts_of
 from ._plan import Effects, Plan, choose, joined
@@ -48,6 +49,8 @@ class MixPrecision(Pass):
         loss: the budget, a fraction of the norm of the outputs; by default the `--max-loss` of the run.
         share: so much of the budget is used; a run over the budget halves it.
         batches: of the samples, on which effects are measured; 0 for all.
+        cost: what becomes small: `bytes` of stored weights, or `time`, measured for each weight and choice on the first batch, as the target runs
+            it by itself. Then a choice is only one where it is faster, so that what slows a part down is declined by measurement.
         heads: one choice for each head of an attention (for each key/value head, with the query heads that share it) instead of one for each
             projection: its columns of the query, key and value projections and its rows of the output projection. Heads are reordered so that
             those of one choice lie together, and each projection becomes one product for each choice. After fuse-attention only.
@@ -63,6 +66,7 @@ class MixPrecision(Pass):
     loss: float | None = None
     share: float = 1.0
     batches: int = 4
+    cost: Literal["bytes", "time"] = "bytes"
     heads: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -77,6 +81,8 @@ class MixPrecision(Pass):
             _refuse("loss", "a fraction above 0", self.loss)
         if not 0 < self.share <= 1:
             _refuse("share", "a number above 0 and at most 1", self.share)
+        if self.heads and self.cost == "time":
+            _refuse("cost", "bytes with heads=true, as the time of a head by itself says little about all together", self.cost)
         if self.batches < 0:
             _refuse("batches", "a number of batches, or 0 for all", self.batches)
 
@@ -94,6 +100,8 @@ class MixPrecision(Pass):
             units.run(work, Context(work))
         versions = functools.partial(self._versions, ctx=ctx)
         parts = parts_of(work, versions(work), units.owner)
+        if self.cost == "time" and feeds:
+            parts = timed(work, feeds[0], parts, ctx)
         found = self._effects(work, feeds, parts, ctx)
         apart = plan = choose(work, feeds, parts, found, budget)
         for k in range(_PLANS if blocks else 0):
@@ -136,8 +144,8 @@ class MixPrecision(Pass):
                 if reason is not None:
                     ctx.remarks.missed(part.name, f"stays as it is: {reason}")
                     break
-                if part.nbytes[label] >= part.nbytes[""]:
-                    ctx.remarks.missed(part.name, f"{label} is no choice: it needs {part.nbytes[label]} bytes instead of {part.nbytes['']}")
+                if part.cost[label] >= part.cost[""]:
+                    ctx.remarks.missed(part.name, f"{label} is no choice: {_change(part, label)}")
                     continue
                 wanted[number, label] = change
         return effects(model, feeds, wanted)
@@ -169,10 +177,15 @@ class MixPrecision(Pass):
             else:
                 facts["weight"] = part.weight
             if label:
-                ctx.remarks.applied(where, f"{what}{label}: effect {measured[label]:.4g}, {part.nbytes['']} -> {part.nbytes[label]} bytes", **facts)
+                ctx.remarks.applied(where, f"{what}{label}: effect {measured[label]:.4g}, {_change(part, label)}", **facts)
             else:
                 told = ", ".join(f"{other} {effect:.4g}" for other, effect in measured.items())
                 ctx.remarks.missed(where, f"{what}stays as it is; effects: {told}", **facts)
+
+
+def _change(part: Part, label: str) -> str:
+    """`589824 -> 156672 bytes`."""
+    return f"{part.cost['']:.9g} -> {part.cost[label]:.9g} {part.unit}"
 
 
 def _step(choice: str) -> Pass:

@@ -20,6 +20,7 @@ from graphopt.distance import relative_l2
 from graphopt.errors import PassError, PipelineError
 from graphopt.graph import nbytes
 from graphopt.knapsack import Option, cheapest, predicted, settle
+from graphopt.measure import Timings
 from graphopt.pipeline import PassManager, parse
 from graphopt.registry import passes
 from graphopt.remarks import Remark
@@ -188,7 +189,7 @@ def test_probabilities_on_a_grid_save_nothing_and_are_declined() -> None:
     data = [{name: rng.standard_normal((1, 2, 9, 16)).astype(np.float32) for name in "qkv"}]
     _, remarks, changes = mixed("mix-precision{choices=quantize-probabilities loss=0.5}", proto=model_of(text), data=data)
     assert changes == 0
-    assert any("quantize-probabilities is no choice: it needs 5 bytes instead of 0" in r.message for r in remarks)
+    assert any("quantize-probabilities is no choice: 0 -> 5 bytes" in r.message for r in remarks)
 
 
 def test_a_run_over_the_budget_halves_its_share() -> None:
@@ -229,3 +230,44 @@ def test_text_round_trips() -> None:
     text = 'mix-precision{choices=int8+"quantize{mode=weight-only bits=4 method=gptq}" loss=0.02}'
     (step,) = parse(text, passes())
     assert parse(str(step), passes()) == [step]
+
+
+# ---- measured time instead of bytes ---------------------------------------------------------------------------------------------------
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, seconds: Mapping[str, float], text: str) -> list[Remark]:
+    """The remarks of a run in which every part takes these seconds."""
+
+    def latency(sessions: Mapping[str, Any], given: Mapping[str, Any], **_: Any) -> Timings:
+        for runner in sessions.values():
+            assert all(np.isfinite(y).all() for y in runner.run(given[""]).values())
+        return Timings(("",), {label: (seconds[label],) for label in sessions})
+
+    monkeypatch.setattr("graphopt.passes._cost.latency", latency)
+    result = graphopt.optimize(source(), text, target="quantized{tune=off}", samples=feeds(), promise=False)
+    return [r for r in result.report.remarks("applied") + result.report.remarks("missed") if r.pass_name == "mix-precision"]
+
+
+def test_what_is_not_clearly_faster_is_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"": 100e-6, "int4": 98e-6, "int8": 120e-6, "dynamic": 40e-6}
+    said = timed(monkeypatch, seconds, "mix-precision{choices=int4+int8+dynamic cost=time loss=0.9}")
+    assert set(choices(said).values()) == {"dynamic"}
+    assert any("dynamic: effect" in r.message and "100 -> 40 us" in r.message for r in said)
+    assert any(r.message == "int4 is no choice: 100 -> 100 us" for r in said)
+    assert any(r.message == "int8 is no choice: 100 -> 120 us" for r in said)
+
+
+def test_each_part_is_timed_as_the_target_runs_it_and_equal_parts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    kept = graphopt.measure.latency
+    monkeypatch.setattr("graphopt.passes._cost.latency", lambda sessions, *rest, **more: runs.append(sessions) or kept(sessions, *rest, **more))
+    result = graphopt.optimize(source(), "mix-precision{cost=time loss=0.5}", target="cpu{tune=off}", samples=feeds(), promise=False)
+    assert [list(sessions) for sessions in runs] == [["", "int4", "int8"]] * 2, "the table with the head, and eight layers of one shape"
+    assert result.report.remarks("applied") or result.report.remarks("missed")
+
+
+def test_time_needs_a_target_that_runs_here_and_whole_projections() -> None:
+    with pytest.raises(PassError, match="cost=time needs a target that runs on this machine"):
+        mixed("mix-precision{cost=time loss=0.1}")
+    with pytest.raises(PipelineError, match="expects bytes with heads=true"):
+        parse("mix-precision{cost=time heads=true}", passes())
