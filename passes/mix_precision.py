@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import onnx_ir as ir
 
 from graphopt import registry
 from graphopt.analysis.heads import HeadBlock, HeadBlocks
+from graphopt.analysis.linear import StoredOperands
 from graphopt.analysis.sensitivity import effects
 from graphopt.core import Context, Pass
 from graphopt.errors import PipelineError
@@ -98,14 +98,15 @@ class MixPrecision(Pass):
         if blocks:
             work = model.clone()
             units.run(work, Context(work))
-        versions = functools.partial(self._versions, ctx=ctx)
-        parts = parts_of(work, versions(work), units.owner)
+        refused: dict[str, str] = {}
+        parts = parts_of(work, self._versions(work, ctx, refused), units.owner)
+        self._tell_refused(work, parts, refused, ctx)
         if self.cost == "time" and feeds:
             parts = timed(work, feeds[0], parts, ctx)
         found = self._effects(work, feeds, parts, ctx)
         apart = plan = choose(work, feeds, parts, found, budget)
         for k in range(_PLANS if blocks else 0):
-            plan = joined(model, feeds, blocks, apart, versions)
+            plan = joined(model, feeds, blocks, apart, lambda graph: self._versions(graph, ctx, {}))
             if plan.loss <= budget:
                 break
             apart = choose(work, feeds, parts, found, apart.loss * 0.9 ** (k + 1) * budget / plan.loss)
@@ -125,14 +126,17 @@ class MixPrecision(Pass):
             raise PipelineError("mix-precision needs a budget; add --max-loss X (or max_loss=X in Python), or the option loss=X")
         return found * self.share * _MARGIN
 
-    def _versions(self, model: ir.Model, ctx: Context) -> dict[str, ir.Model]:
-        """The whole graph in each of the choices."""
+    def _versions(self, model: ir.Model, ctx: Context, refused: dict[str, str]) -> dict[str, ir.Model]:
+        """The whole graph in each of the choices; `refused` gets the nodes that one of them leaves alone, with the reason."""
         made = {}
         for choice in self.choices:
             copy, quiet = model.clone(), Remarks()
             own = Context(copy, target=ctx.target, samples=ctx.samples, remarks=quiet, original=ctx.original)
             PassManager([_step(choice)]).run(copy, own)
             made[choice] = copy
+            for remark in quiet:
+                if remark.kind == "missed" and remark.node:
+                    refused.setdefault(remark.node, f"{choice}: {remark.message}")
         return made
 
     def _effects(self, model: ir.Model, feeds: Sequence[Feeds], parts: Sequence[Part], ctx: Context) -> dict[tuple[int, str], float]:
@@ -163,6 +167,16 @@ class MixPrecision(Pass):
         if not found:
             ctx.remarks.missed("", "heads=true finds no attention whose heads can be told apart; put fuse-attention before")
         return found
+
+    @staticmethod
+    def _tell_refused(model: ir.Model, parts: Sequence[Part], refused: Mapping[str, str], ctx: Context) -> None:
+        """Nodes that no choice changes, or only inside a subgraph, where effects cannot be measured."""
+        taken = {node for part in parts for node in part.nodes}
+        for node, operand in Context(model).get(StoredOperands(casts=True)).items():
+            if node.graph is not model.graph and not operand.quantized:
+                ctx.remarks.missed(node.name or "", "stays as it is: it stands inside a subgraph, where its effect cannot be measured")
+            elif node not in taken and node.name in refused:
+                ctx.remarks.missed(node.name or "", refused[node.name or ""])
 
     def _tell(self, ctx: Context, plan: Plan, found: Effects) -> None:
         for number, (part, label) in enumerate(zip(plan.parts, plan.labels, strict=True)):

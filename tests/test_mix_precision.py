@@ -177,6 +177,22 @@ def test_exclude_and_choices_that_save_nothing_are_named() -> None:
     assert any(r.node == name and "excluded by" in r.message for r in remarks)
 
 
+def test_what_no_choice_can_change_is_named() -> None:
+    text = """<ir_version: 10, opset_import: ["": 21]>
+    g (float[B,64] x, bool hot) => (float[B,64] y) <float[64,64] a, float[64,64] b, float[64,64] bad> {
+      p = MatMul(x, a)
+      q = MatMul(p, bad)
+      y = If(hot) <then_branch = t() => (float[B,64] u) { u = MatMul(q, b) }, else_branch = e() => (float[B,64] w) { w = Neg(q) }>
+    }"""
+    rng = np.random.default_rng(1)
+    stored = {name: rng.standard_normal((64, 64)).astype(np.float32) for name in ("a", "b", "bad")}
+    stored["bad"][0, 0] = np.inf
+    data = [{"x": rng.standard_normal((5, 64)).astype(np.float32), "hot": np.array(False)}]
+    _, remarks, _ = mixed("mix-precision{loss=0.5}", proto=model_of(text, **stored), data=data)
+    assert any("inside a subgraph, where its effect cannot be measured" in r.message for r in remarks)
+    assert any("`bad` holds numbers that are not finite" in r.message for r in remarks)
+
+
 def test_probabilities_on_a_grid_save_nothing_and_are_declined() -> None:
     text = """<ir_version: 10, opset_import: ["": 21]>
     g (float[B,2,S,16] q, float[B,2,S,16] k, float[B,2,S,16] v) => (float[B,2,S,16] y) {
