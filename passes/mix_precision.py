@@ -146,10 +146,10 @@ class MixPrecision(Pass):
             reason = next((r for node in part.nodes if (r := passed_over(node, self.include, self.exclude)) is not None), None)
             for label, change in part.changes.items():
                 if reason is not None:
-                    ctx.remarks.missed(part.name, f"stays as it is: {reason}")
+                    ctx.remarks.missed(_where(part), f"stays as it is: {reason}")
                     break
                 if part.cost[label] >= part.cost[""]:
-                    ctx.remarks.missed(part.name, f"{label} is no choice: {_change(part, label)}")
+                    ctx.remarks.missed(_where(part), f"{label} is no choice: {_change(part, label)}")
                     continue
                 wanted[number, label] = change
         return effects(model, feeds, wanted)
@@ -184,10 +184,9 @@ class MixPrecision(Pass):
             if not measured:
                 continue
             facts: dict[str, Any] = {"choice": label, "effects": {k: round(e, 6) for k, e in measured.items()}, "bytes": part.nbytes[label]}
-            where, what = part.name, ""
+            where, what = _where(part), ""
             if isinstance(part.key, tuple):
-                where, what = part.key[0], f"head group {part.key[1]}: "
-                facts["group"] = part.key[1]
+                what, facts["group"] = f"head group {part.key[1]}: ", part.key[1]
             else:
                 facts["weight"] = part.weight
             if label:
@@ -195,6 +194,11 @@ class MixPrecision(Pass):
             else:
                 told = ", ".join(f"{other} {effect:.4g}" for other, effect in measured.items())
                 ctx.remarks.missed(where, f"{what}stays as it is; effects: {told}", **facts)
+
+
+def _where(part: Part) -> str:
+    """The node of the graph that a remark is about: for heads, which were taken apart in a copy, the attention."""
+    return str(part.key[0]) if isinstance(part.key, tuple) else part.name
 
 
 def _change(part: Part, label: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -206,6 +207,22 @@ def test_probabilities_on_a_grid_save_nothing_and_are_declined() -> None:
     _, remarks, changes = mixed("mix-precision{choices=quantize-probabilities loss=0.5}", proto=model_of(text), data=data)
     assert changes == 0
     assert any("quantize-probabilities is no choice: 0 -> 5 bytes" in r.message for r in remarks)
+
+
+def test_any_lossy_pass_is_a_choice_and_the_better_rounding_wins() -> None:
+    gptq = "quantize{mode=weight-only bits=4 method=gptq}"
+    model, remarks, _ = mixed(f'mix-precision{{choices=int8+int4+"{gptq}" loss=0.3}}')
+    assert 0.15 < loss(model) <= 0.3
+    assert gptq in choices(remarks).values()
+    assert sum(c == "int4" for c in choices(remarks).values()) <= 1, "of equal sizes the smaller effect; the table is rounded to nearest by both"
+
+
+def test_weights_in_external_files_are_measured_too(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    ir.save(ir.from_proto(source()), path, external_data="weights.bin", size_threshold_bytes=0)
+    result = graphopt.optimize(path, "mix-precision{loss=0.3}", target="cpu{tune=off}", samples=feeds(), promise=False)
+    inside, _, _ = mixed("mix-precision{loss=0.3}")
+    assert result.report.loss.value == pytest.approx(loss(inside), rel=0.02)
 
 
 def test_a_run_over_the_budget_halves_its_share() -> None:
