@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,16 @@ def test_the_graph_is_what_quantize_writes_and_tied_weights_are_stored_once() ->
         steps.append(f"quantize{{mode=weight-only {options} include={'+'.join(included)}}}")
     text = ", ".join(steps)
     PassManager(parse(text, passes())).run(plain, Context(plain))
+    assert nbytes(model) == nbytes(plain)
+    for feed in feeds():
+        np.testing.assert_array_equal(run(model, feed)["y"], run(plain, feed)["y"])
+
+
+@pytest.mark.parametrize("text", ["quantize", "quantize{rows=true}", "quantize{mode=static}", "quantize{mode=weight-only symmetric=false}"])
+def test_one_choice_and_a_large_budget_is_that_pass(text: str) -> None:
+    model, _, _ = mixed(f'mix-precision{{choices="{text}" loss=100}}')
+    plain, _, _ = mixed(text)
+    assert Counter(n.op_type for n in model.graph) == Counter(n.op_type for n in plain.graph)
     assert nbytes(model) == nbytes(plain)
     for feed in feeds():
         np.testing.assert_array_equal(run(model, feed)["y"], run(plain, feed)["y"])
