@@ -28,12 +28,15 @@ from graphopt.run.ort import session
 
 PLAIN = "float32"
 UNIFORM = {"int8": "quantize{mode=weight-only block=64}", "int4": "quantize{mode=weight-only bits=4}"}
+GPTQ = "quantize{mode=weight-only bits=4 method=gptq}"
 INTEGER = {"dynamic int8": "quantize"}
 MINILM = {
     **UNIFORM,
+    "int4, GPTQ": GPTQ,
     **INTEGER,
     **{f"mixed, loss {loss}": f"mix-precision{{loss={loss}}}" for loss in (0.05, 0.1, 0.15)},
     **{f"mixed by heads, loss {loss}": f"mix-precision{{heads=true loss={loss}}}" for loss in (0.05, 0.1, 0.15)},
+    "mixed with GPTQ, loss 0.1": f'mix-precision{{choices=int8+"{GPTQ}" loss=0.1}}',
     "fastest, loss 0.1": "mix-precision{choices=dynamic cost=time loss=0.1}",
 }
 SMOL = {

@@ -175,7 +175,8 @@ class _Writer:
             self.made.update(dict.fromkeys(filter(None, proto.output)))
 
     def model(self, outputs: Sequence[str], *, static: bool = False) -> onnx.ModelProto:
-        inputs = [_typed(name, self._state[name], static) for name in self._read]
+        values = {} if static else {v.name: v for v in (*self._ir.graph.inputs, *(v for node in self._ir.graph for v in node.outputs))}
+        inputs = [_typed(name, self._state[name], values.get(name)) for name in self._read]
         graph = onnx.helper.make_graph(
             self._nodes, "piece", inputs, [onnx.ValueInfoProto(name=name) for name in outputs], list(self._stored.values())
         )
@@ -194,9 +195,11 @@ class _Writer:
         self._stored[name] = proto
 
 
-def _typed(name: str, array: Array, static: bool) -> onnx.ValueInfoProto:
+def _typed(name: str, array: Array, value: ir.Value | None) -> onnx.ValueInfoProto:
+    """An input with the shape that the graph declares for `value` (runtimes infer wrongly from a Reshape of nothing), or that of the array."""
     kind = onnx.TensorProto.STRING if array.dtype.kind in "OUS" else onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-    return onnx.helper.make_tensor_value_info(name, kind, array.shape if static else [None] * array.ndim)
+    declared = None if value is None or value.shape is None else [d if isinstance(d, int) else d.value for d in value.shape]
+    return onnx.helper.make_tensor_value_info(name, kind, array.shape if value is None else declared or [None] * array.ndim)
 
 
 def _outer(node: ir.Node, wanted: Callable[[ir.Value], bool]) -> Iterator[ir.Value]:
