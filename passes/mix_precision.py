@@ -18,6 +18,7 @@ from graphopt.errors import PipelineError
 from graphopt.pipeline import PassManager, parse
 from graphopt.remarks import Remarks
 from graphopt.run import Feeds
+from graphopt.samples import Samples
 
 from ._cost import timed
 from ._eligible import check_patterns, passed_over
@@ -48,7 +49,8 @@ class MixPrecision(Pass):
             of one lossy pass, such as "quantize{mode=weight-only bits=4 method=gptq}". That everything stays as it is, is always a choice.
         loss: the budget, a fraction of the norm of the outputs; by default the `--max-loss` of the run.
         share: so much of the budget is used; a run over the budget halves it.
-        batches: of the samples, on which effects are measured; 0 for all.
+        batches: of the samples, on which effects are measured; 0 for all. Where there are twice as many or more, choices that fit themselves to
+            samples (GPTQ, static ranges) see only the others.
         cost: what becomes small: `bytes` of stored weights, or `time`, measured for each weight and choice on the first batch, as the target runs
             it by itself. Then a choice is only one where it is faster, so that what slows a part down is declined by measurement.
         heads: one choice for each head of an attention (for each key/value head, with the query heads that share it) instead of one for each
@@ -99,14 +101,15 @@ class MixPrecision(Pass):
             work = model.clone()
             units.run(work, Context(work))
         refused: dict[str, str] = {}
-        parts = parts_of(work, self._versions(work, ctx, refused), units.owner)
+        fitting = Context(model, target=ctx.target, samples=self._others(samples), original=ctx.original)
+        parts = parts_of(work, self._versions(work, fitting, refused), units.owner)
         self._tell_refused(work, parts, refused, ctx)
         if self.cost == "time" and feeds:
             parts = timed(work, feeds[0], parts, ctx)
         found = self._effects(work, feeds, parts, ctx)
         apart = plan = choose(work, feeds, parts, found, budget)
         for k in range(_PLANS if blocks else 0):
-            plan = joined(model, feeds, blocks, apart, lambda graph: self._versions(graph, ctx, {}))
+            plan = joined(model, feeds, blocks, apart, lambda graph: self._versions(graph, fitting, {}))
             if plan.loss <= budget:
                 break
             apart = choose(work, feeds, parts, found, apart.loss * 0.9 ** (k + 1) * budget / plan.loss)
@@ -125,6 +128,10 @@ class MixPrecision(Pass):
         if found is None:
             raise PipelineError("mix-precision needs a budget; add --max-loss X (or max_loss=X in Python), or the option loss=X")
         return found * self.share * _MARGIN
+
+    def _others(self, samples: Samples) -> Samples:
+        """What choices are fitted to: batches on which no effect is measured, if there are as many of them. Fits look better on their own samples."""
+        return Samples(itertools.islice(samples, self.batches, None)) if self.batches and len(samples) >= 2 * self.batches else samples
 
     def _versions(self, model: ir.Model, ctx: Context, refused: dict[str, str]) -> dict[str, ir.Model]:
         """The whole graph in each of the choices; `refused` gets the nodes that one of them leaves alone, with the reason."""

@@ -228,6 +228,16 @@ def test_any_lossy_pass_is_a_choice_and_the_better_rounding_wins() -> None:
     assert sum(c == "int4" for c in choices(remarks).values()) <= 1, "of equal sizes the smaller effect; the table is rounded to nearest by both"
 
 
+@pytest.mark.parametrize(("batches", "largest"), [(1, 1.0), (2, 50.0)])
+def test_choices_are_fitted_to_other_samples_where_there_are_enough(batches: int, largest: float) -> None:
+    text = '<ir_version: 10, opset_import: ["": 21]> g (float[B,64] x) => (float[B,64] y) <float[64,64] w> { y = MatMul(x, w) }'
+    proto = model_of(text, w=np.random.default_rng(1).standard_normal((64, 64)).astype(np.float32))
+    data = [{"x": np.linspace(-size, size, 320, dtype=np.float32).reshape(5, 64)} for size in (50.0, 1.0)]
+    model, _, _ = mixed(f'mix-precision{{choices="quantize{{mode=static}}" loss=100 batches={batches}}}', proto=proto, data=data)
+    scale = next(n.inputs[1] for n in model.graph if n.op_type == "QuantizeLinear").const_value
+    assert float(scale.numpy()) == pytest.approx(2 * largest / 255, rel=1e-3)
+
+
 def test_weights_in_external_files_are_measured_too(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     ir.save(ir.from_proto(source()), path, external_data="weights.bin", size_threshold_bytes=0)
