@@ -71,15 +71,10 @@ def distance(base: Array, other: Array) -> Distance:
 
 def relative_l2(base: Iterable[Mapping[str, Array]], other: Iterable[Mapping[str, Array]]) -> float:
     """||d|| / ||baseline|| over all batches, of the output where it is largest; inf where outputs cannot be compared."""
-    squares: dict[str, list[float]] = {}
+    squares = Squares()
     for expected, found in zip(base, other, strict=True):
-        for name, array in expected.items():
-            if name not in found or found[name].shape != array.shape:
-                return math.inf
-            total = squares.setdefault(name, [0.0, 0.0])
-            total[0] += _norm(_errors(array, found[name])) ** 2
-            total[1] += _norm(_finite(array)) ** 2 if array.dtype.kind not in "OUS" else 0.0
-    return max((_ratio(math.sqrt(d), math.sqrt(b)) for d, b in squares.values()), default=0.0)
+        squares.add(expected, found)
+    return squares.relative
 
 
 def compare_outputs(base: Mapping[str, Array], other: Mapping[str, Array], tolerance: float | None = None) -> Difference | None:
@@ -217,3 +212,36 @@ class Running:
         noise, signal = self._channels
         order = [int(k) for k in np.argsort(-noise, kind="stable")[:count] if noise[k] > 0]
         return [(k, _ratio(math.sqrt(noise[k]), math.sqrt(signal[k]))) for k in order]
+
+
+class Squares:
+    """`relative_l2` of outputs that come batch by batch."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[float]] = {}
+
+    def add(self, base: Mapping[str, Array], other: Mapping[str, Array]) -> None:
+        """Take in one batch."""
+        for name, array in base.items():
+            total = self._sums.setdefault(name, [0.0, 0.0])
+            if name not in other or other[name].shape != array.shape:
+                total[0] = math.inf
+                continue
+            off, size = _squares(array, other[name])
+            total[0], total[1] = total[0] + off, total[1] + size
+
+    @property
+    def relative(self) -> float:
+        """||d|| / ||baseline|| over all batches, of the output where it is largest."""
+        return max((_ratio(math.sqrt(d), math.sqrt(b)) for d, b in self._sums.values()), default=0.0)
+
+
+def _squares(base: Array, other: Array) -> tuple[float, float]:
+    """||d||^2 and ||baseline||^2."""
+    if base.dtype == other.dtype == np.float32:  # a tenth of the time; only finite numbers give finite sums
+        with np.errstate(invalid="ignore", over="ignore"):
+            d = (other - base).reshape(-1)
+            sums = float(np.dot(d, d)), float(np.dot(base.reshape(-1), base.reshape(-1)))
+        if math.isfinite(sums[0]) and math.isfinite(sums[1]):
+            return sums
+    return _norm(_errors(base, other)) ** 2, _norm(_finite(base)) ** 2 if base.dtype.kind not in "OUS" else 0.0
