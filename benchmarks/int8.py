@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from _perplexity import feed_of, perplexity
+from _ratio import speedup
 
 import graphopt
 from graphopt import bench, demo
@@ -27,7 +27,6 @@ from graphopt.run.ort import session
 EXACT = "canonicalize, simplify, simplify-masks, canonicalize, fuse-norm, fuse-activation, fuse-rotary, fuse-attention"
 FORMS = ("quantize", "quantize{rows=auto}", "quantize{rows=true}")
 SMOOTH = ("smooth, quantize", "smooth{rows=true}, quantize{rows=true}")
-ROUNDS = 15
 _INTEGER = ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
 
 
@@ -45,17 +44,6 @@ def integer_share(model: Any) -> float:
         total += stored.const_value.size
         integer += stored.const_value.size if node.op_type in _INTEGER else 0
     return integer / total
-
-
-def speedup(base: Any, other: Any, feed: dict[str, Any]) -> float:
-    """Median time of `base` over that of `other`, in turn."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(ROUNDS + 2):
-        for runner, spent in zip((base, other), seconds, strict=True):
-            start = time.process_time()
-            runner.run(feed)
-            spent.append(time.process_time() - start)
-    return float(np.median(seconds[0][2:]) / np.median(seconds[1][2:]))
 
 
 def smol(path: Path, tokens: Path) -> None:

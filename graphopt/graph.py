@@ -22,6 +22,12 @@ def constant(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
     return value.const_value.numpy()
 
 
+def initializer(array: np.ndarray[Any, Any], name: str) -> ir.Value:
+    """A stored value of that name, not yet part of a graph."""
+    tensor = ir.tensor(np.asarray(array, order="C"), name=name)
+    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+
+
 def scalar(value: ir.Value | None) -> float | int | bool | None:
     """The one element of a constant of size 1 (any rank), or None."""
     if value is None or value.const_value is None or value.const_value.size != 1:

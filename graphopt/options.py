@@ -26,6 +26,19 @@ def near(word: str, known: Iterable[str]) -> str:
     return f"; did you mean `{close[0]}`?" if close else ""
 
 
+def option_error(name: str, key: str, expected: object, found: object) -> PipelineError:
+    """The error of a pass or target `name` whose option `key` (of its text, or the field) has a value that it cannot have."""
+    key = key.replace("_", "-")
+    return at_option(key, f"{name}: option `{key}` expects {expected}, found `{found}`")
+
+
+def at_option(key: str, message: str) -> PipelineError:
+    """`bad_key` names the option under which the pipeline text gets its caret."""
+    error = PipelineError(message)
+    error.bad_key = key  # type: ignore[attr-defined]
+    return error
+
+
 class Configurable:
     """A frozen dataclass whose fields are its options, of the types bool, int, float, str, tuples of these, or None.
 
@@ -54,15 +67,11 @@ class Configurable:
         values = {}
         for key, text in options.items():
             if key not in known:
-                error = PipelineError(f"{cls.name} has no option `{key}`{near(key, known)}\n  options: {cls.describe() or 'none'}")
-                error.bad_key = key  # type: ignore[attr-defined]
-                raise error
+                raise at_option(key, f"{cls.name} has no option `{key}`{near(key, known)}\n  options: {cls.describe() or 'none'}")
             try:
                 values[known[key].name] = _cast("true" if text is None else text, hints[known[key].name])
             except ValueError as cause:
-                error = PipelineError(f"{cls.name}: option `{key}` expects {cause}, found `{text}`")
-                error.bad_key = key  # type: ignore[attr-defined]
-                raise error from None
+                raise option_error(cls.name, key, cause, text) from None
         return cls(**values)
 
     @classmethod

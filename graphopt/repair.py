@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.fills import LOWEST, may_be_too_low
-from graphopt.graph import Names, all_nodes, constant, consumers, rank, same_dim
+from graphopt.graph import Names, all_nodes, constant, consumers, initializer, rank, same_dim
 from graphopt.remarks import Remarks
 from graphopt.shapes import infer_nodes
 
@@ -71,8 +71,7 @@ class _Recipe:
         return node.outputs[0]
 
     def const(self, array: np.ndarray[Any, Any]) -> ir.Value:
-        tensor = ir.tensor(array, name=self.names.fresh("repair"))
-        value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+        value = initializer(array, self.names.fresh("repair"))
         self.model.graph.register_initializer(value)
         return value
 

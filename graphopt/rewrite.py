@@ -11,12 +11,11 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
-import numpy as np
 import onnx_ir as ir
 
 from graphopt import shapes
 from graphopt.core import Array, Context, Pass
-from graphopt.graph import Names, all_nodes, graphs, is_constant, shape_text
+from graphopt.graph import Names, all_nodes, graphs, initializer, is_constant, shape_text
 
 _SMALL = 1024  # bytes; equal constants up to this size are stored once
 _ROUNDS = 8  # rewrites that undo each other stop here
@@ -72,7 +71,7 @@ class Builder:
     def const(self, array: Array, name: str = "const") -> ir.Value:
         """An initializer; equal small ones are stored once."""
         if array.nbytes > _SMALL or array.dtype.kind == "V":  # types that numpy lacks share one code
-            return self._initializer(np.ascontiguousarray(array), name)
+            return self._initializer(array, name)
         return self.shared((array.dtype.str, array.shape, array.tobytes()), lambda: self._initializer(array, name))
 
     def shared(self, key: Any, build: Callable[[], ir.Value]) -> ir.Value:
@@ -86,9 +85,7 @@ class Builder:
         return self.made[key]
 
     def _initializer(self, array: Array, name: str) -> ir.Value:
-        fresh = self._names.fresh(name)
-        tensor = ir.tensor(array, name=fresh)
-        value = ir.Value(name=fresh, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+        value = initializer(array, self._names.fresh(name))
         self.initializers.append(value)
         return value
 

@@ -14,8 +14,8 @@ from graphopt.measure import flops, node_flops
 from graphopt.samples import default_shapes
 from graphopt.sizes import Bindings, dim_at, fed_inputs
 
-from ._factorable import Item, Whole
 from ._cut_plan import Plan, plan
+from ._factorable import Item, Whole
 from ._ranks import Menu, spread
 from ._sensitivity import sensitivities
 

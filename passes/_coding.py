@@ -24,6 +24,7 @@ class Coded:
             it brings to an output.
         channel: which channel that is.
         rest: the largest such error of a channel if its largest weight is left out.
+        block: 0, as no scale is for a part of a channel.
     """
 
     codes: Array
@@ -33,6 +34,7 @@ class Coded:
     worst: float
     channel: int
     rest: float
+    block: int = 0
 
     @property
     def nbytes(self) -> int:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
 from graphopt.core import Array
 
-from ._blocks import Steps
-
 _PANEL = 128  # columns that are rounded before the rest of the matrix hears of it
 _DAMPING = 0.01  # of the mean of the diagonal
+
+
+class Grid(Protocol):
+    """What the numbers of a weight may become."""
+
+    def columns(self, order: Array) -> Callable[[int, Array], tuple[Array, Array]]:
+        """(j, column order[j] of all rows) -> its nearest codes, and what they stand for."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +41,7 @@ class Inputs:
         return cls(order, _inverse_root(moments[np.ix_(order, order)]))
 
 
-def gptq(rows: Array, inputs: Inputs, grid: Steps) -> Array:
+def gptq(rows: Array, inputs: Inputs, grid: Grid) -> Array:
     """Codes int16 [rows, in] that keep rows @ x near what it was, for inputs x with these second moments.
 
     Columns are taken in the order of falling moments, with the scales of the original weight (Frantar et al. 2022, "GPTQ: Accurate
@@ -42,20 +50,19 @@ def gptq(rows: Array, inputs: Inputs, grid: Steps) -> Array:
     Args:
         rows: [rows, in].
         inputs: of the samples.
-        grid: scales and zero points of `rows`.
+        grid: of `rows`.
     """
     width = rows.shape[1]
     order, inverse = inputs.order, inputs.root
-    scale, zero = (np.ascontiguousarray(a[:, order].T) for a in grid.spread(width))
+    nearest = grid.columns(order)
     left = np.ascontiguousarray(rows[:, order].T, dtype=np.float32)  # [in, rows]: a column of the weight lies together
     codes = np.empty(left.shape, np.int16)
     for start in range(0, width, _PANEL):
         end = min(start + _PANEL, width)
         errors = np.empty((end - start, left.shape[1]), np.float32)
         for j in range(start, end):
-            code = np.clip(np.rint(left[j] / scale[j]) + zero[j], grid.low, grid.high)
-            codes[j] = code
-            errors[j - start] = (left[j] - (code - zero[j]) * scale[j]) / inverse[j, j]
+            codes[j], decoded = nearest(j, left[j])
+            errors[j - start] = (left[j] - decoded) / inverse[j, j]
             left[j + 1 : end] -= np.outer(inverse[j, j + 1 : end], errors[j - start])
         left[end:] -= inverse[start:end, end:].T @ errors
     restored = np.empty_like(codes)

@@ -14,8 +14,8 @@ from graphopt.distance import relative_l2
 from graphopt.run import ort
 from graphopt.samples import Samples
 
-from ._factorable import Item
 from ._cut_plan import Plan
+from ._factorable import Item
 
 _ROWS = 2048  # elements of the first input that are run, at most: tokens, where it holds ids
 _OPERATIONS = 2e12  # of all runs together, about; one batch at least

@@ -12,10 +12,10 @@ from graphopt.analysis.moments import Paired, paired_moments
 from graphopt.analysis.stream import StreamLayer, Streams
 from graphopt.core import Array, Context
 
+from ._cut_plan import Plan, split, wide
 from ._factorable import Item
 from ._factors import Cut, PutFactors
 from ._lowrank import factors, spectrum
-from ._cut_plan import Plan, split, wide
 
 _RIDGE = 1e-3  # of the mean of the diagonal: how strongly a fitted weight is held to the original one
 

@@ -1,4 +1,4 @@
-"""quantize{mode=weight-only}: stored weights as blocks of 4 or 8 bits, between float activations."""
+"""quantize{mode=weight-only}: stored weights as blocks of 4 or 8 bits, or as codes of a codebook, between float activations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -17,11 +16,14 @@ from graphopt.graph import static_dim
 from graphopt.rewrite import Builder, Match, Miss, RewritePass
 from graphopt.run.observe import observable
 
+from ._awq import scale_inputs
 from ._blocks import Steps, steps
+from ._codebooks import Lookup, kmeans, nf4
 from ._eligible import numbers, passed_over, quantized_before, say_nothing_to_do, tied_table, unfit_linear, unfit_table, why_no_linear
+from ._forms import Form, blocked, tabled
 from ._gptq import Inputs, gptq
 
-_TYPES: Mapping[tuple[int, bool], Any] = {(4, True): ml_dtypes.int4, (4, False): ml_dtypes.uint4, (8, True): np.int8, (8, False): np.uint8}
+_BLOCK = {("linear", 4): 32, ("nf4", 4): 32}  # where none is given; else 0
 
 
 class Options(Protocol):
@@ -31,6 +33,8 @@ class Options(Protocol):
     def bits(self) -> int: ...
     @property
     def block(self) -> int | None: ...
+    @property
+    def codes(self) -> str: ...
     @property
     def symmetric(self) -> bool: ...
     @property
@@ -44,37 +48,19 @@ class Options(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocked:
-    """A constant as (codes - zero_point) * scale, in its own shape; one scale for `block` neighbours along `axis`.
-
-    `block` 0: `axis` is the channel axis, and `scale` a vector. `error`: ||w - decoded|| / ||w|| of the worst output feature or row.
-    """
-
-    codes: Array
-    scale: Array
-    zero_point: Array | None
-    axis: int
-    block: int
-    error: float
-
-    @property
-    def nbytes(self) -> int:
-        bits = 4 if self.codes.dtype in (ml_dtypes.int4, ml_dtypes.uint4) else 8
-        zeros = 0 if self.zero_point is None else self.zero_point.size * bits // 8
-        return self.codes.size * bits // 8 + self.scale.nbytes + zeros
-
-
-@dataclasses.dataclass(frozen=True)
 class WeightMatch(Match):
+    """`source`: the float constant, its input features along `axis`, and what stands for it."""
+
     source: ir.Value
-    coded: Blocked
+    axis: int
+    coded: Form
     transposed: bool = False
     tied: str = ""
 
     @property
     def facts(self) -> Mapping[str, Any]:
         told: dict[str, Any] = {"name": self.nodes[0].name, "op": self.nodes[0].op_type, "weight": self.source.name}
-        told |= {"shape": list(self.coded.codes.shape), "axis": self.coded.axis, "block": self.coded.block, "worst_error": round(self.coded.error, 6)}
+        told |= {"shape": list(self.coded.codes.shape), **self.coded.facts, "worst_error": round(self.coded.error, 6)}
         return {**told, "tied_to": self.tied} if self.tied else told
 
 
@@ -86,14 +72,17 @@ class WeightOnly(RewritePass[WeightMatch]):
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.block = options.block if options.block is not None else 32 if options.bits == 4 else 0
-        self._coded: dict[tuple[ir.Value, int], Blocked] = {}
+        self.block = _BLOCK.get((options.codes, options.bits), 0) if options.block is None else options.block
+        self._coded: dict[tuple[ir.Value, int], Form] = {}
 
     def run(self, model: ir.Model, ctx: Context) -> int:
-        if self.options.method == "gptq":
-            self._solve(model, ctx)
+        scaled = 0
+        if "awq" in self.options.method:
+            scaled = scale_inputs(model, ctx, lambda x: not x.quantized and self._unfit(x) is None and self._own(x, ctx), self._rounded)
+        if self.options.method != "nearest" or (self.options.codes == "kmeans" and ctx.samples is not None):
+            self._look(model, ctx)
         done = quantized_before(ctx)
-        changes = super().run(model, ctx)
+        changes = scaled + super().run(model, ctx)
         if not changes:
             say_nothing_to_do(ctx, done)
         return changes
@@ -107,15 +96,7 @@ class WeightOnly(RewritePass[WeightMatch]):
         reason = self._unfit(operand)
         if reason is not None:
             return Miss(node, f"stays float: {reason}")
-        nodes, outputs = (node,), (node.outputs[0],)
-        if isinstance(operand, Embedding):
-            found = WeightMatch(nodes, outputs, operand.table, self._code(operand.table, 1))
-        else:
-            tied = tied_table(operand, ctx, self._unfit)
-            if tied is not None:
-                found = WeightMatch(nodes, outputs, tied.table, self._code(tied.table, 1), True, tied.node.name or "")
-            else:
-                found = WeightMatch(nodes, outputs, operand.weight, self._code(operand.weight, _input_axis(operand)), operand.transposed)
+        found = self._found(operand, ctx)
         size = numbers(found.source).nbytes
         if found.coded.nbytes >= size:
             return Miss(node, f"stays float: codes and scales of {found.coded.nbytes} bytes are no smaller than the weight, {size} bytes")
@@ -123,7 +104,7 @@ class WeightOnly(RewritePass[WeightMatch]):
 
     def build(self, op: Builder, m: WeightMatch) -> Sequence[ir.Value]:
         node = m.nodes[0]
-        weight = self._decoded(op, m)
+        weight = m.coded.decoded(op, m.source, m.axis, node.graph)
         if node.op_type == "Gather":
             return [op.Gather(weight, node.inputs[1], axis=0)]
         if node.op_type == "Gemm":
@@ -132,86 +113,87 @@ class WeightOnly(RewritePass[WeightMatch]):
         if m.transposed:
             rank, source = m.coded.codes.ndim, weight
             order = [*range(rank - 2), rank - 1, rank - 2]
-            weight = op.shared(("transposed", m.source, m.coded.axis, node.graph), lambda: op.Transpose(source, perm=order))
+            weight = op.shared(("transposed", m.source, m.axis, node.graph), lambda: op.Transpose(source, perm=order))
         return [op.MatMul(node.inputs[0], weight)]
 
-    def _decoded(self, op: Builder, m: WeightMatch) -> ir.Value:
-        coded, key = m.coded, (m.source, m.coded.axis)
-        name, kind = m.source.name or "weight", np.dtype(m.coded.codes.dtype).name
-        parts = [op.shared(("codes", *key), lambda: op.const(coded.codes, f"{name}_{kind}"))]
-        parts.append(op.shared(("scale", *key), lambda: op.const(coded.scale, f"{name}_scale")))
-        zero = coded.zero_point
-        if zero is not None:
-            parts.append(op.shared(("zero", *key), lambda: op.const(zero, f"{name}_zero_point")))
-        block = coded.block or None
-        value: ir.Value = op.shared(("decoded", *key, m.nodes[0].graph), lambda: op.DequantizeLinear(*parts, axis=coded.axis, block_size=block))
-        return value
+    def _found(self, operand: Linear | Embedding, ctx: Context) -> WeightMatch:
+        nodes, outputs = (operand.node,), (operand.node.outputs[0],)
+        if isinstance(operand, Embedding):
+            return WeightMatch(nodes, outputs, operand.table, 1, self._code(operand.table, 1))
+        tied = tied_table(operand, ctx, self._unfit)
+        if tied is not None:
+            return WeightMatch(nodes, outputs, tied.table, 1, self._code(tied.table, 1), True, tied.node.name or "")
+        axis = _input_axis(operand)
+        return WeightMatch(nodes, outputs, operand.weight, axis, self._code(operand.weight, axis), operand.transposed)
 
-    def _code(self, value: ir.Value, axis: int) -> Blocked:
-        """Codes of a constant whose `axis` runs along the input features; rounded to nearest where GPTQ has not been here."""
+    def _code(self, value: ir.Value, axis: int) -> Form:
+        """Codes of a constant whose `axis` runs along the input features; without a look at its inputs where there was none."""
         if (value, axis) not in self._coded:
             rows = _rows(numbers(value), axis)
             grid = self._grid(rows, None)
-            self._coded[value, axis] = self._stored(value, axis, rows, grid, grid.round(rows))
+            self._coded[value, axis] = _form(value, axis, rows, grid, grid.round(rows))
         return self._coded[value, axis]
 
-    def _grid(self, rows: Array, importance: Array | None) -> Steps:
-        return steps(rows, self.block, self.options.bits, symmetric=self.options.symmetric, importance=importance)
+    def _rounded(self, rows: Array, moments: Array) -> Array:
+        grid = self._grid(rows, moments)
+        return grid.decode(grid.round(rows))
 
-    def _stored(self, value: ir.Value, axis: int, rows: Array, grid: Steps, codes: Array) -> Blocked:
-        """The codes of rows, in the shape of the constant."""
-        assert value.const_value is not None
-        shape = tuple(value.const_value.shape.numpy())
-        moved = (*shape[:axis], *shape[axis + 1 :])
-        kind = _TYPES[self.options.bits, self.options.symmetric]
-        off = np.square(grid.decode(codes) - rows).sum(1) / np.maximum(np.square(rows, dtype=np.float64).sum(1), 1e-300)
+    def _grid(self, rows: Array, moments: Array | None) -> Steps | Lookup:
+        importance = None if moments is None else np.diag(moments)
+        if self.options.codes == "nf4":
+            return nf4(rows, self.block)
+        if self.options.codes == "kmeans":
+            return kmeans(rows, 1 << self.options.bits, self.block, importance)
+        return steps(
+            rows,
+            self.block,
+            self.options.bits,
+            symmetric=self.options.symmetric,
+            importance=importance,
+            moments=moments if self.options.method == "awq" else None,
+        )
 
-        def back(array: Array, dtype: Any) -> Array:
-            if not self.block and array.shape[1] == 1:
-                return np.ascontiguousarray(array[:, 0].astype(dtype))
-            return np.ascontiguousarray(np.moveaxis(array.reshape(*moved, -1), -1, axis).astype(dtype))
-
-        stored = np.ascontiguousarray(np.moveaxis(codes.reshape(*moved, -1), -1, axis)).astype(kind)
-        zero = None if self.options.symmetric else back(grid.zero, kind)
-        where = axis if self.block else 1 - axis
-        return Blocked(stored, back(grid.scale, np.float32), zero, where, self.block, float(np.sqrt(off.max())))
-
-    def _solve(self, model: ir.Model, ctx: Context) -> None:
-        """GPTQ for every weight of a multiply that fits; multiplies of one input share its moments."""
+    def _look(self, model: ir.Model, ctx: Context) -> None:
+        """Codes for every weight of a multiply that fits, by the second moments of its inputs; multiplies of one input share them."""
         groups: dict[ir.Value, dict[ir.Value, Linear]] = {}
         hidden: list[Linear] = []
         for operand in ctx.get(StoredOperands(casts=True)).values():
             if not isinstance(operand, Linear) or operand.quantized or self._unfit(operand) is not None:
                 continue
-            if tied_table(operand, ctx, self._unfit) is not None or self._read_as_rows(operand, ctx):
+            if not self._own(operand, ctx):
                 continue  # the lookup would pay for the errors that the multiply no longer makes
             if operand.batch or operand.trans_x or not observable(model, operand.x) or static_dim(operand.x, -1) is None:
                 hidden.append(operand)
                 continue
             groups.setdefault(operand.x, {}).setdefault(operand.weight, operand)
         for x, moments in input_moments(model, ctx.require_samples(), list(groups)):
-            inputs = Inputs.of(moments)
+            inputs = Inputs.of(moments) if "gptq" in self.options.method else None
             for linear in groups[x].values():
                 key = linear.weight, _input_axis(linear)
                 if key in self._coded:
                     continue
                 rows = _rows(numbers(linear.weight), key[1])
-                grid = self._grid(rows, np.diag(moments))
-                self._coded[key] = self._stored(*key, rows, grid, gptq(rows, inputs, grid))
+                grid = self._grid(rows, moments)
+                self._coded[key] = _form(*key, rows, grid, grid.round(rows) if inputs is None else gptq(rows, inputs, grid))
         for linear in hidden:
             if (linear.weight, _input_axis(linear)) not in self._coded:
                 ctx.remarks.missed(linear.node.name or "", "rounded to nearest: its input cannot be observed as rows of features")
 
-    def _read_as_rows(self, linear: Linear, ctx: Context) -> bool:
-        return any(isinstance(e, Embedding) and e.table is linear.weight for e in ctx.get(StoredOperands(casts=True)).values())
+    def _own(self, linear: Linear, ctx: Context) -> bool:
+        """No lookup reads the same numbers."""
+        return tied_table(linear, ctx, self._unfit) is None and not any(
+            isinstance(e, Embedding) and e.table is linear.weight for e in ctx.get(StoredOperands(casts=True)).values()
+        )
 
     def _unfit(self, operand: Linear | Embedding) -> str | None:
         reason = passed_over(operand.node, self.options.include, self.options.exclude)
         if reason is not None:
             return reason
         if isinstance(operand, Linear):
-            if operand.batch and not self.block:
-                return "it is a batch of matrices, which wants a block"
+            if self.options.codes == "linear":
+                return "it is a batch of matrices, which wants a block" if operand.batch and not self.block else unfit_linear(operand, integer=False)
+            if self.block and operand.in_features % self.block:
+                return f"its {operand.in_features} input features are no multiple of block={self.block}"
             return unfit_linear(operand, integer=False)
         if not self.options.embeddings:
             return "embeddings=false"
@@ -227,3 +209,9 @@ def _input_axis(linear: Linear) -> int:
 def _rows(array: Array, axis: int) -> Array:
     """[..., in] as [rows, in], float32."""
     return np.ascontiguousarray(np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis]), dtype=np.float32)
+
+
+def _form(value: ir.Value, axis: int, rows: Array, grid: Steps | Lookup, codes: Array) -> Form:
+    assert value.const_value is not None
+    shape = tuple(value.const_value.shape.numpy())
+    return blocked(shape, axis, rows, grid, codes) if isinstance(grid, Steps) else tabled(shape, axis, rows, grid, codes)

@@ -16,12 +16,12 @@ from graphopt.graph import static_dim
 from graphopt.run.observe import observable
 
 from ._budget import by_budget
+from ._cut_plan import Plan, plan
 from ._eligible import check_patterns, numbers
 from ._factorable import Item, Whole, by_node, items, joined, table_reason
 from ._factors import PutFactors, TableCut
 from ._faster import Stopwatch
 from ._lowrank import Spectrum, factors, spectrum
-from ._cut_plan import Plan, plan
 from ._sequential import refit
 
 _ENERGY = 0.95

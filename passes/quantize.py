@@ -12,12 +12,14 @@ import onnx_ir as ir
 from graphopt.analysis.linear import Embedding, Linear, StoredOperands
 from graphopt.analysis.ranges import Ranges
 from graphopt.core import Context
-from graphopt.errors import PipelineError
-from graphopt.graph import attr, producer
+from graphopt.graph import attr, constant, producer
+from graphopt.options import option_error
 from graphopt.rewrite import Builder, Match, Miss, RewritePass
 
+from ._bias import CorrectBias
 from ._coding import REDUCED, Coded, encode
 from ._decode import DecodeWeights
+from ._decoded import decoded
 from ._eligible import (
     LONGEST_SUM,
     check_patterns,
@@ -35,8 +37,9 @@ from ._rows import even_rows, row_scale, wants_rows
 from ._static import METHODS, ActivationGrid, calibrated, on_grid
 from ._weight_only import WeightOnly
 
-_BITS = {"dynamic": (8,), "static": (8,), "weight-only": (8, 4)}
-_CODERS = ("nearest", "gptq")
+_MODES = ("dynamic", "static", "weight-only")
+_CODES = {"linear": (8, 4), "nf4": (4,), "kmeans": (4, 8)}
+_CODERS = ("nearest", "gptq", "awq", "awq-gptq")
 _BLOCKS = (None, 0, 16, 32, 64, 128, 256)
 _DOMINATED = 0.25  # relative error of a channel beside its largest weight, above which one input row rules its scale
 
@@ -90,21 +93,27 @@ class Quantize(RewritePass[QuantizeMatch]):
         percentile: how many percent of its values calibrate=percentile covers.
         per_channel: one scale for each output feature; False: one for the whole weight. Embedding tables always have one for each row.
         symmetric: codes around zero ([-127, 127] in mode `dynamic`); False: a zero point as well.
-        bits: 8; weight-only also 4. Weights that are quantized already are left alone, so that two of these passes can mix widths.
+        bits: 8; weight-only also 4 (nf4: only 4). Weights that are quantized already are left alone, so that two of these passes can mix widths.
         block: weight-only: so many neighbours along the input features share a scale (16 to 256, a power of two); 0: each output feature
-            has one. The default is 0 for 8 bits and 32 for 4.
+            has one. The default is 32 for 4 bits, and 0 for 8 and for kmeans.
+        codes: weight-only: `linear`, a grid of even steps; `nf4`, the quantiles of a normal distribution, times the largest weight of each block
+            (Dettmers et al. 2023); `kmeans`, the codebook of least squared error, weighted by the samples where there are any (Kim et al. 2023):
+            one for each output feature, or, with a block or 8 bits, one for the weight, times the largest weight of each block (feature).
         method: weight-only: `nearest`, with the scale of least error; `gptq` corrects the error of each rounded column in the columns that
-            follow, as the samples weigh it (Frantar et al. 2022); tables that are also looked up are rounded to nearest.
+            follow, as the samples weigh it (Frantar et al. 2022); `awq` scales input channels by their magnitude on the samples, folded into what
+            makes them, and clips each block where its products err least (Lin et al. 2023; not kmeans); `awq-gptq` scales, then corrects. Tables
+            that are also looked up are rounded to nearest.
         reduce_range: codes of multiplied weights in [-64, 64]: safe on CPUs that add two products in 16 bits (no VNNI), one bit less exact.
         rows: dynamic: a scale for each row of an activation, so that one large token does not coarsen the others: `false`, `true`, or `auto`,
             where the samples show that it is needed. It costs four elementwise nodes.
+        bias_correction: what a product is off by on the average of the samples joins its bias (Nagel et al. 2019; passes/_bias.py).
         embeddings: also the tables that Gather reads rows of.
         include: only the nodes whose name (here or in the input model) fits one of these patterns (`*`, `?`, `[abc]`).
         exclude: not the nodes whose name fits one of these.
 
     Raises:
         PipelineError: a mode, width or way to calibrate that does not exist; when it runs: a pattern that fits no node.
-        SampleError: when it runs: static without samples.
+        SampleError: when it runs: static, gptq, rows=auto or bias-correction without samples.
     """
 
     mode: str = "dynamic"
@@ -114,9 +123,11 @@ class Quantize(RewritePass[QuantizeMatch]):
     symmetric: bool = True
     bits: int = 8
     block: int | None = None
+    codes: str = "linear"
     method: str = "nearest"
     reduce_range: bool = False
     rows: Literal["false", "true", "auto"] = "false"
+    bias_correction: bool = False
     embeddings: bool = True
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -126,16 +137,22 @@ class Quantize(RewritePass[QuantizeMatch]):
     def __post_init__(self) -> None:
         for key, value, known in self._known():
             if value not in known:
-                _refuse(key, f"{' or '.join(str(x) for x in known if x is not None)} in this version", value)
+                raise option_error(self.name, key, f"{' or '.join(str(x) for x in known if x is not None)} in this version", value)
         if not 50 < self.percentile <= 100:
-            _refuse("percentile", "more than 50 and at most 100", self.percentile)
+            raise option_error(self.name, "percentile", "more than 50 and at most 100", self.percentile)
 
     def _known(self) -> Sequence[tuple[str, Any, Sequence[Any]]]:
         """(option, its value, the values that it may have)."""
-        if self.mode not in _BITS:
-            return (("mode", self.mode, tuple(_BITS)),)
-        blocks, methods = (_BLOCKS, _CODERS) if self.mode == "weight-only" else ((None, 0), _CODERS[:1])
-        own = ("bits", self.bits, _BITS[self.mode]), ("block", self.block, blocks), ("method", self.method, methods)
+        if self.mode not in _MODES:
+            return (("mode", self.mode, _MODES),)
+        only = self.mode == "weight-only"
+        blocks, codes = (_BLOCKS, tuple(_CODES)) if only else ((None, 0), ("linear",))
+        if self.codes not in codes:
+            return (("codes", self.codes, codes),)
+        coders = len(_CODERS) if self.codes != "kmeans" else 2  # its codebooks take up what scaling and clipping would change
+        methods = _CODERS[: coders if only else 1]
+        bits, symmetric = _CODES[self.codes] if only else (8,), (True, False) if self.codes == "linear" else (True,)
+        own = ("bits", self.bits, bits), ("block", self.block, blocks), ("method", self.method, methods), ("symmetric", self.symmetric, symmetric)
         reduced = (False,) if self.mode == "weight-only" else (False, True)  # float products cannot saturate
         rows = ("false", "true", "auto") if self.mode == "dynamic" else ("false",)
         return *own, ("calibrate", self.calibrate, METHODS), ("reduce_range", self.reduce_range, reduced), ("rows", self.rows, rows)
@@ -146,7 +163,7 @@ class Quantize(RewritePass[QuantizeMatch]):
         if self.mode == "static":
             return dataclasses.replace(self, mode="dynamic")
         if self.bits == 4:
-            return dataclasses.replace(self, bits=8)
+            return dataclasses.replace(self, bits=8, codes="linear")
         return dataclasses.replace(self, embeddings=False) if self.embeddings else None
 
     def run(self, model: ir.Model, ctx: Context) -> int:
@@ -154,11 +171,19 @@ class Quantize(RewritePass[QuantizeMatch]):
         if self.mode == "static":
             ctx.require_samples()
         turned = TurnLeftWeights(self.include, self.exclude).run(model, ctx)
+        if not self.bias_correction:
+            return turned + self._quantize(model, ctx)
+        ctx.require_samples()
+        correct = CorrectBias.before(ctx)
+        changes = turned + self._quantize(model, ctx)
+        return changes + correct.run(model, ctx) if changes else 0
+
+    def _quantize(self, model: ir.Model, ctx: Context) -> int:
         if self.mode == "weight-only":
-            return turned + WeightOnly(self).run(model, ctx)
+            return WeightOnly(self).run(model, ctx)
         done = quantized_before(ctx)
         mark = len(ctx.remarks)
-        changes = turned + DecodeWeights().run(model, ctx) + super().run(model, ctx)
+        changes = DecodeWeights().run(model, ctx) + super().run(model, ctx)
         _warn_of_rulers(ctx, mark)
         if not changes:
             say_nothing_to_do(ctx, done)
@@ -193,7 +218,8 @@ class Quantize(RewritePass[QuantizeMatch]):
 
     def build(self, op: Builder, m: QuantizeMatch) -> Sequence[ir.Value]:
         node, graph = m.nodes[0], m.nodes[0].graph
-        weight = node.inputs[1] if m.coded is None else _decoded(op, m, m.coded, graph)
+        swapped = m.transposed and node.op_type == "MatMul"
+        weight = node.inputs[1] if m.coded is None else decoded(op, m.source, m.coded, graph, transposed=swapped)
         if node.op_type == "Gather":
             return [op.Gather(weight, node.inputs[1], axis=0)]
         x, grid = node.inputs[0], m.activation
@@ -203,15 +229,10 @@ class Quantize(RewritePass[QuantizeMatch]):
         x = op.shared(("activation", source, graph), lambda: _measured(op, source) if grid is None else on_grid(op, source, grid))
         if node.op_type == "Gemm":
             kept = {name: a.value for name, a in node.attributes.items() if name != "transB"}
-            swapped = node.attributes["transB"].as_int() if m.coded is None and "transB" in node.attributes else int(m.transposed)
+            across = attr(node, "transB", 0) if m.coded is None else int(m.transposed)
             added = [] if m.rows else node.inputs[2:]
-            product = op.Gemm(x, weight, *added, transB=swapped, **(_without_beta(kept) if m.rows else kept))
+            product = op.Gemm(x, weight, *added, transB=across, **(_without_beta(kept) if m.rows else kept))
             return [product if back is None else _plus(op, op.Mul(product, back), node)]
-        coded = m.coded
-        if m.transposed and coded is not None:
-            rank = coded.codes.ndim
-            order = [*range(rank - 2), rank - 1, rank - 2]
-            weight = op.shared(("transposed", m.source, coded.axis, graph), lambda: op.Transpose(_decoded(op, m, coded, graph), perm=order))
         product = op.MatMul(x, weight)
         return [product if back is None else op.Mul(product, back)]
 
@@ -233,11 +254,8 @@ class Quantize(RewritePass[QuantizeMatch]):
 
     def _match_table(self, e: Embedding, ctx: Context) -> QuantizeMatch:
         linears = (x for x in ctx.get(StoredOperands(casts=True)).values() if isinstance(x, Linear) and not x.quantized)
-        #
-        reduced = self.reduce_range and any(
-            x.weight is e.table or tied_table(x, ctx, self._unfit) is e for x in linears
-        )  # rows are decoded, not multiplied
-        return QuantizeMatch((e.node,), (e.node.outputs[0],), e.table, encode(numbers(e.table), 0, symmetric=self.symmetric, reduced=reduced))
+        multiplied = any(x.weight is e.table or tied_table(x, ctx, self._unfit) is e for x in linears) if self.reduce_range else False
+        return QuantizeMatch((e.node,), (e.node.outputs[0],), e.table, encode(numbers(e.table), 0, symmetric=self.symmetric, reduced=multiplied))
 
     def _match_linear(self, linear: Linear, ctx: Context) -> QuantizeMatch:
         nodes, outputs, reduced = (linear.node,), (linear.node.outputs[0],), self.reduce_range
@@ -259,12 +277,6 @@ class Quantize(RewritePass[QuantizeMatch]):
         return unfit_table(operand) if self.embeddings else "embeddings=false"
 
 
-def _refuse(key: str, expected: str, found: object) -> None:
-    error = PipelineError(f"quantize: option `{key}` expects {expected}, found `{found}`")
-    error.bad_key = key  # type: ignore[attr-defined]
-    raise error
-
-
 def _measured(op: Builder, x: ir.Value) -> ir.Value:
     """x rounded to a grid that is measured at run time."""
     value: ir.Value = op.DequantizeLinear(*op.DynamicQuantizeLinear(x, _outputs=3))
@@ -280,20 +292,11 @@ def _plus(op: Builder, product: ir.Value, gemm: ir.Node) -> ir.Value:
     third = gemm.inputs[2] if len(gemm.inputs) > 2 else None
     if third is None:
         return product
-    beta = attr(gemm, "beta", 1.0)
-    value: ir.Value = op.Add(product, third if beta == 1.0 else op.Mul(third, op.const(np.array(beta, np.float32), "beta")))
-    return value
-
-
-def _decoded(op: Builder, m: QuantizeMatch, coded: Coded, graph: object) -> ir.Value:
-    """The DequantizeLinear of a weight: its codes are stored once in the model, the node stands once in each graph that reads them."""
-    name = m.source.name or "weight"
-    key = (m.source, coded.axis)
-    codes = op.shared(("codes", *key), lambda: op.const(coded.codes, f"{name}_int8"))
-    scale = op.shared(("scale", *key), lambda: op.const(coded.scale, f"{name}_scale"))
-    zero = coded.zero_point
-    parts = [codes, scale] if zero is None else [codes, scale, op.shared(("zero", *key), lambda: op.const(zero, f"{name}_zero_point"))]
-    value: ir.Value = op.shared(("decoded", *key, graph), lambda: op.DequantizeLinear(*parts, axis=coded.axis))
+    beta, array = attr(gemm, "beta", 1.0), constant(third)
+    if beta != 1.0:
+        factor = np.array(beta, np.float32)
+        third = op.Mul(third, op.const(factor, "beta")) if array is None else op.const(array * factor, f"{third.name}_scaled")
+    value: ir.Value = op.Add(product, third)
     return value
 
 

@@ -12,8 +12,8 @@ import onnx_ir as ir
 
 from graphopt.analysis.attention import Attentions
 from graphopt.core import Context
-from graphopt.errors import PipelineError
 from graphopt.graph import producer
+from graphopt.options import option_error
 from graphopt.rewrite import Builder, Match, Miss, RewritePass
 
 _BITS = {"linear": (4, 8), "log": (3, 4)}
@@ -54,9 +54,7 @@ class QuantizeProbabilities(RewritePass[ProbabilitiesMatch]):
     def __post_init__(self) -> None:
         known = _BITS.get(self.codes, ())
         if known and self.bits not in known:
-            error = PipelineError(f"quantize-probabilities: codes={self.codes} has bits {' or '.join(map(str, known))}, found `{self.bits}`")
-            error.bad_key = "bits"  # type: ignore[attr-defined]
-            raise error
+            raise option_error(self.name, "bits", f"{' or '.join(map(str, known))} for codes={self.codes}", self.bits)
 
     def weaker(self) -> Self | None:
         return dataclasses.replace(self, codes="linear", bits=8) if (self.codes, self.bits) != ("linear", 8) else None

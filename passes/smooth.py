@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.activations import LinearInputs
-from graphopt.analysis.linear import Linear, Linears
-from graphopt.core import Array, Context, Pass
-from graphopt.errors import PipelineError
+from graphopt.analysis.linear import Linears
+from graphopt.core import Context, Pass
 from graphopt.graph import Names
+from graphopt.options import option_error
 
-from ._eligible import numbers
-from ._smoothing import Group, groups, scales
+from ._folding import fold
+from ._smoothing import groups, scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Smooth(Pass):
                 continue
             if not ctx.fuel.burn():
                 break
-            _fold(model, names, group, s)
+            fold(model, names, group, s, "smooth")
             ctx.remarks.applied(
                 where, f"strength {strength:g}: output error {before:.4f} -> {after:.4f}", strength=strength, before=before, after=after
             )
@@ -72,50 +71,4 @@ class Smooth(Pass):
             value = -1.0
         if 0 <= value <= 1:
             return value
-        error = PipelineError(f"smooth: option `strength` expects `search` or a number from 0 to 1, found `{self.strength}`")
-        error.bad_key = "strength"  # type: ignore[attr-defined]
-        raise error
-
-
-def _fold(model: ir.Model, names: Names, group: Group, s: Array) -> None:
-    if isinstance(group.source, Linear):
-        _rescale(model, names, group.source, 1 / s, axis=1)
-        _divide_bias(model, names, group.source, s)
-    else:
-        for k in range(1, len(group.source.inputs)):
-            value = group.source.inputs[k]
-            if value is not None:
-                _exchange(model, names, value, group.source, numbers(value) / s)
-    for reader in group.readers:
-        _rescale(model, names, reader, s, axis=0)
-
-
-def _rescale(model: ir.Model, names: Names, linear: Linear, factor: Array, axis: int) -> None:
-    """Rows (axis 0, input features) or columns (axis 1) of W times `factor`; the constant keeps its layout."""
-    along = 1 - axis if linear.transposed else axis
-    spread = factor[:, None] if along == 0 else factor[None, :]
-    reader = linear.path[0] if linear.path else linear.node
-    now = reader.inputs[0 if linear.path else 1]  # `linear.weight`, unless the group before this one has exchanged it
-    assert now is not None
-    _exchange(model, names, now, reader, numbers(now) * spread)
-
-
-def _divide_bias(model: ir.Model, names: Names, linear: Linear, s: Array) -> None:
-    if linear.bias is not None:
-        reader = linear.bias_node or linear.node
-        old = numbers(linear.bias)
-        _exchange(model, names, linear.bias, reader, old / s.reshape([1] * (old.ndim - 1) + [-1]))
-
-
-def _exchange(model: ir.Model, names: Names, old: ir.Value, reader: ir.Node, array: Array) -> None:
-    """`reader` reads `array` instead of the constant `old`, which goes if nothing else reads it."""
-    fresh = names.fresh(f"{old.name}_smooth")
-    tensor = ir.tensor(np.ascontiguousarray(array, np.float32), name=fresh)
-    value = ir.Value(name=fresh, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
-    model.graph.register_initializer(value)
-    for k in range(len(reader.inputs)):
-        if reader.inputs[k] is old:
-            reader.replace_input_with(k, value)
-    name = str(old.name)
-    if not old.uses() and not old.is_graph_output() and name in model.graph.initializers:
-        del model.graph.initializers[name]
+        raise option_error(self.name, "strength", "`search` or a number from 0 to 1", self.strength)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from graphopt import shapes
 from graphopt.core import Array, Context, Pass
-from graphopt.graph import Names, all_nodes, constant, graphs
+from graphopt.graph import Names, all_nodes, constant, graphs, initializer
 
 from ._precision import FLOAT, Hidden, Precision, largest, tensor_attributes
 
@@ -100,9 +100,7 @@ class _Conversion:
         return self._twins[key]
 
     def _stored(self, value: ir.Value, array: Array) -> ir.Value:
-        name = self.names.fresh(f"{value.name}_{self.to.name.lower()}")
-        tensor = ir.tensor(self._narrowed(array, value.name or ""), name=name)
-        twin = ir.Value(name=name, type=ir.TensorType(self.to), shape=ir.Shape(array.shape), const_value=tensor)
+        twin = initializer(self._narrowed(array, value.name or ""), self.names.fresh(f"{value.name}_{self.to.name.lower()}"))
         self.model.graph.register_initializer(twin)
         return twin
 
@@ -125,9 +123,7 @@ class _Conversion:
         return [*nodes, ir.node("Cast", [nodes[-1].outputs[0]], {"to": self.to.value})]
 
     def _number(self, number: float) -> ir.Value:
-        name = self.names.fresh("bound")
-        tensor = ir.tensor(np.array(number, np.float32), name=name)
-        value = ir.Value(name=name, type=ir.TensorType(FLOAT), shape=ir.Shape(()), const_value=tensor)
+        value = initializer(np.array(number, np.float32), self.names.fresh("bound"))
         self.model.graph.register_initializer(value)
         return value
 

@@ -22,7 +22,7 @@ _VENDOR = "com.microsoft"
 _BITS = {ir.DataType.INT4: 4, ir.DataType.UINT4: 4, ir.DataType.INT8: 8, ir.DataType.UINT8: 8}
 _BLOCKS = (16, 32, 64, 128, 256)  # that the runtime's kernels have
 _WHOLE_ROWS = (64, 32, 16)  # in which a row of one scale is cut, its scale repeated
-_PACKED = "graphopt.packed"  # value.meta of an initializer: (what it was packed from, the block); another spelling of the model finds it there
+PACKED = "graphopt.packed"  # value.meta of an initializer: (what it was packed from, the block); another spelling of the model finds it there
 
 Array = np.ndarray[Any, Any]
 
@@ -114,17 +114,24 @@ class SpellBlockedMatmul(RewritePass[BlockedMatch]):
         inputs = [v for v in (linear.x, packed, scale, zero) if v is not None]
         options = {"K": linear.in_features, "N": linear.out_features, "bits": m.source.bits, "block_size": m.source.block}
         out = op.node("MatMulNBits", inputs, _domain=_VENDOR, accuracy_level=self.accuracy_level, **options)
-        if linear.alpha != 1.0:
-            out = op.Mul(out, op.const(np.array(linear.alpha, np.float32), "alpha"))
-        added = linear.addend if linear.bias is None or linear.bias_node is not None else linear.bias
-        if added is None:
-            return [out]
-        return [op.Add(out, added if linear.beta == 1.0 else op.Mul(added, op.const(np.array(linear.beta, np.float32), "beta")))]
+        return [with_rest(op, linear, out)]
 
 
 def weight_only(linear: Linear) -> bool:
     """The weight is quantized, the activation is not."""
-    return linear.grid is not None and producer(linear.x, "DequantizeLinear") is None
+    return linear.quantized and producer(linear.x, "DequantizeLinear") is None
+
+
+def with_rest(op: Builder, linear: Linear, product: ir.Value) -> ir.Value:
+    """alpha * product + beta * C, where a Gemm has them."""
+    out: Any = product
+    if linear.alpha != 1.0:
+        out = op.Mul(out, op.const(np.array(linear.alpha, np.float32), "alpha"))
+    added = linear.addend if linear.bias is None or linear.bias_node is not None else linear.bias
+    if added is not None:
+        out = op.Add(out, added if linear.beta == 1.0 else op.Mul(added, op.const(np.array(linear.beta, np.float32), "beta")))
+    value: ir.Value = out
+    return value
 
 
 def _source(codes: ir.Value, grid: Grid, axis: int, model: ir.Model) -> Source | str:
@@ -142,7 +149,7 @@ def _source(codes: ir.Value, grid: Grid, axis: int, model: ir.Model) -> Source |
         return f"the runtime has no kernel for blocks of {grid.block}"
     block = grid.block or next((b for b in _WHOLE_ROWS if width % b == 0), _WHOLE_ROWS[-1])
     source = Source(codes, grid, axis, block)
-    found = ((v.meta.get(_PACKED), v) for v in model.graph.initializers.values())
+    found = ((v.meta.get(PACKED), v) for v in model.graph.initializers.values())
     return dataclasses.replace(source, known=tuple((str(key[3]), v) for key, v in found if key is not None and key[:3] == source.key))
 
 
@@ -153,10 +160,10 @@ def _packed(op: Builder, source: Source) -> tuple[ir.Value, ir.Value, ir.Value |
     def once(part: str, make: Any) -> ir.Value:
         def build() -> ir.Value:
             value: ir.Value = op.const(make(), f"{name}_{part}")
-            value.meta[_PACKED] = (*source.key, part)
+            value.meta[PACKED] = (*source.key, part)
             return value
 
-        return known.get(part) or op.shared((_PACKED, *source.key, part), build)
+        return known.get(part) or op.shared((PACKED, *source.key, part), build)
 
     zero = None if source.grid.zero_point is None else once("block_zeros", lambda: _zeros(source))
     return once("blocks", lambda: _codes(source)), once("block_scales", lambda: _by_block(source, source.grid.scale)), zero
@@ -201,15 +208,3 @@ def _nibbles(array: Array, bits: int) -> Array:
     array = np.pad(array, ((0, 0), (0, array.shape[-1] % 2)))
     pairs: Array = array[:, ::2] | array[:, 1::2] << 4
     return pairs
-
-
-def blocked_weights(node: ir.Node) -> tuple[str, str, bool] | None:
-    """(`table` or `weight`, the name of the codes, whether it multiplies integers) of an operator that this module writes."""
-    if node.domain != _VENDOR or node.op_type not in ("MatMulNBits", "GatherBlockQuantized"):
-        return None
-    value = node.inputs[1 if node.op_type == "MatMulNBits" else 0]
-    reshape = producer(value, "Reshape")
-    value = value if reshape is None else reshape.inputs[0]
-    level = node.attributes.get("accuracy_level")
-    name = "" if value is None else value.name or ""
-    return ("weight" if node.op_type == "MatMulNBits" else "table"), name, level is not None and level.as_int() == 4

@@ -9,9 +9,7 @@ DequantizeLinear takes 4 times as long). The runtime fuses the standard spelling
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -22,11 +20,13 @@ from graphopt.core import Context
 from graphopt.graph import all_nodes, constant, consumers, is_constant, producer, rank
 from graphopt.rewrite import Builder, Match, Miss, RewritePass
 
-from ._blocked import blocked_weights
+from ._at_load import INTEGER, ROUNDED, multiplied_at_load
+from ._vendored import blocked_weights
 
 _VENDOR = "com.microsoft"
 _EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
-_INTEGER = ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")  # the weight is their second input
+WEIGHT_ONLY = "its input is not quantized to 8 bits by one scale (weight-only)"
+_LOOKED_UP = "its codes are looked up in a codebook when the runtime loads it, which then holds and multiplies floats"
 _UNSPELLED = "it was left as DequantizeLinear, and the runtime does not fuse it"
 
 
@@ -108,7 +108,8 @@ class SpellIntegerMatmul(RewritePass[MatmulMatch]):
             return None
         reason = why_float(linear) or (None if self.vendor else _bias_lost(linear))
         if reason is not None:
-            return Miss(node, f"`{linear.weight.name}` is multiplied as float: {reason}")
+            left = reason == WEIGHT_ONLY and not self.vendor
+            return Miss(node, f"`{linear.weight.name}` is {'left to the runtime' if left else 'multiplied as float'}: {reason}")
         decode = producer(linear.x, "DequantizeLinear")
         assert decode is not None
         dynamic = producer(decode.inputs[0], "DynamicQuantizeLinear")
@@ -152,7 +153,7 @@ def why_float(linear: Linear) -> str | None:
     decode = producer(linear.x, "DequantizeLinear")
     dynamic = None if decode is None else producer(decode.inputs[0], "DynamicQuantizeLinear")
     if decode is None or not (_on_stored_grid(decode) if dynamic is None else tuple(decode.inputs) == tuple(dynamic.outputs)):
-        return "its input is not quantized to 8 bits by one scale (weight-only)"
+        return WEIGHT_ONLY
     if grid.block or grid.axis not in (None, linear.channel_axis):
         return "its scales do not run along the output features"
     if linear.weight.dtype not in _EIGHT_BITS:
@@ -231,30 +232,37 @@ def _trim(inputs: Sequence[ir.Value | None]) -> Sequence[ir.Value | None]:
 def integer_report(model: ir.Model) -> dict[str, Any]:
     """Which stored integer weights of a lowered graph are multiplied as integers, which as floats and why, and which are tables of rows.
 
-    A multiply that still stands between DequantizeLinear nodes counts as what the installed runtime makes of it when it loads the model.
+    A multiply that still stands between DequantizeLinear nodes counts as what the installed runtime makes of it when it loads the model;
+    `rounded_at_load` names the weight-only ones among them whose activations it then rounds to 8 bits, although the graph does not.
     """
     integer: dict[str, None] = {}
     tables: dict[str, None] = {}
     floats: dict[str, str] = {}
     operands = Context(model).get(StoredOperands())
-    blocked: dict[str, None] = {}
+    blocked: dict[str, str] = {}
     for node in all_nodes(model):
         if (found := blocked_weights(node)) is not None:
             kind, name, whole = found
-            (tables if kind == "table" else integer if whole else blocked)[name] = None
-        elif node.op_type in _INTEGER and (weight := stored(node.inputs[1])) is not None:
+            if kind == "table" or whole:
+                (tables if kind == "table" else integer)[name] = None
+            else:
+                blocked[name] = node.op_type
+        elif node.op_type in INTEGER and (weight := stored(node.inputs[1])) is not None:
             integer[weight.value.name or ""] = None
         elif node.op_type == "Gather" and (table := stored(node.inputs[0])) is not None and table.value.dtype in _EIGHT_BITS:
-            if rank(table.value) != 1:  # not the zero points of the rows
+            if rank(table.value) != 1 and table.codebook is None:  # not the zero points of the rows
                 tables[table.value.name or ""] = None
         elif node.op_type == "DequantizeLinear" and (weight := stored(node.outputs[0])) is not None:
             floats[weight.value.name or ""] = _why_decoded(node, operands)
-    if any(reason == _UNSPELLED for reason in floats.values()):
-        fused = _fused_at_load(model)
-        integer.update(dict.fromkeys(name for name in floats if name in fused))
+    floats.update((name, _LOOKED_UP) for x in operands.values() if x.codebook is not None and (name := x.codebook.codes.name or ""))
+    report: dict[str, Any] = {}
+    if any(reason in (_UNSPELLED, WEIGHT_ONLY) for reason in floats.values()):
+        fused, rounded = multiplied_at_load(model, operands.values())
+        integer.update(dict.fromkeys(name for name in floats if name in fused or name in rounded))
+        report = {"rounded_at_load": [{"name": name, "reason": ROUNDED} for name in floats if name in rounded]} if rounded else {}
     told = [{"name": name, "reason": reason} for name, reason in floats.items() if name not in integer and name not in tables]
-    told += [{"name": name, "reason": "blocks of it are decoded inside MatMulNBits, which multiplies floats"} for name in blocked]
-    return {"integer": list(integer), "float": told, "tables": list(tables)}
+    told += [{"name": name, "reason": f"blocks of it are decoded inside {op}, which multiplies floats"} for name, op in blocked.items()]
+    return {"integer": list(integer), "float": told, "tables": list(tables), **report}
 
 
 def _why_decoded(decode: ir.Node, operands: Mapping[ir.Node, Linear | Embedding]) -> str:
@@ -264,19 +272,3 @@ def _why_decoded(decode: ir.Node, operands: Mapping[ir.Node, Linear | Embedding]
             return why_float(operand) or _UNSPELLED
     readers = consumers(decode.outputs[0])
     return f"a {readers[0].op_type} reads it" if readers else "it is an output of the graph"
-
-
-def _fused_at_load(model: ir.Model) -> set[str]:
-    """The weights of the integer multiplies in the graph that the runtime makes of the model."""
-    import onnx
-    import onnxruntime
-
-    from graphopt.run import to_proto
-
-    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-        options = onnxruntime.SessionOptions()
-        options.optimized_model_filepath, options.log_severity_level = str(Path(folder, "fused.onnx")), 4
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        onnxruntime.InferenceSession(to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
-        fused = onnx.load(options.optimized_model_filepath, load_external_data=False)
-    return {node.input[1] for node in fused.graph.node if node.op_type in _INTEGER}

@@ -16,7 +16,9 @@ from graphopt.errors import TargetError
 from graphopt.machine import processor
 from graphopt.tuning import ChooseSpellings
 
+from ._decompose import portable
 from ._integer import integer_report
+from ._limits import save_within
 from ._table import cpu_table
 
 FUSE = "canonicalize, simplify-masks, fuse-norm, fuse-activation, fuse-rotary, fuse-attention"
@@ -46,7 +48,8 @@ class CpuProvider(Target):
         return cpu_table(vendor=self.vendor, int8_blocks=self.int8_blocks)
 
     def lowerings(self) -> Sequence[Pass]:
-        return [ChooseSpellings(), *table_passes(self.spellings())]
+        """The spellings of the table, then what keeps the artifact to `opset` and `vendor`."""
+        return [ChooseSpellings(), *table_passes(self.spellings()), *portable(self.opset, self.vendor)]
 
     def machine(self) -> Machine | None:
         import onnxruntime
@@ -58,9 +61,7 @@ class CpuProvider(Target):
         return (node.domain or "", node.op_type) in kernels("CPUExecutionProvider")
 
     def save(self, model: ir.Model, path: Path) -> Artifact:
-        from graphopt.save import save
-
-        return save(model, path, opset=self.opset)
+        return save_within(model, path, self.opset, vendor=self.vendor)
 
     def session(self, model: ir.Model) -> Session:
         from graphopt.run.ort import session

@@ -19,6 +19,7 @@ from ._attention import DecomposeAttention
 from ._blocked import SpellBlockedMatmul, SpellBlockedTable
 from ._integer import SpellIntegerMatmul, SpellQuantizedTable
 from ._kernels import SpellBiasGelu, SpellMultiHead, SpellSkipNorm
+from ._nf4 import SpellNf4Matmul, SpellNf4Table
 from ._spell import SpellResidual
 
 
@@ -26,8 +27,8 @@ from ._spell import SpellResidual
 def cpu_table(*, vendor: bool, int8_blocks: bool = False) -> tuple[Spelling, ...]:
     """`vendor`: with operators of the runtime; `int8_blocks`: also spellings that round the activations of weight-only multiplies to 8 bits."""
     shared = (
-        Spelling(Lookup(), "codes", (*((SpellBlockedTable(),) if vendor else ()), SpellQuantizedTable())),
-        Spelling(BlockedMatmul(), "blocks" if vendor else "decoded", (SpellBlockedMatmul(),) if vendor else ()),
+        Spelling(Lookup(), "codes", (*((SpellBlockedTable(), SpellNf4Table()) if vendor else ()), SpellQuantizedTable())),
+        Spelling(BlockedMatmul(), "blocks" if vendor else "decoded", (SpellBlockedMatmul(), SpellNf4Matmul()) if vendor else ()),
         Spelling(IntegerMatmul(), "auto", (SpellIntegerMatmul(vendor=vendor),)),
         Spelling(IntegerMatmul(), "runtime", (SpellIntegerMatmul(vendor=vendor, form="runtime"),)),
         Spelling(Projections(), "separate"),

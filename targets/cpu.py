@@ -3,15 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
 
-import onnx_ir as ir
-
-from graphopt.core import Artifact, Pass
-
-from ._decompose import portable
-from ._limits import save_within
 from ._ort import LEVELS, CpuProvider, level_text
 
 
@@ -27,9 +19,3 @@ class Cpu(CpuProvider):
 
     def pipeline(self, level: int) -> str:
         return level_text(self.name, level, LEVELS)
-
-    def lowerings(self) -> Sequence[Pass]:
-        return [*super().lowerings(), *portable(self.opset, self.vendor)]
-
-    def save(self, model: ir.Model, path: Path) -> Artifact:
-        return save_within(model, path, self.opset, vendor=self.vendor)

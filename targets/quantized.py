@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from graphopt.core import Artifact, Pass
+from graphopt.core import Pass
 
-from ._decompose import portable
-from ._limits import save_within
 from ._ort import EXACT, LEVELS, CpuProvider, level_text
 from ._saturation import EVERYWHERE, WITH_VNNI, GuardRange, exceeding
 
@@ -36,7 +33,7 @@ class Quantized(CpuProvider):
 
     def lowerings(self) -> Sequence[Pass]:
         guard = [] if self.vnni else [GuardRange()]
-        return [*guard, *super().lowerings(), *portable(self.opset, self.vendor)]
+        return [*guard, *super().lowerings()]
 
     def report(self, model: ir.Model) -> dict[str, Any]:
         """Also `safe_on`: the CPUs on which no sum of the integer multiplies can clip."""
@@ -44,6 +41,3 @@ class Quantized(CpuProvider):
         if not found["integer"]:
             return found
         return {**found, "safe_on": WITH_VNNI if exceeding(model, found["integer"]) else EVERYWHERE}
-
-    def save(self, model: ir.Model, path: Path) -> Artifact:
-        return save_within(model, path, self.opset, vendor=self.vendor)

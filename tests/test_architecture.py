@@ -43,7 +43,7 @@ ROWS = [
         "reading",
         "normalize",
     }
-    | {"sizes", "feeds", "sources", "samples", "distance", "measure", "interface", "verify", "save"},
+    | {"sizes", "feeds", "sources", "samples", "distance", "measure", "interface", "verify", "save", "knapsack"},
     {"rewrite"},
     {"pipeline", "remove"},
     {

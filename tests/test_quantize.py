@@ -385,6 +385,31 @@ def test_a_weight_on_the_left_is_turned_round(inputs: str, options: str) -> None
     assert "excluded by" in reasons(remarks) or "on the left" in reasons(remarks)
 
 
+@pytest.mark.parametrize("options", ["", "mode=weight-only", "rows=true"])
+@pytest.mark.parametrize("trans", [(0, 0), (0, 1), (1, 0), (1, 1)])
+@pytest.mark.parametrize("third", ["none", "column", "row", "whole", "computed"])
+def test_a_weight_on_the_left_of_a_gemm_is_turned_round(third: str, trans: tuple[int, int], options: str) -> None:
+    """alpha, beta, transA, transB and every shape of C keep their meaning; a column of C becomes a bias."""
+    w = columns() if trans[0] else columns().T.copy()
+    added = {
+        "column": np.linspace(-1, 1, N, dtype=np.float32)[:, None],
+        "row": np.linspace(-1, 1, 7, dtype=np.float32),
+        "whole": rng().standard_normal((N, 7)).astype(np.float32),
+    }
+    inputs = f"x:{'7,64' if trans[1] else '64,7'}" + (f" c:{N},7" if third == "computed" else "")
+    gemm = node("Gemm", "w x" if third == "none" else "w x c", "y", transA=trans[0], transB=trans[1], alpha=0.5, beta=3.0)
+    source = proto([gemm], {"w": w} | ({"c": added[third]} if third in added else {}), inputs)
+    model, remarks, changes = quantize(source, options)
+    assert changes == 2, reasons(remarks)
+    feeds = {"x": rng().standard_normal((7, 64) if trans[1] else (64, 7)).astype(np.float32)}
+    feeds |= {"c": added["whole"]} if third == "computed" else {}
+    base, got = run(source, feeds)["y"], run(model, feeds)["y"]
+    assert base.shape == got.shape
+    assert float(error(base.T, got.T).max()) <= 0.03
+    assert ops(model, "Add") == [int(third not in ("none", "column") or (options == "rows=true" and third != "none"))]
+    assert not any(v.dtype == ir.DataType.FLOAT and v.const_value.size == K * N for v in model.graph.initializers.values() if v.const_value)
+
+
 def test_every_float_weight_has_a_reason() -> None:
     thin, listed, vector = np.ones((1, 64), np.float32), columns(64, 64), np.ones(64, np.float32)
     bad = columns(64, 64)
@@ -456,6 +481,14 @@ def test_tables_can_be_left_alone() -> None:
 def test_what_this_version_does_not_have(text: str, message: str) -> None:
     with pytest.raises(PipelineError, match=message):
         parse(f"quantize{{{text}}}", passes())
+
+
+def test_a_bad_option_is_named_as_the_user_writes_it() -> None:
+    with pytest.raises(PipelineError) as caught:
+        parse("quantize{mode=weight-only bits=4 reduce-range=true}", passes())
+    first, line, caret = str(caught.value).split("\n")[:3]
+    assert "option `reduce-range` expects False" in first
+    assert line[caret.index("^") :].startswith("reduce-range=true")
 
 
 def test_options_round_trip() -> None:

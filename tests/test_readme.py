@@ -51,24 +51,27 @@ def test_the_examples_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_page_on_quantization(tmp_path: Path) -> None:
     """Its pipelines and targets parse, and its shell example runs on a real model."""
-    from models import minilm  # type: ignore[import-not-found]
+    from models import minilm, minilm_folder  # type: ignore[import-not-found]
 
     from graphopt import registry
     from graphopt.api import parse_target
     from graphopt.pipeline import parse
 
     text = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
-    pipelines = re.findall(r"`((?:quantize|smooth)\b[^`]*)`", text)
+    pipelines = re.findall(r"`((?:quantize|smooth|mix-precision)\b[^`]*)`", text)
     assert len(pipelines) >= 7
     for pipeline in pipelines:
         assert parse(pipeline, registry.passes())
     assert [parse_target(found) for found in re.findall(r'`--target "([^"]+)"`', text)]
     (tmp_path / "minilm.onnx").write_bytes(minilm("sdpa_18").read_bytes())
-    example = re.search(r"```sh\n(.*?)```", text, flags=re.S)
-    assert example is not None
-    printed = run(["bash", "-eu", "-c", example[1]], tmp_path)
-    assert "quantize" in printed
+    (tmp_path / "tokenizer.json").write_bytes((minilm_folder() / "tokenizer.json").read_bytes())
+    (tmp_path / "texts.txt").write_text("\n".join(["A cat sat on the mat.", "The budget was passed by the senate last night."] * 2), encoding="utf-8")
+    examples = re.findall(r"```sh\n(.*?)```", text, flags=re.S)
+    printed = [run(["bash", "-eu", "-c", example], tmp_path) for example in examples]
+    assert len(printed) == 2
+    assert "quantize" in printed[0]
     assert (tmp_path / "minilm-mixed.onnx").stat().st_size < 30e6
+    assert (tmp_path / "minilm-within.onnx").stat().st_size < 21e6
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ class Activation:
 
     Attributes:
         high, low: the largest and smallest number of each feature, float64 [features]; 0 always counts.
+        total: the sum over all rows, float64 [features].
         rows: float32 [n, features], n <= `limit`, spread evenly over every batch and over the batches.
         seen: the rows that there were.
         whole, each: sums over the rows of (step of the rounding / norm of the row) squared, for one 8-bit grid for the batch and for a
@@ -28,6 +29,7 @@ class Activation:
     limit: int
     high: Array = dataclasses.field(default_factory=lambda: np.zeros(0))
     low: Array = dataclasses.field(default_factory=lambda: np.zeros(0))
+    total: Array = dataclasses.field(default_factory=lambda: np.zeros(0))
     rows: Array = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.float32))
     seen: int = 0
     whole: float = 0.0
@@ -39,8 +41,10 @@ class Activation:
         if not rows.size:
             return
         if not self.seen:
-            self.high, self.low, self.rows = np.zeros(rows.shape[1]), np.zeros(rows.shape[1]), np.zeros((0, rows.shape[1]), np.float32)
+            self.high, self.low, self.total = (np.zeros(rows.shape[1]) for _ in range(3))
+            self.rows = np.zeros((0, rows.shape[1]), np.float32)
         self.high, self.low = np.maximum(self.high, rows.max(0)), np.minimum(self.low, rows.min(0))
+        self.total += rows.sum(0, dtype=np.float64)
         norms = np.square(rows.astype(np.float64)).sum(1)
         step = (max(float(rows.max()), 0) - min(float(rows.min()), 0)) / 255
         steps = 2 * np.abs(rows).max(1).astype(np.float64) / 255
@@ -48,6 +52,11 @@ class Activation:
         self.whole += float((step**2 / norms[kept]).sum())
         self.each += float((steps[kept] ** 2 / norms[kept]).sum())
         self._keep(rows)
+
+    @property
+    def mean(self) -> Array:
+        """Of each feature over all rows, float64 [features]."""
+        return self.total / max(self.seen, 1)
 
     @property
     def unevenness(self) -> float:

@@ -1,7 +1,7 @@
 """Every matrix multiply with a stored weight, and every lookup in a stored table, whatever spells it.
 
-The weight may be float, or quantized (DequantizeLinear), and may stand behind Transpose and Identity: the facts name the constant itself
-and how it lies, so that pruning, factorizing, merging and quantizing read the same thing.
+The weight may be float, or quantized (DequantizeLinear, or a codebook), and may stand behind Transpose and Identity: the facts name the constant
+itself and how it lies, so that pruning, factorizing, merging and quantizing read the same thing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.analysis.codebook import Codebook, read_codebook
 from graphopt.core import Analysis, Context
 from graphopt.graph import all_nodes, attr, constant, is_constant, producer, static_dim, used_once
 
@@ -41,6 +42,7 @@ class Stored:
     path: tuple[ir.Node, ...]
     swapped: bool
     grid: Grid | None
+    codebook: Codebook | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Linear:
         bias: a constant, added by `bias_node` or, where that is None, by the Gemm itself.
         addend: what a Gemm adds that is no such bias (scaled by `beta` too).
         trans_x: the Gemm reads x as [in, rows].
-        grid: how `weight` is quantized; None if it is float.
+        grid: how `weight` is quantized by DequantizeLinear; None if it is not.
+        codebook: how it is looked up, if it holds the codes of a codebook.
     """
 
     node: ir.Node
@@ -72,10 +75,11 @@ class Linear:
     beta: float = 1.0
     trans_x: bool = False
     grid: Grid | None = None
+    codebook: Codebook | None = None
 
     @property
     def quantized(self) -> bool:
-        return self.grid is not None
+        return self.grid is not None or self.codebook is not None
 
     @property
     def channel_axis(self) -> int:
@@ -89,7 +93,7 @@ class Linear:
 
     def matrix(self) -> Array:
         """W as [..., in, out], dequantized; `alpha` is not in it."""
-        array = dequantize(self.weight, self.grid)
+        array = dequantize(self.weight, self.grid) if self.codebook is None else self.codebook.decode()
         return np.swapaxes(array, -1, -2) if self.transposed else array
 
 
@@ -104,10 +108,11 @@ class Embedding:
     rows: int
     width: int
     grid: Grid | None = None
+    codebook: Codebook | None = None
 
     @property
     def quantized(self) -> bool:
-        return self.grid is not None
+        return self.grid is not None or self.codebook is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +158,8 @@ def stored(value: ir.Value | None, casts: bool = False) -> Stored | None:
     swapped, grid = False, None
     while value is not None and not is_constant(value):
         node = producer(value, *views)
+        if node is None and grid is None and (found := read_codebook(value)) is not None:
+            return Stored(found.codes, (*found.path, *reversed(path)), swapped, None, found)
         if node is None or grid is not None:  # nothing but the constant itself may stand behind a DequantizeLinear
             return None
         if node.op_type == "Transpose":
@@ -230,9 +237,8 @@ def _linear(node: ir.Node, casts: bool) -> Linear | None:
         return None
     transposed = weight.swapped != bool(attr(node, "transB", 0))
     rows, columns = shape[-2:]
-    base = Linear(
-        node, x, weight.value, weight.path, transposed, columns if transposed else rows, rows if transposed else columns, shape[:-2], grid=weight.grid
-    )
+    wide, narrow = (columns, rows) if transposed else (rows, columns)
+    base = Linear(node, x, weight.value, weight.path, transposed, wide, narrow, shape[:-2], grid=weight.grid, codebook=weight.codebook)
     return _with_gemm(base) if node.op_type == "Gemm" else _with_add(base)
 
 
@@ -280,4 +286,4 @@ def _embedding(node: ir.Node, casts: bool) -> Embedding | None:
     rows, width = static_dim(table.value, 0), static_dim(table.value, 1)
     if rows is None or width is None or table.value.shape is None or len(table.value.shape) != 2 or not _is_float(node.outputs[0]):
         return None
-    return Embedding(node, ids, table.value, table.path, rows, width, table.grid)
+    return Embedding(node, ids, table.value, table.path, rows, width, table.grid, table.codebook)

@@ -48,7 +48,7 @@ class Projections(Analysis[tuple[Piece, ...]]):
     """Float projections of one input that one Attention, or one gating product, reads; with that reader."""
 
     def compute(self, model: ir.Model, ctx: Context) -> tuple[Piece, ...]:
-        made_by = {x.output: x for x in ctx.get(Linears()) if x.grid is None}
+        made_by = {x.output: x for x in ctx.get(Linears()) if not x.quantized}
         anchors = (n for n in all_nodes(model) if n.domain == "" and n.op_type in ("Attention", "Mul"))
         return _pieces(model, (found for n in anchors if (found := _projected(n, made_by)) is not None))
 

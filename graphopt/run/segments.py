@@ -125,10 +125,18 @@ class Segments:
         return ort.session(writer.model(wanted), optimize=not change)
 
 
+def alone(model: ir.Model, change: Change, state: Mapping[str, Array]) -> onnx.ModelProto:
+    """The recipes of a change as a model of their own; its inputs have the shapes that they have in `state`."""
+    writer = _Writer(model, state)
+    for name, recipe in change.items():
+        writer.recipe(name, recipe)
+    return writer.model(list(change), static=True)
+
+
 class _Writer:
     """A small ModelProto out of nodes of several models."""
 
-    def __init__(self, model: ir.Model, state: State) -> None:
+    def __init__(self, model: ir.Model, state: Mapping[str, Array]) -> None:
         self._ir, self._state = model, state
         self._nodes: list[onnx.NodeProto] = []
         self._stored: dict[str, onnx.TensorProto] = {}
@@ -166,8 +174,9 @@ class _Writer:
             self._nodes.append(proto)
             self.made.update(dict.fromkeys(filter(None, proto.output)))
 
-    def model(self, outputs: Sequence[str]) -> onnx.ModelProto:
-        inputs = [_typed(name, self._state[name]) for name in self._read]
+    def model(self, outputs: Sequence[str], *, static: bool = False) -> onnx.ModelProto:
+        values = {} if static else {v.name: v for v in (*self._ir.graph.inputs, *(v for node in self._ir.graph for v in node.outputs))}
+        inputs = [_typed(name, self._state[name], values.get(name)) for name in self._read]
         graph = onnx.helper.make_graph(
             self._nodes, "piece", inputs, [onnx.ValueInfoProto(name=name) for name in outputs], list(self._stored.values())
         )
@@ -186,9 +195,11 @@ class _Writer:
         self._stored[name] = proto
 
 
-def _typed(name: str, array: Array) -> onnx.ValueInfoProto:
+def _typed(name: str, array: Array, value: ir.Value | None) -> onnx.ValueInfoProto:
+    """An input with the shape that the graph declares for `value` (runtimes infer wrongly from a Reshape of nothing), or that of the array."""
     kind = onnx.TensorProto.STRING if array.dtype.kind in "OUS" else onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-    return onnx.helper.make_tensor_value_info(name, kind, [None] * array.ndim)
+    declared = None if value is None or value.shape is None else [d if isinstance(d, int) else d.value for d in value.shape]
+    return onnx.helper.make_tensor_value_info(name, kind, array.shape if value is None else declared or [None] * array.ndim)
 
 
 def _outer(node: ir.Node, wanted: Callable[[ir.Value], bool]) -> Iterator[ir.Value]:

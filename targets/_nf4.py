@@ -1,0 +1,170 @@
+"""NF4 weights as MatMulBnb4, and lookups in an NF4 table: both read the codes in one packed layout.
+
+The operator reads uint8 [rows * in / 2], two codes in a byte, the first one high, of the rows of the weight (its output features) one after the
+other, with the scale of each block in the same order. A lookup takes rows of the same bytes by a Reshape without a copy, and unpacks them in
+standard operators. A multiply decodes its whole weight at every run: small in memory, and slow for few tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analysis.codebook import NF4, Codebook
+from graphopt.analysis.linear import Embedding, Linear, StoredOperands
+from graphopt.core import Array, Context
+from graphopt.graph import constant, rank
+from graphopt.rewrite import Builder, Match, Miss, RewritePass
+
+from ._blocked import PACKED, weight_only, with_rest
+
+_VENDOR = "com.microsoft"
+_BLOCKS = (16, 32, 64, 128, 256)  # that the runtime's kernel has; its documentation speaks of any power of two
+_NF4 = 1  # its quant_type
+
+
+@dataclasses.dataclass(frozen=True)
+class Nf4Match(Match):
+    """`codebook` lies as rows along the input features where `transposed`; `known`: what another multiply or lookup has packed already."""
+
+    operand: Linear | Embedding
+    codebook: Codebook
+    transposed: bool
+    block: int
+    known: Mapping[str, ir.Value]
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return {"weight": self.codebook.codes.name, "codes": "nf4", "block": self.block}
+
+
+@dataclasses.dataclass(frozen=True)
+class SpellNf4Table(RewritePass[Nf4Match]):
+    """Gather(NF4 table) -> Gather of its packed rows, unpacked and looked up."""
+
+    anchors: ClassVar[frozenset[str]] = frozenset({"Gather"})
+
+    def match(self, node: ir.Node, ctx: Context) -> Nf4Match | Miss | None:
+        e = ctx.get(StoredOperands()).get(node)
+        if not isinstance(e, Embedding) or e.codebook is None:
+            return None
+        if rank(e.ids) is None:
+            return Miss(node, "the table is decoded as a whole: the rank of its ids is not known")
+        return _match(e, e.codebook, True, ctx)
+
+    def build(self, op: Builder, m: Nf4Match) -> Sequence[ir.Value]:
+        e = m.operand
+        assert isinstance(e, Embedding)
+        packed, scale = _packed(op, m)
+        keep = [0] * (rank(e.ids) or 0)  # of Reshape: this axis as it is
+
+        def shaped(value: Any, *shape: int) -> Any:
+            return op.Reshape(value, op.const(np.array(shape, np.int64), "shape"))
+
+        def number(value: int) -> ir.Value:
+            return op.const(np.array(value, np.uint8), "bits")
+
+        pairs = op.Gather(shaped(packed, e.rows, e.width // 2), e.ids, axis=0)
+        last = op.const(np.array([-1], np.int64), "axes")
+        high, low = op.BitShift(pairs, number(4), direction="RIGHT"), op.BitwiseAnd(pairs, number(15))
+        codes = shaped(op.Concat(op.Unsqueeze(high, last), op.Unsqueeze(low, last), axis=-1), *keep, -1, m.block)
+        scales = op.Unsqueeze(op.Gather(shaped(scale, e.rows, e.width // m.block), e.ids, axis=0), last)
+        values = op.Mul(op.Gather(m.codebook.table, op.Cast(codes, to=ir.DataType.INT32), axis=0), scales)
+        return [shaped(values, *keep, e.width)]
+
+
+@dataclasses.dataclass(frozen=True)
+class SpellNf4Matmul(RewritePass[Nf4Match]):
+    """MatMul or Gemm of float activations and an NF4 weight -> MatMulBnb4, where the provider has it."""
+
+    anchors: ClassVar[frozenset[str]] = frozenset({"MatMul", "Gemm"})
+
+    def match(self, node: ir.Node, ctx: Context) -> Nf4Match | Miss | None:
+        linear = ctx.get(StoredOperands()).get(node)
+        if not isinstance(linear, Linear) or linear.codebook is None or not weight_only(linear):
+            return None
+        if linear.batch or linear.trans_x or linear.x.dtype != ir.DataType.FLOAT:
+            reason = "a batch of matrices, transposed or half-precision activations"
+            return Miss(node, f"`{linear.weight.name}` is looked up as a whole: {reason}")
+        if ctx.target is not None and not ctx.target.supports(ir.Node(_VENDOR, "MatMulBnb4", [])):
+            return Miss(node, f"`{linear.weight.name}` is looked up as a whole: the provider has no MatMulBnb4")
+        return _match(linear, linear.codebook, linear.transposed, ctx)
+
+    def build(self, op: Builder, m: Nf4Match) -> Sequence[ir.Value]:
+        linear = m.operand
+        assert isinstance(linear, Linear)
+        options = {"K": linear.in_features, "N": linear.out_features, "block_size": m.block, "quant_type": _NF4}
+        return [with_rest(op, linear, op.node("MatMulBnb4", (linear.x, *_packed(op, m)), _domain=_VENDOR, **options))]
+
+
+def _match(operand: Linear | Embedding, codebook: Codebook, transposed: bool, ctx: Context) -> Nf4Match | Miss:
+    node, name = operand.node, codebook.codes.name
+    axis = 1 if transposed else 0
+    assert codebook.codes.const_value is not None
+    width = int(codebook.codes.const_value.shape.numpy()[axis])
+    table, reason = constant(codebook.table), None
+    if codebook.axis is not None or table is None or not np.array_equal(table, NF4):
+        reason = "the runtime has no kernel for its codebook, only for NF4"
+    elif codebook.scale is None or codebook.scale.dtype != ir.DataType.FLOAT or (codebook.block and codebook.block_axis != axis):
+        reason = "it has no scales along its input features"
+    elif not codebook.block and not _one_for_each_row(codebook, axis):
+        reason = "it has no scale for each output feature"
+    block = codebook.block or min(width & -width, _BLOCKS[-1])  # of one scale for a row: the largest power of two in it, the scale repeated
+    if reason is None and block not in _BLOCKS:
+        reason = f"the runtime has no kernel for blocks of {block}"
+    if reason is not None:
+        return Miss(node, f"`{name}` is looked up as a whole: {reason}")
+    found = ((v.meta.get(PACKED), v) for v in ctx.model.graph.initializers.values())
+    known = {str(key[1]): v for key, v in found if key is not None and key[0] == _key(codebook)}
+    return Nf4Match((node,), (node.outputs[0],), operand, codebook, transposed, block, known)
+
+
+def _one_for_each_row(codebook: Codebook, axis: int) -> bool:
+    assert codebook.codes.const_value is not None
+    assert codebook.scale is not None
+    assert codebook.scale.const_value is not None
+    shape = [int(d) for d in codebook.codes.const_value.shape.numpy()]
+    shape[axis] = 1
+    return [int(d) for d in codebook.scale.const_value.shape.numpy()] == shape
+
+
+def _key(codebook: Codebook) -> tuple[str, str]:
+    return f"nf4 {codebook.codes.name}", str(None if codebook.scale is None else codebook.scale.name)
+
+
+def _packed(op: Builder, m: Nf4Match) -> tuple[ir.Value, ir.Value]:
+    """Codes and scales as one long vector each; made once."""
+
+    def once(part: str, make: Callable[[], Array]) -> ir.Value:
+        def build() -> ir.Value:
+            value: ir.Value = op.const(make(), f"{m.codebook.codes.name}_{part}")
+            value.meta[PACKED] = (_key(m.codebook), part)
+            return value
+
+        return m.known.get(part) or op.shared((PACKED, _key(m.codebook), part), build)
+
+    return once("pairs", lambda: _pairs(m)), once("pairs_scale", lambda: _scales(m))
+
+
+def _pairs(m: Nf4Match) -> Array:
+    codes = constant(m.codebook.codes)
+    assert codes is not None
+    flat = np.ascontiguousarray((codes if m.transposed else codes.T).astype(np.uint8)).reshape(-1)
+    packed: Array = flat[::2] << 4 | flat[1::2]
+    return packed
+
+
+def _scales(m: Nf4Match) -> Array:
+    scale = constant(m.codebook.scale)
+    codes = m.codebook.codes.const_value
+    assert scale is not None
+    assert codes is not None
+    count, width = (0, 1) if m.transposed else (1, 0)
+    shape = codes.shape.numpy()
+    rows = scale.reshape(shape[count], -1) if m.transposed else scale.reshape(-1, shape[count]).T
+    blocks = int(shape[width]) // m.block
+    return np.ascontiguousarray(np.broadcast_to(rows, (rows.shape[0], blocks)), dtype=np.float32).reshape(-1)
