@@ -13,7 +13,7 @@ from graphopt.graph import Names, attr, constant, consumers, graphs, is_constant
 from graphopt.interface import RESIZED
 from graphopt.rewrite import ORIGINS, Builder, remove_dead
 from graphopt.shapes import contents, declared_shape, infer_shapes
-from graphopt.slicing.moves import cut_axes, selection
+from graphopt.slicing.moves import cut_axes, recut
 from graphopt.slicing.places import rank
 from graphopt.slicing.plan import Masks, Plan, Refusal, Slot, kept
 
@@ -211,19 +211,12 @@ def _split(a: Applier, node: ir.Node) -> None:
 
 def _slice(a: Applier, node: ir.Node) -> None:
     x = Slot(node, 0)
-    cut = [k for k in range(rank(x)) if a.s.mask(x, k) is not None and selection(node, k, static_dim(x.value, k)) is not None]
-    if not cut:
+    axes = cut_axes(node)
+    if all(a.s.mask(x, k) is None for k in axes):
         return
-    value = node.inputs[0]
-    assert value is not None
-    for k in cut_axes(node):  # one Gather or Slice for each axis that is cut
-        mask, size = a.s.mask(x, k), static_dim(x.value, k)
-        chosen = selection(node, k, size)
-        if mask is None or size is None or chosen is None:
-            raise Refusal(f"Slice `{node.name}` cuts several axes, of which only some lose entries")
-        place = np.cumsum(~mask) - 1
-        value = a._node(node, "Gather", [value, a.integers(place[chosen[~mask[chosen]]])], axis=k)
-    node.outputs[0].replace_all_uses_with(value, replace_graph_outputs=True)
+    cuts = [recut(node, k, a.s.mask(x, k)) for k in axes]
+    for index, numbers in enumerate(([c[0] for c in cuts], [c[1] for c in cuts], axes, [c[2] for c in cuts]), start=1):
+        a.replace(node, index, a.integers(numbers))
 
 
 def _gather(a: Applier, node: ir.Node) -> None:

@@ -13,6 +13,7 @@ from graphopt.analysis.removable import Candidate, Removable
 from graphopt.analysis.units import Heads
 from graphopt.core import Context
 from graphopt.errors import PipelineError
+from graphopt.options import option_error
 from graphopt.remove import apply
 from graphopt.slicing import Refusal, Slicing
 
@@ -22,6 +23,10 @@ from ._refit import refit
 from ._search import cheapest
 
 P = TypeVar("P")
+
+
+class _Spent(Exception):
+    """Out of fuel: what was planned for this candidate is forgotten."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +61,7 @@ def check(name: str, s: Settings, given: bool = False) -> None:
 
 
 def bad(name: str, key: str, expected: str, found: object) -> PipelineError:
-    error = PipelineError(f"{name}: option `{key}` expects {expected}, found `{found}`")
-    error.bad_key = key  # type: ignore[attr-defined]
-    return error
+    return option_error(name, key, expected, str(found))
 
 
 def milder(value: float | None) -> float | None:
@@ -130,12 +133,15 @@ def remove(model: ir.Model, ctx: Context, gone: Mapping[Candidate, Sequence[int]
     plan, done, outputs = Slicing(model, resize=s.resize), list[tuple[Candidate, Sequence[int]]](), list[str]()
     for c, members in gone.items():
         try:
-            for unit in c.units:
-                plan.remove(unit.value, unit.axis, unit.mask(members), inside=unit.inside)
+            with plan.together():
+                for unit in c.units:
+                    plan.remove(unit.value, unit.axis, unit.mask(members), inside=unit.inside)
+                if not ctx.fuel.burn():
+                    raise _Spent
         except Refusal as refusal:
             ctx.remarks.missed(c.name, f"not pruned: {refusal}")
             continue
-        if not ctx.fuel.burn():
+        except _Spent:
             break
         done.append((c, members))
         outputs += [str(u.output.node.name) for u in c.units if u.output is not None]

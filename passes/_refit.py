@@ -139,7 +139,9 @@ def _unfit(model: ir.Model, new: Linear | None, old: Linear | None) -> str | Non
         return "its output projection is not x @ W + b"
     if new.bias is not None and new.bias.const_value is not None and new.bias.const_value.size != new.out_features:
         return "its bias is one number for all outputs"
-    if not used_once(new.weight) or not all(used_once(n.outputs[0]) for n in new.path):
+    if new.path:
+        return "its weight stands behind a Transpose; canonicalize folds it"
+    if not used_once(new.weight):
         return "its weight is shared"
     return None
 

@@ -15,8 +15,9 @@ _CELLS = 4000  # the budget is counted in so many parts
 
 
 def cheapest(rankings: Mapping[Candidate, Ranking], savings: Mapping[Candidate, Sequence[float]], budget: float) -> dict[Candidate, int] | None:
-    """The number of steps to take in each candidate: at least `budget` is saved at the least total cost (a knapsack, solved exactly up to the
-    resolution of the budget); None where everything together saves less.
+    """The number of steps to take in each candidate: at least `budget` is saved at the least total cost; None where everything saves less.
+
+    A knapsack, solved exactly where savings are whole numbers up to `_CELLS`; else they are rounded down to parts of the budget.
 
     Args:
         savings: for each candidate what its first k steps save together, k = 0 .. steps.
@@ -25,16 +26,19 @@ def cheapest(rankings: Mapping[Candidate, Ranking], savings: Mapping[Candidate, 
         return dict.fromkeys(rankings, 0)
     if sum(max(savings[c]) for c in rankings) < budget:
         return None
-    cell = budget / _CELLS
-    best = np.full(_CELLS + 1, np.inf)  # best[j]: the least cost of saving at least j cells
+    counted = all(float(x).is_integer() for c in rankings for x in savings[c]) and budget <= _CELLS
+    size = math.ceil(budget - 1e-9) if counted else _CELLS
+    cell = 1.0 if counted else budget / _CELLS
+    best = np.full(size + 1, np.inf)  # best[j]: the least cost of saving at least j cells
     best[0] = 0.0
     chosen: list[Array] = []
     for candidate, ranking in rankings.items():
         best, taken = _with(best, ranking.cost, [math.floor(s / cell + 1e-9) for s in savings[candidate]])
         chosen.append(taken)
-    if not np.isfinite(best[-1]):
+    reached = np.flatnonzero(np.isfinite(best))[-1]
+    if reached < size - len(rankings):  # each block loses less than a cell to rounding
         return None
-    found, left = dict[Candidate, int](), _CELLS
+    found, left = dict[Candidate, int](), int(reached)
     for candidate, taken in zip(reversed(list(rankings)), reversed(chosen), strict=True):
         found[candidate] = int(taken[left])
         left = max(left - math.floor(savings[candidate][found[candidate]] / cell + 1e-9), 0)

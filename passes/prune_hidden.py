@@ -50,6 +50,8 @@ class PruneHidden(Pass):
             raise bad(self.name, "ratio", "to stand without width", "both")
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise bad(self.name, "ratio", "a fraction between 0 and 1", self.ratio)
+        if self.multiple < 1:
+            raise bad(self.name, "multiple", "1 or more", self.multiple)
         if self.width is not None and self.width < 1:
             raise bad(self.name, "width", "1 or more", self.width)
 
@@ -71,15 +73,17 @@ class PruneHidden(Pass):
                 continue
             order = np.argsort(_worth(model, ctx, x, size), kind="stable")
             mask = np.isin(np.arange(size), order[: size - stays])
+            if not ctx.fuel.burn():
+                break
             try:
                 s.remove(x, -1, mask)
             except Refusal as refusal:
                 ctx.remarks.missed(node.name or "", f"not pruned: {refusal}")
                 continue
-            if not ctx.fuel.burn():
-                break
             ctx.remarks.applied(node.name or "", f"hidden state: {size} -> {stays} channels", before=size, after=stays)
             changes += 1
+        if not streams:
+            ctx.remarks.missed("", "found no attention whose projections read a hidden state")
         if changes:
             apply(s)
             for where, text in s.notes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,22 +14,15 @@ import onnx_ir as ir
 from graphopt.analysis.linear import Embedding, Embeddings, Linear, Linears
 from graphopt.core import Array, Context, Pass
 from graphopt.errors import PipelineError
-from graphopt.graph import is_constant, producer
+from graphopt.graph import Names, consumers, initializer, is_constant, producer
 from graphopt.remove import apply
-from graphopt.rewrite import Builder, Match, RewritePass
 from graphopt.run import Feeds
+from graphopt.shapes import infer_nodes
 from graphopt.slicing import Refusal, Slicing, Slot
 
 from ._pruning import bad
 
 KEPT = "graphopt.vocabulary"  # model metadata: the old ids that stay, in the order of the new ones, as JSON
-
-
-@dataclasses.dataclass(frozen=True)
-class Remap(Match):
-    """The ids of one lookup are translated by `table` (int64 [old vocabulary])."""
-
-    table: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +75,7 @@ class PruneVocabulary(Pass):
         ctx.invalidate()
         translate = np.full(lookup.rows, len(kept) if self.unknown is None else int(np.searchsorted(kept, self.unknown)), np.int64)
         translate[kept] = np.arange(len(kept))
-        _Translate(translate, lookup.node.name or "").run(model, ctx)
+        _translate(model, lookup.node, translate)
         model.metadata_props[KEPT] = json.dumps(kept.tolist())
         told = f"vocabulary: {lookup.rows} -> {len(kept)} tokens" + (f"; {', '.join(outputs)} gives scores by new ids" if outputs else "")
         ctx.remarks.applied(lookup.node.name or "", told, before=lookup.rows, after=len(kept))
@@ -100,32 +93,28 @@ class PruneVocabulary(Pass):
         wrong = sorted(i for i in found if not 0 <= i < lookup.rows)
         if wrong:
             raise PipelineError(f"{self.name}: id {wrong[0]} is not in the table of {lookup.rows} tokens")
+        if not found:
+            raise bad(self.name, "ids", "one id at least", "none")
         return np.array(sorted(found), np.int64)
 
     def _head(self, ctx: Context, lookup: Embedding) -> Linear | None:
         """The multiply that scores every token: of the table itself, or one as wide that ends in an output."""
         fitting = [x for x in ctx.get(Linears(casts=True)) if (x.out_features, x.in_features) == (lookup.rows, lookup.width) and not x.batch]
-        return next((x for x in fitting if x.weight is lookup.table), fitting[-1] if fitting else None)
+        return next((x for x in fitting if x.weight is lookup.table or _is_scores(x.output)), None)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Translate(RewritePass[Remap]):
-    """Ids go through a table of new ids first."""
-
-    table: Array
-    node: str
-    anchors: ClassVar[frozenset[str]] = frozenset({"Gather"})
-
-    def match(self, node: ir.Node, ctx: Context) -> Remap | None:
-        ids = node.inputs[1]
-        if node.name != self.node or ids is None or producer(ids, "Gather") is not None:
-            return None
-        return Remap((node,), (node.outputs[0],), self.table)
-
-    def build(self, op: Builder, m: Remap) -> Sequence[ir.Value]:
-        node = m.nodes[0]
-        new = op.Gather(op.const(m.table, "new_ids"), node.inputs[1], axis=0)
-        return [op.Gather(node.inputs[0], new, axis=0)]
+def _translate(model: ir.Model, lookup: ir.Node, table: Array) -> None:
+    """The ids of a lookup go through `table` (int64 [old vocabulary]) first."""
+    names = Names(model)
+    stored = initializer(table, names.fresh("new_ids"))
+    model.graph.register_initializer(stored)
+    node = ir.node("Gather", [stored, lookup.inputs[1]], {"axis": 0})
+    node.name = names.fresh(f"{lookup.name}/new_ids")
+    node.outputs[0].name = names.fresh(f"{node.name}_output")
+    assert lookup.graph is not None
+    lookup.graph.insert_before(lookup, node)
+    lookup.replace_input_with(1, node.outputs[0])
+    infer_nodes(model, [node])
 
 
 def _plan(model: ir.Model, ctx: Context, lookup: Embedding, head: Linear | None, mask: Array) -> Slicing:
@@ -139,6 +128,16 @@ def _plan(model: ir.Model, ctx: Context, lookup: Embedding, head: Linear | None,
         s.remove(head.output, -1, mask)
     s.remove_stored(Slot(first, 0), 0, mask)
     return s
+
+
+def _is_scores(value: ir.Value) -> bool:
+    """True for an output of the model, perhaps capped, scaled or cast."""
+    while not value.is_graph_output():
+        readers = consumers(value)
+        if len(readers) != 1 or readers[0].op_type not in ("Cast", "Identity", "Mul", "Div", "Tanh"):
+            return False
+        value = readers[0].outputs[0]
+    return True
 
 
 def _source(ids: ir.Value) -> ir.Value | None:

@@ -29,8 +29,8 @@ class Evidence:
     """Of one candidate, summed over its units.
 
     Attributes:
-        inputs: E[x x^T], float64 [in, in], of the output projection.
-        gradients: E[g g^T], float64 [out, out], of the loss with respect to its result.
+        inputs: E[x x^T], float64 [in, in], of the output projection, over its own rows.
+        gradients: sum of g g^T, float64 [out, out], of the loss with respect to its result, in one unit for all candidates.
         masks: float64 [groups]: what the criterion says about a mask on each group.
     """
 
@@ -112,6 +112,7 @@ class _Collector:
         self.inputs: list[Any] = [0.0] * len(self.linears)
         self.gradients: list[Any] = [0.0] * len(self.linears)
         self.masks: list[Any] = [0.0] * len(self.linears)
+        self.seen = [0] * len(self.linears)  # rows of each
 
     def add(self, feed: Feeds) -> None:
         """One batch: forward, a loss, and the gradients of the projections' results."""
@@ -130,15 +131,19 @@ class _Collector:
         feeds = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feed.items()}
         outputs = self.model(feeds, observe=reads, edit={name: probed(name) for name in results})
         wanted = {p.name: outputs[p.name] for p in self.model.outputs}
-        gradients = torch.autograd.grad(self.loss(wanted, feeds, self.random), [probes[name] for name in results])
-        for k, (name, gradient) in enumerate(zip(reads, gradients, strict=True)):
-            self._sum(k, outputs[name].detach(), gradient)
-        self.rows += gradients[0].numel() // gradients[0].shape[-1]
+        loss = self.loss(wanted, feeds, self.random)
+        if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+            raise GraphoptError("the loss does not depend on any head or neuron: no float output of the model follows from them")
+        gradients = torch.autograd.grad(loss, [probes[name] for name in results], allow_unused=True)
+        for k, (name, result, gradient) in enumerate(zip(reads, results, gradients, strict=True)):
+            self._sum(k, outputs[name].detach(), torch.zeros_like(probes[result]) if gradient is None else gradient)
+        self.rows += probes[results[0]].numel() // probes[results[0]].shape[-1]
 
     def _sum(self, k: int, x: torch.Tensor, g: torch.Tensor) -> None:
         if self.criterion == "obs":
             flat, grad = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
             self.inputs[k] = self.inputs[k] + (flat.T @ flat).double()
+            self.seen[k] += len(flat)
             self.gradients[k] = self.gradients[k] + (grad.T @ grad).double()
             return
         effect = x * (g @ self.weights[k])  # dL/dm for a mask m on each input feature of the projection, row by row
@@ -152,8 +157,9 @@ class _Collector:
         for c in self.candidates:
             ks = range(place, place + len(c.units))
             place += len(c.units)
-            parts = [np.sum([_array(store[k]) for k in ks], axis=0) / self.rows for store in (self.inputs, self.gradients, self.masks)]
-            yield c, Evidence(*parts)
+            inputs = np.sum([_array(self.inputs[k]) for k in ks], axis=0) / max(sum(self.seen[k] for k in ks), 1)
+            gradients, masks = (np.sum([_array(store[k]) for k in ks], axis=0) / self.rows for store in (self.gradients, self.masks))
+            yield c, Evidence(inputs, gradients, masks)
 
 
 def _array(value: Any) -> Array:

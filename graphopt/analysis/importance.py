@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -162,7 +162,3 @@ def _reconstruction(c: Candidate, e: Evidence) -> Array:
     blocks = [slice(g * c.width, (g + 1) * c.width) for g in range(c.count)]
     alone = np.array([float(np.sum((e.inputs[b, b] @ weight[b]) * weight[b])) for b in blocks])
     return alone / max(float(np.sum((e.inputs @ weight) * weight)), 1e-30)
-
-
-def unjudged(candidates: Sequence[Candidate], rankings: Mapping[Candidate, Ranking]) -> list[Candidate]:
-    return [c for c in candidates if c not in rankings]

@@ -64,8 +64,10 @@ def head_scores(model: ir.Model, samples: Iterable[Feeds], candidates: Sequence[
     """For each group of heads the mean over rows: `attention`: of the largest weight; `entropy`: of 1 - entropy / log(keys)."""
     sums: dict[ir.Node, list[Array]] = {u.node: [] for c in candidates for u in c.units if isinstance(u, Heads)}
 
+    heads = {u.node: u.heads for c in candidates for u in c.units if isinstance(u, Heads)}
+
     def reducer(node: ir.Node) -> Reduce:
-        return lambda weights: sums[node].append(_reduced(weights, criterion))
+        return lambda weights: sums[node].append(_reduced(weights.reshape(-1, heads[node], *weights.shape[-2:]), criterion))
 
     observe_maps(model, samples, {node: reducer(node) for node in sums})
     found = {}

@@ -61,7 +61,9 @@ class Heads:
 
     def mask(self, gone: Iterable[int]) -> Array:
         """The removal of these heads along `axis` of `value`."""
-        return _removal(gone, self.heads, static_dim(self.value, self.axis) or self.heads)
+        size = static_dim(self.value, self.axis) or self.heads
+        mask = _removal(gone, self.heads, self.heads)
+        return np.tile(mask, size // self.heads) if self.axis == 0 else np.repeat(mask, size // self.heads)  # axis 0: batch * heads
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

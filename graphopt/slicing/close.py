@@ -27,14 +27,14 @@ class Slicing(Plan):
         Raises:
             Refusal: it cannot be done; nothing is planned then that was not before.
         """
-        with self._all_or_nothing():
+        with self.together():
             self._inside, self._zeroed = inside, downstream([value])
             self._mark(value, axis % rank_of(value), mask)
             self._close()
 
     def remove_stored(self, slot: Slot, axis: int, mask: Array) -> None:
         """The same for a stored constant that `slot` reads."""
-        with self._all_or_nothing():
+        with self.together():
             self._inside, self._zeroed = None, ()
             self.mark(slot, axis, mask)
             self._close()
@@ -86,12 +86,13 @@ class Slicing(Plan):
         return {Slot(use.node, use.idx) for use in value.uses()} == set(wanted) and all(equal(masks[0], m) for m in masks)
 
     @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        summed = set(self._summed)
+    def together(self) -> Iterator[None]:
+        """Removals inside this block are all planned, or, where one raises, none of them."""
+        summed = dict(self._summed)
         saved = (_copy(self.removed), _copy(self.private), dict(self.notes), {v: _copy(w) for v, w in self._asked.items()}, set(self._entered))
         try:
             yield
-        except Refusal:
+        except BaseException:
             self.removed, self.private, self.notes, self._asked, self._entered = saved
             self._summed = summed
             self._queue.clear()

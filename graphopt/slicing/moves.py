@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.layout import Atom, Group, regroup
 from graphopt.core import Array
-from graphopt.graph import attr, constant, static_dim
+from graphopt.graph import attr, constant, consumers, static_dim
 from graphopt.shapes import contents
 from graphopt.slicing.places import integers, rank, same
 from graphopt.slicing.plan import Plan, Refusal, Slot, factor, is_ragged, spread
@@ -31,6 +31,8 @@ def regrouped(node: ir.Node, s: Plan, final: bool) -> None:
     assert y.value is not None
     assert y.value.shape is not None
     whole = tuple(() if d == 1 else (Atom(k, 1, d),) for k, d in enumerate(x.value.shape))
+    if final and node.op_type == "Reshape":
+        check_target(node, s, 1)
     groups = regroup(whole, list(y.value.shape))
     if groups is None:
         raise Refusal(f"it is not known how {node.op_type} `{node.name}` distributes its axes")
@@ -155,14 +157,72 @@ def cut(node: ir.Node, s: Plan, final: bool) -> None:
             same(s, [(x, k), (y, k)])
         elif size is not None:
             _chosen(s, (x, k), (y, k), chosen, size)
+            if final:
+                recut(node, k, s.mask(x, k))
+
+
+def recut(node: ir.Node, axis: int, mask: Array | None) -> tuple[int, int, int]:
+    """start, end, step of a Slice along `axis` after the removal.
+
+    Raises:
+        Refusal: what it took is no longer evenly spaced, or its bounds are computed.
+    """
+    place = cut_axes(node).index(axis)
+    bounds = [integers(contents(Slot(node, k).value)) if Slot(node, k).value is not None else [1] * (place + 1) for k in (1, 2, 4)]
+    if any(b is None for b in bounds):
+        raise Refusal(f"Slice `{node.name}` also cuts at a place that is computed")
+    if mask is None:
+        return bounds[0][place], bounds[1][place], bounds[2][place]  # type: ignore[index]
+    chosen = selection(node, axis, len(mask))
+    assert chosen is not None
+    left = (np.cumsum(~mask) - 1)[chosen[~mask[chosen]]]
+    steps = set(np.diff(left).tolist()) or {1}
+    if not len(left) or len(steps) > 1 or min(steps) <= 0:
+        raise Refusal(f"Slice `{node.name}` would take entries that are not evenly spaced")
+    step = steps.pop()
+    return int(left[0]), int(left[-1]) + 1, int(step)
+
+
+def check_target(node: ir.Node, s: Plan, index: int) -> None:
+    """Raises Refusal where operand `index`, the sizes of the result, cannot be corrected (see `graphopt.remove`)."""
+    out, value = Slot(node, 0, True), Slot(node, index).value
+    axes = [k for k in range(rank(out)) if s.mask(out, k) is not None]
+    if not axes or value is None or constant(value) is not None:
+        return
+    unknown = [k for k in axes if static_dim(out.value, k) is None]
+    if len(unknown) > (1 if node.op_type == "Reshape" else 0) or static_dim(value, 0) != rank(out):
+        raise Refusal(f"{node.op_type} `{node.name}`: its target is computed, and what it must become is not known")
+
+
+def check_frozen(node: ir.Node, s: Plan) -> None:
+    """Raises Refusal where a size that changes is computed with in a way that nobody follows.
+
+    Sizes that are known numbers are frozen: their readers go on to see the old ones. Of a size that is no known number nothing can be frozen.
+    """
+    x = Slot(node, 0)
+    first, last = int(attr(node, "start", 0)), int(attr(node, "end", rank(x)))
+    seen = range(rank(x))[first:last]
+    if any(s.mask(x, k) is not None and static_dim(x.value, k) is None for k in seen):
+        raise Refusal(f"Shape `{node.name}` tells a size that changes, and that is no known number")
+    if all(s.mask(x, k) is None for k in seen):
+        return
+    todo = [node.outputs[0]]
+    while todo:
+        value = todo.pop()
+        known = contents(value)
+        if known is not None and (all(isinstance(n, int) for n in known) or not any(isinstance(n, int) for n in known)):
+            continue  # frozen as a whole, or free of numbers
+        if known is None or value.is_graph_output():
+            raise Refusal(f"`{value.name}` is computed from a size that changes, in a way that cannot be followed")
+        todo += [out for reader in consumers(value) if reader.op_type not in ("Reshape", "Expand", "ConstantOfShape") for out in reader.outputs]
 
 
 def _chosen(s: Plan, source: tuple[Slot, int], result: tuple[Slot, int], chosen: Array, size: int) -> None:
     """`result` holds the entries `chosen` of `source`."""
     whole = np.zeros(size, bool)
-    for mask, where in ((s.mask(*source), slice(None)), (s.mask(*result), chosen)):
+    for mask, where in ((s.mask(*source), np.arange(size)), (s.mask(*result), chosen)):
         if mask is not None:
-            whole[where] |= mask
+            np.logical_or.at(whole, where, mask)  # an entry may be taken twice
     s.mark(*source, whole)
     s.mark(*result, whole[chosen])
 
@@ -177,6 +237,8 @@ def gather(node: ir.Node, s: Plan, final: bool) -> None:
     index = constant(node.inputs[1])
     if index is None and s.mask(x, axis) is not None and node not in s.remapped:
         raise Refusal(f"Gather `{node.name}` looks up entries that may go")
+    if index is not None and extra > 1 and s.mask(x, axis) is not None:
+        raise Refusal(f"Gather `{node.name}` looks up a table of entries that may go")
     if index is None or extra > 1:
         for k in range(extra):
             same(s, [(ids, k), (y, axis + k)])

@@ -59,7 +59,7 @@ class Plan:
         self._asked: dict[ir.Value, dict[Slot, Masks]] = {}
         self._entered: set[ir.Value] = set()
         self._zeroed: Collection[ir.Value] = ()
-        self._summed: set[ir.Node] = set()
+        self._summed: dict[ir.Node, tuple[bytes | None, ...]] = {}
         self.remapped: set[ir.Node] = set()  # lookups whose ids are translated to what is left of the table
         self._queue: deque[ir.Node] = deque()
 
@@ -92,12 +92,13 @@ class Plan:
 
         It does behind the place where the removal started. In front of it entries go because nobody is left to read them; a sum reads them.
         """
-        if self._inside is None or node in self._summed or all(self.mask(slot, axis) is None for slot, axis in places):
+        gone = tuple(None if (mask := self.mask(slot, axis)) is None else mask.tobytes() for slot, axis in places)
+        if self._inside is None or self._summed.get(node) == gone or not any(gone):
             return
         if not any(slot.value in self._zeroed for slot, _ in places):
             name = next(slot.value.name for slot, _ in places if slot.value is not None and not is_constant(slot.value))
             raise Refusal(f"{node.op_type} `{node.name}` needs all of `{name}`, which is not only read here")
-        self._summed.add(node)
+        self._summed[node] = gone
 
     def note(self, node: ir.Node, text: str) -> None:
         self.notes[node.name or "", text] = None

@@ -36,17 +36,12 @@ def _elementwise(node: ir.Node, s: Plan, final: bool) -> None:
     aligned(s, slots(node))
 
 
-def _along(default: int, why: str) -> Rule:
-    """Elementwise but for the axis of attribute `axis`, along which it looks."""
-
-    def rule(node: ir.Node, s: Plan, final: bool) -> None:
-        whole = slots(node)
-        axis = int(attr(node, "axis", default)) % rank(Slot(node, 0))
-        for slot in whole:
-            forbid(node, s, slot, [axis], why)
-        aligned(s, whole)
-
-    return rule
+def _cumulative(node: ir.Node, s: Plan, final: bool) -> None:
+    x, y = Slot(node, 0), Slot(node, 0, True)
+    axis = integers(contents(node.inputs[1]))
+    for slot in (x, y):
+        forbid(node, s, slot, range(rank(x)) if axis is None else [axis[0] % rank(x)], "sums along what is to go")
+    aligned(s, [x, y])
 
 
 def _normalization(node: ir.Node, s: Plan, final: bool) -> None:
@@ -74,12 +69,14 @@ def _reduction(node: ir.Node, s: Plan, final: bool) -> None:
     size = rank(x)
     if given is None and computed is not None:
         raise Refusal(f"{node.op_type} `{node.name}` reduces along axes that are computed")
-    axes = {a % size for a in given} if given is not None else set() if attr(node, "noop_with_empty_axes", 0) else set(range(size))
+    axes = {a % size for a in given} if given else set() if attr(node, "noop_with_empty_axes", 0) else set(range(size))
     stays = [k for k in range(size) if k not in axes]
     places = stays if attr(node, "keepdims", 1) else range(len(stays))
     for k, place in zip(stays, places, strict=True):
         same(s, [(x, k), (y, place)])
-    if node.op_type in ("ReduceMean", "ReduceL2", "ReduceMax", "ReduceMin") and any(s.mask(x, k) is not None for k in axes):
+    if node.op_type in ("ReduceSum", "ReduceL1", "ReduceSumSquare"):
+        s.contract(node, [(x, k) for k in axes])
+    elif any(s.mask(x, k) is not None for k in axes):
         s.note(node, "reduces over the features that are left")
 
 
@@ -122,15 +119,21 @@ def _einsum(node: ir.Node, s: Plan, final: bool) -> None:
 
 
 def _expand(node: ir.Node, s: Plan, final: bool) -> None:
+    if final:
+        moves.check_target(node, s, 1)
     aligned(s, [Slot(node, 0), Slot(node, 0, True)])
 
 
 def _made(node: ir.Node, s: Plan, final: bool) -> None:
     """ConstantOfShape: equal entries, as many as are left."""
+    if final:
+        moves.check_target(node, s, 0)
 
 
 def _nothing(node: ir.Node, s: Plan, final: bool) -> None:
     """Shape: reads sizes only; what it tells about removed entries is frozen when the removal is carried out."""
+    if final:
+        moves.check_frozen(node, s)
 
 
 def _quantization(node: ir.Node, s: Plan, final: bool) -> None:
@@ -171,8 +174,8 @@ def _conv(node: ir.Node, s: Plan, final: bool) -> None:
     x, w, b, y = Slot(node, 0), Slot(node, 1), Slot(node, 2), Slot(node, 0, True)
     groups, channels = int(attr(node, "group", 1)), static_dim(x.value, 1)
     same(s, [(x, 0), (y, 0)])
-    for k in range(2, rank(x)):
-        forbid(node, s, x, [k], "slides over positions that are to go")
+    for slot in (x, y):
+        forbid(node, s, slot, range(2, rank(x)), "slides over positions that are to go")
     if groups == 1:
         same(s, [(x, 1), (w, 1)])
         s.contract(node, [(x, 1), (w, 1)])
@@ -206,5 +209,5 @@ RULES: dict[str, Rule] = {
     "Split": moves.split,
     "Slice": moves.cut, "Gather": moves.gather, "Expand": _expand, "ConstantOfShape": _made, "Shape": _nothing, "QuantizeLinear": _quantization,
     "DequantizeLinear": _quantization, "DynamicQuantizeLinear": _dynamic_quantization, "Attention": heads.attention, "RotaryEmbedding": heads.rotary,
-    "Conv": _conv, "CumSum": _along(0, "sums along what is to go"),
+    "Conv": _conv, "CumSum": _cumulative,
 }  # fmt: skip
