@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,17 @@ from pruning import masked, prune, same, shapes, units  # type: ignore[import-no
 from tiny import tiny  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.analysis.importance import CRITERIA, Importance
+from graphopt.analysis.importance import CRITERIA, Importance, Ranking
 from graphopt.analysis.removable import Removable
 from graphopt.core import Context
 from graphopt.errors import PassError, PipelineError
-from graphopt.graph import parameters
+from graphopt.fuel import Fuel
+from graphopt.graph import downstream, parameters
 from graphopt.pipeline import PassManager
 from graphopt.pipeline import parse as steps
 from graphopt.registry import passes, targets
+from graphopt.remove import apply
+from graphopt.slicing import Refusal, Slicing
 
 Array = np.ndarray[Any, Any]
 FUSE = "canonicalize, fuse-norm, fuse-activation, simplify-masks, fuse-rotary, fuse-attention"
@@ -66,9 +70,6 @@ def test_pruned_equals_masked(name: str, attention: str, route: str, fused: bool
         groups = rng.choice(c.count, max(1, c.count // 4), replace=False)
         gone[c.units[0]] = c.members(groups.tolist())
     wanted, before = masked(model, gone), parameters(model)
-    from graphopt.remove import apply
-    from graphopt.slicing import Slicing
-
     plan = Slicing(model)
     for unit, members in gone.items():
         plan.remove(unit.value, unit.axis, unit.mask(members), inside=unit.inside)
@@ -233,3 +234,65 @@ def test_minilm_keeps_its_outputs_better_by_obs_than_by_chance() -> None:
     best, *others = cosines.values()
     assert best > 0.9, cosines
     assert 1 - best < 0.5 * (1 - max(others)), cosines
+
+
+def test_out_of_fuel_nothing_is_removed_that_is_not_told() -> None:
+    model = graphopt.load(tiny("bert", "sdpa", "18"))
+    prune(model, FUSE)
+    step = steps("prune{flops=0.3 multiple=8 importance=magnitude refit=false}", passes())
+    (record,) = PassManager(step).run(model, Context(model, fuel=Fuel(1)))
+    assert record.changes == 1
+    found = Context(model).get(Removable()).candidates
+    assert sum(c.count not in (4, 64) for c in found) == 1
+
+
+def test_a_wide_ffn_is_no_output_layer() -> None:
+    rng = np.random.default_rng(0)
+    text = """<ir_version: 10, opset_import: ["": 21]> g (int64[B,S] ids) => (float[B,S,16] y) {
+        x = Gather(table, ids)  h = MatMul(x, up)  a = Gelu(h)  y = MatMul(a, down) }"""
+    sizes = {"table": (64, 16), "up": (16, 64), "down": (64, 16)}
+    model = graphopt.load(parse(text, **{n: rng.standard_normal(size).astype(np.float32) for n, size in sizes.items()}))
+    base, ids = model.clone(), rng.integers(0, 20, (2, 50))
+    prune(model, "prune-vocabulary", [{"ids": ids}])
+    assert shapes(model) == {"table": (len(np.unique(ids)), 16), "up": (16, 64), "down": (64, 16)}
+    np.testing.assert_array_equal(run(base, {"ids": ids})["y"], run(model, {"ids": ids})["y"])
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        "c = CumSum(a, two)",
+        "s = ReduceSum<keepdims=1>(h, two)  t = Mul(a, s)  c = Add(t, a)",
+        "n = Shape(h)  f = Cast<to=1>(n)  w = Gather<axis=0>(f, zero)  c = Mul(a, w)",
+    ],
+)
+def test_what_reads_all_neurons_forbids_to_remove_some(between: str) -> None:
+    rng = np.random.default_rng(0)
+    text = f"""<ir_version: 10, opset_import: ["": 21]> g (float[B,S,16] x) => (float[B,S,16] y) {{
+        h = MatMul(x, up)  a = Gelu(h)  {between}  y = MatMul(c, down) }}"""
+    numbers = {"two": np.array(2, np.int64) if "CumSum" in between else np.array([2], np.int64), "zero": np.array(2, np.int64)}
+    model = graphopt.load(
+        parse(text, up=rng.standard_normal((16, 64)).astype(np.float32), down=rng.standard_normal((64, 16)).astype(np.float32), **numbers)
+    )
+    value = next(n for n in model.graph if n.op_type == "MatMul" and n.inputs[1].name == "down").inputs[0]  # type: ignore[union-attr]
+    assert value is not None
+    mask = np.arange(64) < 8
+    inside = downstream([next(iter(model.graph)).outputs[0]])
+    plan = Slicing(model)
+    with pytest.raises(Refusal):
+        plan.remove(value, -1, mask, inside=inside)
+    assert not plan.removed
+    assert not plan.private
+
+
+def test_the_search_takes_no_more_than_it_must() -> None:
+    cost = np.arange(13.0)
+    names = [object() for _ in range(12)]
+    rankings = {name: Ranking(tuple(np.array([k]) for k in range(12)), cost) for name in names}
+    savings = {name: list(map(float, range(13))) for name in names}
+    cheapest: Any = vars(import_module(passes()["prune"].__module__.rpartition(".")[0] + "._search"))["cheapest"]
+    for budget, wanted in ((36.0, 36), (132.0, 132), (35.5, 36)):
+        found = cheapest(rankings, savings, budget)
+        assert found is not None
+        assert sum(found.values()) == wanted
+    assert cheapest(rankings, savings, 145.0) is None
