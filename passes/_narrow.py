@@ -11,7 +11,7 @@ from graphopt.analysis.operands import HeadOperand
 from graphopt.analysis.units import Heads
 from graphopt.core import Array
 
-from ._projecting import Averages, Editor, leading, moments, root, squares, unfit
+from ._projecting import Averages, Editor, centered, leading, moments, root, squares, unfit
 
 Handle = Callable[[Averages], Array]
 
@@ -67,15 +67,17 @@ def keys_of(
         return Part("query and key", q, stays, groups, lambda a: _scores(a[handles[0]], a[handles[1]]), None)
     assert q.linear is not None
     assert k.linear is not None
-    query, key = (averages.ask(x.output, f"moments {o.columns[0, 0]}", moments(o.columns)) for o, x in ((q, q.linear), (k, k.linear)))
+    query, key = (
+        averages.ask(o.linear.output, f"moments {o.columns[0, 0]}", moments(o.columns, means=o is k)) for o in (q, k) if o.linear is not None
+    )
 
     def turning(a: Averages, editor: Editor | None) -> float:
-        """q^T k = (K^1/2 q)^T (K^-1/2 k), K = E[k k^T]: the leading directions of K^1/2 E[q q^T] K^1/2 hold most of E(q^T k)^2."""
+        """q^T k = (K^1/2 q)^T (K^-1/2 k), K the covariance of k: the leading directions of K^1/2 E[q q^T] K^1/2 hold most of E(q^T k)^2."""
         assert q.linear is not None
         assert k.linear is not None
         lost = []
         for head, own in enumerate(np.split(np.arange(len(q.columns)), len(k.columns))):
-            half, inverse = root(a[key][head])
+            half, inverse = root(centered(a[key][head]))
             basis, rest = leading(half @ a[query][own].sum(0) @ half, stays)
             lost.append(rest)
             if editor is None:

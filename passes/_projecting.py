@@ -126,14 +126,22 @@ class Averages:
         return self._sums[handle] / max(self._counts[handle], 1)
 
 
-def moments(columns: Array) -> Callable[[Array], tuple[Array, int]]:
-    """E[x x^T], float64 [blocks, n, n], for each row of `columns` [blocks, n] of the last axis."""
+def moments(columns: Array, means: bool = False) -> Callable[[Array], tuple[Array, int]]:
+    """E[x x^T], float64 [blocks, n, n], for each row of `columns` [blocks, n] of the last axis; with `means` of x and a one behind it."""
 
     def reduce(array: Array) -> tuple[Array, int]:
         rows = array.reshape(-1, array.shape[-1])[:, columns].transpose(1, 0, 2)
-        return (rows.transpose(0, 2, 1) @ rows).astype(np.float64), len(array.reshape(-1, array.shape[-1]))
+        if means:
+            rows = np.concatenate([rows, np.ones((*rows.shape[:2], 1), rows.dtype)], 2)
+        return (rows.transpose(0, 2, 1) @ rows).astype(np.float64), rows.shape[1]
 
     return reduce
+
+
+def centered(moment: Array) -> Array:
+    """The covariance from what `moments` with `means` gives for one block. A softmax does not see what all keys have in common."""
+    mean = moment[:-1, -1]
+    return np.asarray(moment[:-1, :-1] - np.outer(mean, mean))
 
 
 def squares(operand: HeadOperand) -> Callable[[Array], tuple[Array, int]]:
