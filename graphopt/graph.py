@@ -56,11 +56,13 @@ def consumers(value: ir.Value) -> list[ir.Node]:
 
 
 def downstream(sources: Iterable[ir.Value]) -> set[ir.Value]:
-    """Everything that is computed from `sources`, and they themselves."""
+    """Everything that is computed from the contents of `sources`, and they themselves; what is computed from their sizes alone is not."""
     found = set(sources)
     todo = list(found)
     while todo:
         for node in consumers(todo.pop()):
+            if node.op_type == "Shape" and not node.domain:
+                continue
             fresh = [v for v in node.outputs if v not in found]
             found.update(fresh)
             todo += fresh

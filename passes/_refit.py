@@ -106,7 +106,7 @@ def _fit(model: ir.Model, names: Names, new: Linear, old: Linear, pupil: Sequenc
     start = (weight if bias is None else np.concatenate([weight, bias[None]])).astype(np.float64)
     ridge = _RIDGE * float(np.trace(moments)) / size
     found = np.linalg.solve(moments + ridge * np.eye(size), cross + ridge * start)
-    _store(model, names, new, found if bias is None else found[:-1], None if bias is None else found[-1])
+    store(model, names, new, found if bias is None else found[:-1], None if bias is None else found[-1])
     return Fitted(str(new.node.name), *(_error(moments, cross, squares, w) for w in (start, found)))
 
 
@@ -146,7 +146,7 @@ def _unfit(model: ir.Model, new: Linear | None, old: Linear | None) -> str | Non
     return None
 
 
-def _store(model: ir.Model, names: Names, linear: Linear, weight: Array, bias: Array | None) -> None:
+def store(model: ir.Model, names: Names, linear: Linear, weight: Array, bias: Array | None) -> None:
     """New contents for the weight; for the bias too, which is forked where others read it."""
     laid = weight.T if linear.transposed else weight
     linear.weight.const_value = ir.tensor(np.ascontiguousarray(laid, np.float32), name=linear.weight.name)

@@ -78,6 +78,28 @@ def head_scores(model: ir.Model, samples: Iterable[Feeds], candidates: Sequence[
     return found
 
 
+def map_distances(model: ir.Model, samples: Iterable[Feeds], nodes: Iterable[ir.Node]) -> dict[ir.Node, Array]:
+    """How unlike the heads of an attention look: for each node [heads, heads], the mean over rows of the squared distance of their weights."""
+    sums: dict[ir.Node, tuple[Array, int]] = {}
+
+    def reducer(node: ir.Node) -> Reduce:
+        def add(weights: Array) -> None:
+            total, rows = sums.get(node, (np.zeros(()), 0))
+            flat = weights.transpose(1, 0, 2, 3).reshape(weights.shape[1], -1)
+            sums[node] = total + (flat @ flat.T).astype(np.float64), rows + weights.shape[0] * weights.shape[2]
+
+        return add
+
+    observe_maps(model, samples, {node: reducer(node) for node in nodes})
+    return {node: _squared(total / max(rows, 1)) for node, (total, rows) in sums.items()}
+
+
+def _squared(products: Array) -> Array:
+    """Squared distances from inner products."""
+    own = np.diag(products)
+    return np.asarray(np.maximum(own[:, None] + own - 2 * products, 0.0))
+
+
 def _reduced(weights: Array, criterion: str) -> Array:
     """[batch, heads, rows, keys] -> [heads]"""
     keys = weights.shape[-1]

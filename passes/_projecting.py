@@ -1,0 +1,178 @@
+"""What narrowing and merging of heads share: moments on samples, new columns for projections, least squares behind them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analysis.linear import Linear
+from graphopt.analysis.operands import HeadOperand
+from graphopt.core import Array, Context
+from graphopt.graph import Names, used_once
+from graphopt.run import Feeds
+from graphopt.run.observe import observe
+
+from ._refit import refit, store
+
+_LEAST = 1e-6  # of the largest eigenvalue: what is smaller counts as this much, so that it can be divided by
+
+
+@dataclasses.dataclass(frozen=True)
+class _Draft:
+    """What a projection was, and what it becomes: W [in, out] and b [out] or None, float64."""
+
+    linear: Linear
+    weight: Array
+    bias: Array | None
+    new_weight: Array
+    new_bias: Array | None
+
+
+class Editor:
+    """Stored projections that get new columns and rows; nothing changes before `flush`."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model, self.names = model, Names(model)
+        self._drafts: dict[ir.Value, _Draft] = {}
+
+    def _of(self, linear: Linear) -> _Draft:
+        if linear.weight not in self._drafts:
+            weight, bias = linear.matrix().astype(np.float64), bias_of(linear)
+            self._drafts[linear.weight] = _Draft(linear, weight, bias, weight.copy(), None if bias is None else bias.copy())
+        return self._drafts[linear.weight]
+
+    def columns(self, linear: Linear, old: Array, turn: Array, new: Array) -> None:
+        """Output features `new` [m] become features `old` [n], as they are stored in the graph, times `turn` [n, m]."""
+        draft = self._of(linear)
+        draft.new_weight[:, new] = draft.weight[:, old] @ turn
+        if draft.bias is not None and draft.new_bias is not None:
+            draft.new_bias[new] = draft.bias[old] @ turn
+
+    def rows(self, linear: Linear, new: Array, contents: Array) -> None:
+        """Input features `new` get these rows of the weight."""
+        self._of(linear).new_weight[new] = contents
+
+    def flush(self) -> None:
+        for draft in self._drafts.values():
+            store(self.model, self.names, draft.linear, draft.new_weight, draft.new_bias)
+
+
+def bias_of(linear: Linear) -> Array | None:
+    """[out], float64; a copy."""
+    if linear.bias is None or linear.bias.const_value is None:
+        return None
+    return np.broadcast_to(linear.bias.const_value.numpy().reshape(-1), (linear.out_features,)).astype(np.float64)
+
+
+def unfit(linear: Linear | None) -> str | None:
+    """Why the columns or rows of a projection cannot be rewritten."""
+    if linear is None:
+        return "there is no projection"
+    if linear.quantized or linear.weight.dtype != ir.DataType.FLOAT:
+        return f"`{linear.node.name}` has no float32 weight; do this before quantizing"
+    if linear.batch or linear.trans_x or linear.alpha != 1 or linear.beta != 1 or linear.addend is not None:
+        return f"`{linear.node.name}` is not x @ W + b"
+    if linear.bias is not None and linear.bias.const_value is not None and linear.bias.const_value.size != linear.out_features:
+        return f"the bias of `{linear.node.name}` is one number for all outputs"
+    if not used_once(linear.weight) or not all(used_once(n.outputs[0]) for n in linear.path):
+        return f"the weight of `{linear.node.name}` is shared"
+    return None
+
+
+def limited(samples: Iterable[Feeds], rows: int) -> Iterator[Feeds]:
+    """Batches until they hold so many rows: the elements of the largest integer input, else batch entries."""
+    seen = 0
+    for feed in samples:
+        yield feed
+        seen += max((a.size for a in feed.values() if a.dtype.kind in "iu"), default=max((len(a) for a in feed.values() if a.ndim), default=1))
+        if seen >= rows:
+            return
+
+
+class Averages:
+    """Means over the samples that several blocks ask for, gathered in one run."""
+
+    def __init__(self) -> None:
+        self._asked: dict[ir.Value, list[tuple[str, Callable[[Array], tuple[Array, int]]]]] = {}
+        self._sums: dict[tuple[ir.Value, str], Array] = {}
+        self._counts: dict[tuple[ir.Value, str], int] = {}
+
+    def ask(self, value: ir.Value, key: str, reduce: Callable[[Array], tuple[Array, int]]) -> tuple[ir.Value, str]:
+        """`reduce`: a batch -> (sum, rows); the handle reads the mean afterwards."""
+        asked = self._asked.setdefault(value, [])
+        if key not in (k for k, _ in asked):
+            asked.append((key, reduce))
+        return value, key
+
+    def run(self, model: ir.Model, samples: Iterable[Feeds], rows: int) -> None:
+        """Raises SampleError if there was no sample."""
+
+        def reducer(value: ir.Value) -> Callable[[Array], None]:
+            def add(array: Array) -> None:
+                for key, reduce in self._asked[value]:
+                    total, count = reduce(array)
+                    self._sums[value, key] = self._sums.get((value, key), np.zeros(())) + total
+                    self._counts[value, key] = self._counts.get((value, key), 0) + count
+
+            return add
+
+        if self._asked:
+            observe(model, limited(samples, rows), {value: reducer(value) for value in self._asked})
+
+    def __getitem__(self, handle: tuple[ir.Value, str]) -> Array:
+        return self._sums[handle] / max(self._counts[handle], 1)
+
+
+def moments(columns: Array, means: bool = False) -> Callable[[Array], tuple[Array, int]]:
+    """E[x x^T], float64 [blocks, n, n], for each row of `columns` [blocks, n] of the last axis; with `means` of x and a one behind it."""
+
+    def reduce(array: Array) -> tuple[Array, int]:
+        rows = array.reshape(-1, array.shape[-1])[:, columns].transpose(1, 0, 2)
+        if means:
+            rows = np.concatenate([rows, np.ones((*rows.shape[:2], 1), rows.dtype)], 2)
+        return (rows.transpose(0, 2, 1) @ rows).astype(np.float64), rows.shape[1]
+
+    return reduce
+
+
+def centered(moment: Array) -> Array:
+    """The covariance from what `moments` with `means` gives for one block. A softmax does not see what all keys have in common."""
+    mean = moment[:-1, -1]
+    return np.asarray(moment[:-1, :-1] - np.outer(mean, mean))
+
+
+def squares(operand: HeadOperand) -> Callable[[Array], tuple[Array, int]]:
+    """E[x^2], float64 [heads, dim]."""
+
+    def reduce(array: Array) -> tuple[Array, int]:
+        rows = operand.by_head(array)
+        return np.square(rows, dtype=np.float64).sum(0), len(rows)
+
+    return reduce
+
+
+def root(moment: Array) -> tuple[Array, Array]:
+    """The symmetric square root of a moment matrix, and its inverse."""
+    values, vectors = np.linalg.eigh(moment)
+    values = np.sqrt(np.maximum(values, max(_LEAST * float(values[-1]), 1e-30)))
+    return (vectors * values) @ vectors.conj().T, (vectors / values) @ vectors.conj().T
+
+
+def leading(matrix: Array, rank: int) -> tuple[Array, float]:
+    """The first eigenvectors [n, rank] of a positive matrix, and the fraction of its trace that the others hold."""
+    values, vectors = np.linalg.eigh(matrix)
+    kept = float(values[len(values) - rank :].sum())
+    return vectors[:, ::-1][:, :rank], max(0.0, 1 - kept / max(float(values.sum()), 1e-300))
+
+
+def fit_behind(model: ir.Model, teacher: ir.Model, names: Sequence[str], ctx: Context, rows: int) -> None:
+    """Refit these output projections, and say so."""
+    ctx.invalidate()
+    fitted, refused = refit(model, teacher, names, ctx.require_samples(), rows)
+    for fit in fitted:
+        ctx.remarks.applied(fit.node, f"refitted: error {fit.before:.4f} -> {fit.after:.4f}", before=fit.before, after=fit.after)
+    for name, reason in refused:
+        ctx.remarks.missed(name, f"not refitted: {reason}")

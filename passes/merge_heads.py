@@ -1,0 +1,182 @@
+"""merge-heads: similar heads of an attention become one, or key and value heads are shared by more queries."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Self
+
+import onnx_ir as ir
+
+from graphopt.analysis.maps import map_distances
+from graphopt.analysis.operands import HeadOperands
+from graphopt.analysis.units import Heads, Units
+from graphopt.core import Context, Pass
+from graphopt.remove import apply
+from graphopt.run.observe import observable
+from graphopt.slicing import Refusal, Slicing
+
+from ._merging import Asked, Merging, unmergeable
+from ._pooling import pool
+from ._projecting import Averages, Editor, fit_behind, limited
+from ._pruning import bad, milder
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeHeads(Pass):
+    """Let one head stand for several that are alike, or (`kv-heads`) let more query heads share a key and value head.
+
+    Merged heads: clusters grow by average linkage, over all layers, where it costs least (distance times what the heads contribute). The head
+    that stays gets the best rank-limited query and key for the mean of the cluster's scores, and the value and output projection that add most
+    of what the whole cluster added: all turns of a head's features are tried at once by a singular value decomposition, where aligning the heads
+    (orthogonal Procrustes) and averaging would try rotations alone. Under a rotary embedding features are turned as complex numbers, with which
+    it commutes. Behind norms of each head the head that stays keeps its own query and key.
+
+    `kv-heads=N` makes multi-head attention grouped-query attention (Ainslie et al. 2023): key heads are grouped by what pooling them would cost,
+    query heads move to their group, and each group gets the common key and value that are aligned best, instead of a mean. It needs the operator
+    Attention; run fuse-attention first.
+
+    The output projections are refitted afterwards.
+
+    Args:
+        ratio: this fraction of all heads goes, chosen over all layers.
+        heads: so many stay in each attention.
+        kv_heads: so many key and value heads stay in each attention.
+        by: maps (distance of attention weights) or projections (distance of scores over independent rows).
+        refit: fit the output projections by least squares on the samples.
+        rows: so many rows (tokens) of the samples are used.
+        resize: names of inputs and outputs that may change their size with the heads (key and value caches).
+
+    Raises:
+        PipelineError: not exactly one of ratio, heads and kv-heads, or one out of range.
+        SampleError: there are no samples.
+    """
+
+    ratio: float | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    by: str = "maps"
+    refit: bool = True
+    rows: int = 16384
+    resize: tuple[str, ...] = ()
+    exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        given = [key for key in ("ratio", "heads", "kv_heads") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise bad(self.name, given[1].replace("_", "-"), f"to stand without {given[0].replace('_', '-')}", "both")
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise bad(self.name, "ratio", "a fraction between 0 and 1", self.ratio)
+        for key in ("heads", "kv_heads", "rows"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise bad(self.name, key.replace("_", "-"), "1 or more", value)
+        if self.by not in ("maps", "projections"):
+            raise bad(self.name, "by", "maps or projections", self.by)
+
+    def weaker(self) -> Self | None:
+        less = milder(self.ratio)
+        return None if less is None else dataclasses.replace(self, ratio=less)
+
+    def run(self, model: ir.Model, ctx: Context) -> int:
+        if self.kv_heads is not None:
+            return pool(model, ctx, self.kv_heads, rows=self.rows, refits=self.refit, resize=self.resize)
+        if self.ratio is None and self.heads is None:
+            raise bad(self.name, "ratio", "how many heads go (or heads, or kv-heads)", "nothing")
+        found = self._measured(model, ctx)
+        clusters = _by_ratio(found, self.ratio) if self.ratio is not None else {m: _clusters(m, m.unit.heads - int(self.heads or 0)) for m in found}
+        teacher = model.clone() if self.refit else model
+        plan, editor, outputs = Slicing(model, resize=self.resize), Editor(model), list[str]()
+        for m, merged in clusters.items():
+            if not merged:
+                continue
+            if self._merge(ctx, m, merged, plan, editor):
+                assert m.unit.output is not None
+                outputs.append(str(m.unit.output.node.name))
+        if not outputs:
+            return 0
+        editor.flush()
+        apply(plan)
+        for where, text in plan.notes:
+            ctx.remarks.warning(where, text)
+        if self.refit:
+            fit_behind(model, teacher, outputs, ctx, self.rows)
+        return len(outputs)
+
+    def _merge(self, ctx: Context, m: Merging, clusters: Sequence[Sequence[int]], plan: Slicing, editor: Editor) -> bool:
+        """Plan the removal of all heads of these clusters but those that stay for them, and draft their weights."""
+        unit, stays = m.unit, [m.stays(cluster) for cluster in clusters]
+        gone = sorted(h for cluster, kept in zip(clusters, stays, strict=True) for h in cluster if h != kept)
+        trial = Slicing(plan.model, resize=self.resize)
+        try:
+            trial.remove(unit.value, unit.axis, unit.mask(gone), inside=unit.inside)
+            if not ctx.fuel.burn():
+                return False
+            plan.remove(unit.value, unit.axis, unit.mask(gone), inside=unit.inside)
+        except Refusal as refusal:
+            ctx.remarks.missed(unit.node.name or "", f"not merged: {refusal}")
+            return False
+        lost = [m.write(editor, cluster) for cluster in clusters]
+        listed = [sorted(map(int, cluster)) for cluster in clusters]
+        text = ", ".join("+".join(map(str, cluster)) for cluster in listed)
+        ctx.remarks.applied(
+            unit.node.name or "", f"layer {unit.index}: heads {text} merged", layer=unit.index, merged=listed, kept=stays, removed=gone,
+            of=unit.count, keys="aligned" if m.turns else "of the head that stays", lost=round(max(lost), 6),
+        )  # fmt: skip
+        return True
+
+    def _measured(self, model: ir.Model, ctx: Context) -> list[Merging]:
+        """The attentions whose heads can be merged; the rest is remarked on."""
+        averages, asked, operands = Averages(), list[Asked](), ctx.get(HeadOperands())
+        for unit in ctx.get(Units()).attention:
+            reason = unmergeable(unit, operands.get(unit)) or self._unsuited(model, unit)
+            one = Asked(unit, operands[unit], averages) if reason is None else None
+            if one is not None and self.by == "projections" and not one.turns:
+                reason = "its query and key are not projections that can be compared; use by=maps"
+            if reason is not None:
+                ctx.remarks.missed(unit.node.name or "", f"not merged: {reason}")
+            elif one is not None:
+                asked.append(one)
+        if not asked:
+            return []
+        samples = ctx.require_samples()
+        averages.run(model, samples, self.rows)
+        maps = map_distances(model, limited(samples, self.rows), [a.unit.node for a in asked]) if self.by == "maps" else {}
+        for a in asked:
+            if self.by == "maps" and a.unit.node not in maps:
+                ctx.remarks.missed(a.unit.node.name or "", "not merged: its attention weights cannot be observed")
+        return [a.found(averages, maps.get(a.unit.node)) for a in asked if self.by != "maps" or a.unit.node in maps]
+
+    def _unsuited(self, model: ir.Model, unit: Heads) -> str | None:
+        assert unit.output is not None
+        if not observable(model, unit.output.x):
+            return f"`{unit.output.x.name}` is computed inside a subgraph"
+        if self.heads is not None and self.heads >= unit.heads:
+            return f"it has {unit.heads} heads, and {self.heads} are to stay"
+        return None
+
+
+def _clusters(m: Merging, merges: int) -> list[list[int]]:
+    """Clusters of two or more heads after so many merges."""
+    clusters = {h: [h] for h in range(m.unit.heads)}
+    for _, a, b in m.steps()[:merges]:
+        clusters[a] += clusters.pop(b)
+    return [sorted(c) for c in clusters.values() if len(c) > 1]
+
+
+def _by_ratio(found: Sequence[Merging], ratio: float) -> Mapping[Merging, list[list[int]]]:
+    """The cheapest merges of all layers, until a fraction of all heads is gone."""
+    total = sum(m.unit.heads for m in found)
+    merges, steps = dict.fromkeys(found, 0), {m: m.steps() for m in found}
+    queue = [(steps[m][0][0], k) for k, m in enumerate(found) if steps[m]]
+    heapq.heapify(queue)
+    for _ in range(round(total * ratio)):
+        if not queue:
+            break
+        _, k = heapq.heappop(queue)
+        m = found[k]
+        merges[m] += 1
+        if merges[m] < len(steps[m]):
+            heapq.heappush(queue, (steps[m][merges[m]][0], k))
+    return {m: _clusters(m, n) for m, n in merges.items() if n}

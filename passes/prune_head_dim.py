@@ -1,0 +1,182 @@
+"""prune-head-dim: every head narrower, with the softmax scale that it was trained with."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analysis.operands import HeadOperand, HeadOperands
+from graphopt.analysis.units import Heads, Units
+from graphopt.core import Array, Context, Pass
+from graphopt.graph import static_dim
+from graphopt.remove import apply
+from graphopt.run.observe import observable
+from graphopt.slicing import Refusal, Slicing, kept
+
+from ._narrow import Part, keys_of, values_of
+from ._projecting import Averages, Editor, fit_behind
+from ._pruning import bad, milder
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneHeadDim(Pass):
+    """Give every head fewer features: query and key together, value and output projection together. The softmax scale stays as it was trained.
+
+    Query and key meet in a product, and so do value and output projection: each pair may be turned by any invertible matrix and its inverse.
+    Where nothing but layout stands between projection and product, the best narrower head is therefore a truncated singular value decomposition,
+    of the scores E(q^T k)^2 and of what a head adds to the residual stream, both on the samples. Under a rotary embedding features cannot be
+    turned: pairs go, the same in all heads that share the angles, those with the least E[q^2] E[k^2]. Queries and keys that pass a norm over the
+    features of a head stay as they are, since the norm would see fewer.
+
+    Args:
+        dim: features that stay in each head.
+        ratio: the fraction that goes; what stays is rounded up to a multiple of `multiple`.
+        parts: both, keys (query and key), or values (value and output projection).
+        method: auto, or select: whole features go also where they could be turned.
+        multiple: with `ratio`.
+        refit: fit the output projections by least squares on the samples.
+        rows: so many rows (tokens) of the samples are used.
+        resize: names of inputs and outputs that may change their size with the heads (key and value caches).
+
+    Raises:
+        PipelineError: none or both of dim and ratio, or one out of range.
+        SampleError: there are no samples.
+    """
+
+    dim: int | None = None
+    ratio: float | None = None
+    parts: str = "both"
+    method: str = "auto"
+    multiple: int = 8
+    refit: bool = True
+    rows: int = 16384
+    resize: tuple[str, ...] = ()
+    exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.dim is not None and self.ratio is not None:
+            raise bad(self.name, "ratio", "to stand without dim", "both")
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise bad(self.name, "ratio", "a fraction between 0 and 1", self.ratio)
+        for key in ("dim", "multiple", "rows"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise bad(self.name, key, "1 or more", value)
+        for key, known in (("parts", ("both", "keys", "values")), ("method", ("auto", "select"))):
+            if getattr(self, key) not in known:
+                raise bad(self.name, key, f"one of {', '.join(known)}", getattr(self, key))
+
+    def weaker(self) -> Self | None:
+        less = milder(self.ratio)
+        return None if less is None else dataclasses.replace(self, ratio=less)
+
+    def run(self, model: ir.Model, ctx: Context) -> int:
+        if self.dim is None and self.ratio is None:
+            raise bad(self.name, "dim", "how many features of a head stay (or ratio)", "nothing")
+        averages = Averages()
+        found = [(unit, part) for unit in ctx.get(Units()).attention for part in self._parts(model, ctx, unit, averages)]
+        if not found:
+            return 0
+        averages.run(model, ctx.require_samples(), self.rows)
+        teacher = model.clone() if self.refit else model
+        plan, editor, outputs, changes = Slicing(model, resize=self.resize), Editor(model), dict[str, None](), 0
+        for unit, part in found:
+            gone, lost = part.choose(averages)
+            try:
+                self._try(model, unit, part, gone)
+                if not ctx.fuel.burn():
+                    break
+                plan.remove(part.operand.value, part.operand.dim_axis, part.operand.mask(gone), inside=unit.inside)
+            except Refusal as refusal:
+                ctx.remarks.missed(unit.node.name or "", f"{part.what} not narrowed: {refusal}")
+                continue
+            if part.turned:
+                part.turn(averages, editor)
+            stays, how = part.operand.dim - len(gone), "turned" if part.turned else "selected"
+            told: dict[str, Any] = {
+                "layer": unit.index,
+                "part": part.what,
+                "before": part.operand.dim,
+                "after": stays,
+                "lost": round(lost, 6),
+                "how": how,
+            }
+            told |= {} if part.turned else {"removed": gone.tolist()}
+            ctx.remarks.applied(unit.node.name or "", f"layer {unit.index}: {part.what} {part.operand.dim} -> {stays} features a head, {how}", **told)
+            changes += 1
+            if unit.output is not None:
+                outputs[str(unit.output.node.name)] = None
+        if not changes:
+            return 0
+        editor.flush()
+        apply(plan)
+        for where, text in plan.notes:
+            ctx.remarks.warning(where, text)
+        if self.refit:
+            fit_behind(model, teacher, list(outputs), ctx, self.rows)
+        return changes
+
+    def _stays(self, dim: int) -> int:
+        if self.dim is not None:
+            return self.dim
+        return min(dim, -(-int(np.ceil(dim * (1 - float(self.ratio or 0)) - 1e-9)) // self.multiple) * self.multiple)
+
+    def _parts(self, model: ir.Model, ctx: Context, unit: Heads, averages: Averages) -> list[Part]:
+        """What of one attention can be narrowed; the rest is remarked on."""
+        name, operands = unit.node.name or "", ctx.get(HeadOperands()).get(unit)
+        if operands is None:
+            ctx.remarks.missed(name, "not narrowed: its heads are not known")
+            return []
+        hidden = next((o.value for o in operands if not observable(model, o.value)), None)
+        if hidden is not None:
+            ctx.remarks.missed(name, f"not narrowed: `{hidden.name}` is computed inside a subgraph")
+            return []
+        turns = self.method == "auto"
+        parts: list[Part] = []
+        if self.parts != "values" and self._narrows(ctx, name, "query and key", operands[0]):
+            groups = self._together(model, unit, operands[0])
+            if isinstance(groups, str):
+                ctx.remarks.missed(name, f"query and key not narrowed: {groups}")
+            else:
+                parts.append(keys_of(unit, operands, self._stays(operands[0].dim), groups, turns, averages))
+        if self.parts != "keys" and self._narrows(ctx, name, "value", operands[2]):
+            parts.append(values_of(unit, operands[2], self._stays(operands[2].dim), turns, averages))
+        return parts
+
+    def _narrows(self, ctx: Context, name: str, what: str, operand: HeadOperand) -> bool:
+        if self._stays(operand.dim) < operand.dim:
+            return True
+        ctx.remarks.missed(name, f"{what} have {operand.dim} features a head, and {self._stays(operand.dim)} would stay")
+        return False
+
+    def _together(self, model: ir.Model, unit: Heads, query: HeadOperand) -> list[Array] | str:
+        """The features of a head that can only go together: pairs under a rotary embedding."""
+        groups, seen = list[Array](), np.zeros(query.dim, bool)
+        for feature in range(query.dim):
+            if seen[feature]:
+                continue
+            trial = Slicing(model, resize=self.resize)
+            try:
+                trial.remove(query.value, query.dim_axis, query.mask([feature]), inside=unit.inside)
+            except Refusal as refusal:
+                return str(refusal)
+            mask = trial.removed[query.value][query.dim_axis % len(query.value.shape or ())]
+            group = kept(~mask[: query.dim])
+            seen[group] = True
+            groups.append(group)
+        return groups
+
+    def _try(self, model: ir.Model, unit: Heads, part: Part, gone: Array) -> None:
+        """Raises Refusal if the removal cannot be carried out, or takes more than it should."""
+        operand = part.operand
+        trial = Slicing(model, resize=self.resize)
+        trial.remove(operand.value, operand.dim_axis, operand.mask(gone), inside=unit.inside)
+        norm = next((text for _, text in trial.notes if "features that are left" in text), None)
+        if norm is not None:
+            raise Refusal(f"a norm in front of the product would see fewer features ({norm}); prune-heads leaves the norms of heads as they are")
+        axis = operand.dim_axis % len(operand.value.shape or ())
+        if int(trial.removed[operand.value][axis].sum()) != int(operand.mask(gone).sum()):
+            raise Refusal(f"{len(gone)} features of {static_dim(operand.value, axis)} cannot go without others")
