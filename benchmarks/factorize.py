@@ -13,11 +13,11 @@ import argparse
 import sys
 import tempfile
 import time
-from _compression import calibration, start
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from _perplexity import feed_of, perplexity
+from _structure import calibration, start
 
 import graphopt
 from graphopt.core import Context

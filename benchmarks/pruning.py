@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from _compression import calibration, start
 from pathlib import Path
 
 from _perplexity import feed_of, perplexity
+from _structure import calibration, start
 
 import graphopt
 from graphopt.core import Context
