@@ -84,8 +84,8 @@ def test_the_page_on_pruning(tmp_path: Path) -> None:
     from graphopt.pipeline import parse
 
     text = (ROOT / "docs" / "pruning.md").read_text(encoding="utf-8")
-    pipelines = re.findall(r"`(prune[\w-]*\{[^`]*)`", text)
-    assert len(pipelines) >= 7
+    pipelines = re.findall(r"`((?:prune|merge-heads)[\w-]*\{[^`]*)`", text)
+    assert len(pipelines) >= 10
     for pipeline in pipelines:
         assert parse(pipeline, registry.passes())
     assert all(f"`{criterion}`" in text for criterion in CRITERIA)
