@@ -407,6 +407,7 @@ def test_ctrl_c_leaves_nothing(block: Path, tmp_path: Path) -> None:
     child = subprocess.Popen(
         [*command, "--pipeline", "slow", "--plugin", str(plugin)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it for what runs in its background
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not started.exists() and child.poll() is None and time.monotonic() < deadline:
