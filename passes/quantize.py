@@ -140,6 +140,8 @@ class Quantize(RewritePass[QuantizeMatch]):
                 raise option_error(self.name, key, f"{' or '.join(str(x) for x in known if x is not None)} in this version", value)
         if not 50 < self.percentile <= 100:
             raise option_error(self.name, "percentile", "more than 50 and at most 100", self.percentile)
+        if self.bias_correction and self.method.startswith("awq"):  # it rescales the inputs that the correction has looked at
+            raise option_error(self.name, "bias-correction", "false beside method=awq", True)
 
     def _known(self) -> Sequence[tuple[str, Any, Sequence[Any]]]:
         """(option, its value, the values that it may have)."""

@@ -394,3 +394,8 @@ def test_the_same_spelling_from_the_command_of_the_user(tmp_path: Path) -> None:
     feeds = {"ids": rng().integers(0, 250, (2, 7))}
     base, got = session(source, optimize=False).run(feeds)["y"], session(onnx.load(path)).run(feeds)["y"]
     assert np.linalg.norm(base - got) <= 0.3 * np.linalg.norm(base)
+
+
+def test_bias_correction_and_awq_exclude_each_other() -> None:
+    with pytest.raises(PipelineError, match="false beside method=awq"):
+        parse("quantize{mode=weight-only method=awq bias-correction=true}", passes())
