@@ -9,8 +9,9 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import bench, tuning
-from graphopt.core import Array, Context
+from graphopt.core import Context
 from graphopt.errors import GraphoptError
+from graphopt.graph import initializer
 from graphopt.measure import latency, steady_clock
 from graphopt.sizes import size_of
 
@@ -83,9 +84,7 @@ def _product(inner: int, ranks: tuple[int, ...], widths: tuple[int, ...]) -> ir.
     rng = np.random.default_rng(1)
 
     def weight(name: str, shape: tuple[int, int]) -> ir.Value:
-        array: Array = (0.05 * rng.standard_normal(shape)).astype(np.float32)
-        tensor = ir.tensor(array, name=name)
-        return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(shape), const_value=tensor)
+        return initializer((0.05 * rng.standard_normal(shape)).astype(np.float32), name)
 
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["rows", inner]))
     nodes, stored, at, width = [], [], x, inner

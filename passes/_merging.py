@@ -12,7 +12,8 @@ from graphopt.analysis.units import Heads
 from graphopt.core import Array
 
 from ._aligning import linked, planes_of, scores, values
-from ._projecting import Averages, Editor, centered, moments, unfit
+from ._projecting import Averages, Editor, centered, moments
+from ._refit import unfit
 
 Operands = tuple[HeadOperand, HeadOperand, HeadOperand]
 

@@ -11,7 +11,8 @@ from graphopt.analysis.operands import HeadOperand
 from graphopt.analysis.units import Heads
 from graphopt.core import Array
 
-from ._projecting import Averages, Editor, centered, leading, moments, root, squares, unfit
+from ._projecting import Averages, Editor, centered, leading, moments, root, squares
+from ._refit import unfit
 
 Handle = Callable[[Averages], Array]
 

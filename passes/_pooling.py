@@ -18,7 +18,8 @@ from graphopt.run.observe import observable
 from graphopt.shapes import declared_shape, infer_shapes
 
 from ._aligning import balanced, planes_of, scores, values
-from ._projecting import Averages, Editor, bias_of, centered, fit_behind, moments, unfit
+from ._projecting import Averages, Editor, centered, moments
+from ._refit import bias_of, fit_behind, unfit
 
 _DECLARED = "graphopt.declared"  # what the model says of an output
 

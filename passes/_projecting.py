@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Linear
 from graphopt.analysis.operands import HeadOperand
-from graphopt.core import Array, Context
-from graphopt.graph import Names, used_once
+from graphopt.core import Array
+from graphopt.graph import Names
 from graphopt.run import Feeds
-from graphopt.run.observe import observe
+from graphopt.run.observe import limited, observe
 
-from ._refit import refit, store
+from ._refit import bias_of, store
 
 _LEAST = 1e-6  # of the largest eigenvalue: what is smaller counts as this much, so that it can be divided by
 
@@ -58,38 +58,6 @@ class Editor:
     def flush(self) -> None:
         for draft in self._drafts.values():
             store(self.model, self.names, draft.linear, draft.new_weight, draft.new_bias)
-
-
-def bias_of(linear: Linear) -> Array | None:
-    """[out], float64; a copy."""
-    if linear.bias is None or linear.bias.const_value is None:
-        return None
-    return np.broadcast_to(linear.bias.const_value.numpy().reshape(-1), (linear.out_features,)).astype(np.float64)
-
-
-def unfit(linear: Linear | None) -> str | None:
-    """Why the columns or rows of a projection cannot be rewritten."""
-    if linear is None:
-        return "there is no projection"
-    if linear.quantized or linear.weight.dtype != ir.DataType.FLOAT:
-        return f"`{linear.node.name}` has no float32 weight; do this before quantizing"
-    if linear.batch or linear.trans_x or linear.alpha != 1 or linear.beta != 1 or linear.addend is not None:
-        return f"`{linear.node.name}` is not x @ W + b"
-    if linear.bias is not None and linear.bias.const_value is not None and linear.bias.const_value.size != linear.out_features:
-        return f"the bias of `{linear.node.name}` is one number for all outputs"
-    if not used_once(linear.weight) or not all(used_once(n.outputs[0]) for n in linear.path):
-        return f"the weight of `{linear.node.name}` is shared"
-    return None
-
-
-def limited(samples: Iterable[Feeds], rows: int) -> Iterator[Feeds]:
-    """Batches until they hold so many rows: the elements of the largest integer input, else batch entries."""
-    seen = 0
-    for feed in samples:
-        yield feed
-        seen += max((a.size for a in feed.values() if a.dtype.kind in "iu"), default=max((len(a) for a in feed.values() if a.ndim), default=1))
-        if seen >= rows:
-            return
 
 
 class Averages:
@@ -166,13 +134,3 @@ def leading(matrix: Array, rank: int) -> tuple[Array, float]:
     values, vectors = np.linalg.eigh(matrix)
     kept = float(values[len(values) - rank :].sum())
     return vectors[:, ::-1][:, :rank], max(0.0, 1 - kept / max(float(values.sum()), 1e-300))
-
-
-def fit_behind(model: ir.Model, teacher: ir.Model, names: Sequence[str], ctx: Context, rows: int) -> None:
-    """Refit these output projections, and say so."""
-    ctx.invalidate()
-    fitted, refused = refit(model, teacher, names, ctx.require_samples(), rows)
-    for fit in fitted:
-        ctx.remarks.applied(fit.node, f"refitted: error {fit.before:.4f} -> {fit.after:.4f}", before=fit.before, after=fit.after)
-    for name, reason in refused:
-        ctx.remarks.missed(name, f"not refitted: {reason}")

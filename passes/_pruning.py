@@ -10,8 +10,8 @@ import onnx_ir as ir
 
 from graphopt.analysis.importance import CRITERIA, Importance, Ranking
 from graphopt.analysis.removable import Candidate, Removable
-from graphopt.analysis.units import Heads
-from graphopt.core import Context
+from graphopt.analysis.units import Heads, Unit
+from graphopt.core import Context, Pass
 from graphopt.errors import PipelineError
 from graphopt.options import option_error
 from graphopt.remove import apply
@@ -19,49 +19,54 @@ from graphopt.slicing import Refusal, Slicing
 
 from ._latency import savings as measured
 from ._latency import speedup
-from ._refit import refit
+from ._refit import fit_behind
 from ._search import cheapest
 
 P = TypeVar("P")
 
 
-class _Spent(Exception):
-    """Out of fuel: what was planned for this candidate is forgotten."""
+class OutOfFuel(Exception):
+    """What was planned at last is forgotten."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The options that the pruning passes have in common."""
+    """The options that the pruning passes have in common; a pass need not have all of them."""
 
     importance: str
-    ratio: float | None
-    flops: float | None
-    latency: float | None
     refit: bool
     loss: str
     rows: int
-    multiple: int
     seed: int
-    resize: tuple[str, ...]
+    ratio: float | None = None
+    flops: float | None = None
+    latency: float | None = None
+    multiple: int = 1
+    resize: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, step: Pass) -> Settings:
+        return cls(**{f.name: getattr(step, f.name) for f in dataclasses.fields(cls) if hasattr(step, f.name)})
+
+    @property
+    def amount(self) -> float | None:
+        """The fraction that is to go, whatever it is a fraction of."""
+        return next((x for x in (self.ratio, self.flops, self.latency) if x is not None), None)
 
 
 def check(name: str, s: Settings, given: bool = False) -> None:
     """Raises PipelineError for options that contradict each other or are out of range."""
     if s.importance not in CRITERIA:
-        raise bad(name, "importance", f"one of {', '.join(CRITERIA)}", s.importance)
+        raise option_error(name, "importance", f"one of {', '.join(CRITERIA)}", s.importance)
     ways = [key for key in ("ratio", "flops", "latency") if getattr(s, key) is not None] + (["heads"] if given else [])
     if len(ways) > 1:
-        raise bad(name, ways[1], f"to stand without {ways[0]}", "both")
+        raise option_error(name, ways[1], f"to stand without {ways[0]}", "both")
     for key in ("ratio", "flops", "latency"):
         value = getattr(s, key)
         if value is not None and not 0 < value < 1:
-            raise bad(name, key, "a fraction between 0 and 1", value)
+            raise option_error(name, key, "a fraction between 0 and 1", value)
     if s.rows < 1 or s.multiple < 1:
-        raise bad(name, "rows" if s.rows < 1 else "multiple", "1 or more", s.rows if s.rows < 1 else s.multiple)
-
-
-def bad(name: str, key: str, expected: str, found: object) -> PipelineError:
-    return option_error(name, key, expected, str(found))
+        raise option_error(name, "rows" if s.rows < 1 else "multiple", "1 or more", s.rows if s.rows < 1 else s.multiple)
 
 
 def milder(value: float | None) -> float | None:
@@ -93,7 +98,7 @@ def prune(model: ir.Model, ctx: Context, kinds: Collection[str], s: Settings) ->
         return 0
     savings = measured(model, ctx, rankings, s.resize) if s.latency is not None else {c: _savings(c, rankings[c], s) for c in rankings}
     whole = 1.0 if s.latency is not None else sum(c.count for c in rankings) if s.ratio is not None else found.total
-    budget = whole * float(next(x for x in (s.ratio, s.flops, s.latency) if x is not None))
+    budget = whole * (s.amount or 0.0)
     steps = cheapest(rankings, savings, budget)
     if steps is None:
         most = sum(max(v) for v in savings.values()) / whole
@@ -133,31 +138,45 @@ def remove(model: ir.Model, ctx: Context, gone: Mapping[Candidate, Sequence[int]
     plan, done, outputs = Slicing(model, resize=s.resize), list[tuple[Candidate, Sequence[int]]](), list[str]()
     for c, members in gone.items():
         try:
-            with plan.together():
-                for unit in c.units:
-                    plan.remove(unit.value, unit.axis, unit.mask(members), inside=unit.inside)
-                if not ctx.fuel.burn():
-                    raise _Spent
+            planned(plan, ctx, c.units, members)
         except Refusal as refusal:
             ctx.remarks.missed(c.name, f"not pruned: {refusal}")
             continue
-        except _Spent:
+        except OutOfFuel:
             break
         done.append((c, members))
         outputs += [str(u.output.node.name) for u in c.units if u.output is not None]
     if not done:
         return 0
     ported = sorted({str(v.name) for v in plan.removed if v.is_graph_input() or v.is_graph_output()})
-    apply(plan)
     _tell(ctx, done, facts)
-    for where, text in plan.notes:
-        ctx.remarks.warning(where, text)
+    carry_out(plan, ctx)
     if ported:
         ctx.remarks.warning("", f"{', '.join(f'`{n}`' for n in ported)} changed in size with the heads; feed back what the model gives")
     if s.refit:
-        ctx.invalidate()
-        _refit(model, before, outputs, ctx, s)
+        fit_behind(model, before, outputs, ctx, s.rows)
     return len(done)
+
+
+def planned(plan: Slicing, ctx: Context, units: Sequence[Unit], members: Sequence[int]) -> None:
+    """Plan the removal of these heads or neurons from all `units`, or from none.
+
+    Raises:
+        Refusal: it cannot be done.
+        OutOfFuel: it must not be done.
+    """
+    with plan.together():
+        for unit in units:
+            plan.remove(unit.value, unit.axis, unit.mask(members), inside=unit.inside)
+        if not ctx.fuel.burn():
+            raise OutOfFuel
+
+
+def carry_out(plan: Slicing, ctx: Context) -> None:
+    """Apply what is planned, and warn of what that changes beyond zeros."""
+    apply(plan)
+    for where, text in plan.notes:
+        ctx.remarks.warning(where, text)
 
 
 def _tell(ctx: Context, done: Sequence[tuple[Candidate, Sequence[int]]], facts: Mapping[Candidate, Mapping[str, Any]]) -> None:
@@ -168,14 +187,6 @@ def _tell(ctx: Context, done: Sequence[tuple[Candidate, Sequence[int]]], facts: 
             told: dict[str, Any] = {"layer": unit.index, "removed": listed if isinstance(unit, Heads) else len(listed), "of": unit.count}
             what = f"heads {'+'.join(map(str, listed))}" if isinstance(unit, Heads) else f"{len(listed)} neurons"
             ctx.remarks.applied(unit.node.name or "", f"layer {unit.index}: {what} of {unit.count} removed", **told, **shared, **facts.get(c, {}))
-
-
-def _refit(model: ir.Model, teacher: ir.Model, names: Sequence[str], ctx: Context, s: Settings) -> None:
-    fitted, refused = refit(model, teacher, names, ctx.require_samples(), s.rows)
-    for fit in fitted:
-        ctx.remarks.applied(fit.node, f"refitted: error {fit.before:.4f} -> {fit.after:.4f}", before=fit.before, after=fit.after)
-    for name, reason in refused:
-        ctx.remarks.missed(name, f"not refitted: {reason}")
 
 
 def explicit(model: ir.Model, ctx: Context, listed: Mapping[int, Sequence[int]], kind: str, s: Settings) -> int:

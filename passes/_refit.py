@@ -14,8 +14,9 @@ import onnx_ir as ir
 
 from graphopt.analysis.linear import Linear, Linears
 from graphopt.core import Array, Context
-from graphopt.graph import Names, consumers, is_constant, same_shape, used_once
+from graphopt.graph import Names, consumers, initializer, is_constant, same_shape, used_once
 from graphopt.run import Feeds
+from graphopt.run.observe import limited
 from graphopt.run.segments import Segments, State
 
 _RIDGE = 1e-4  # of the mean second moment, towards the old weights
@@ -58,6 +59,16 @@ def refit(
     return [_fit(model, fresh, new[n], old[n], pupil.until(new[n]), master.until(old[n])) for n in order], refused
 
 
+def fit_behind(model: ir.Model, teacher: ir.Model, names: Sequence[str], ctx: Context, rows: int) -> None:
+    """Refit these output projections, and say so."""
+    ctx.invalidate()
+    fitted, refused = refit(model, teacher, names, ctx.require_samples(), rows)
+    for fit in fitted:
+        ctx.remarks.applied(fit.node, f"refitted: error {fit.before:.4f} -> {fit.after:.4f}", before=fit.before, after=fit.after)
+    for name, reason in refused:
+        ctx.remarks.missed(name, f"not refitted: {reason}")
+
+
 class _Progress:
     """A model on its way through the samples, all batches at one place; what is in front of it may no longer change."""
 
@@ -66,13 +77,9 @@ class _Progress:
         self.here, self.states, self.feeds = 0, list[State](), list[Feeds]()
 
     def begin(self, samples: Iterable[Feeds], rows: int) -> None:
-        seen = 0
-        for feed in samples:
+        for feed in limited(samples, rows):
             self.feeds.append(feed)
             self.states.append(self.segments.begin(feed))
-            seen += max((a.size for a in feed.values() if a.dtype.kind in "iu"), default=max((len(a) for a in feed.values() if a.ndim), default=1))
-            if seen >= rows:
-                return
 
     def until(self, linear: Linear) -> list[State]:
         """The values in front of a multiply, for every batch."""
@@ -84,8 +91,8 @@ class _Progress:
 
 
 def _fit(model: ir.Model, names: Names, new: Linear, old: Linear, pupil: Sequence[State], master: Sequence[State]) -> Fitted:
-    weight, bias = new.matrix().astype(np.float32), _bias(new)
-    target, then = old.matrix().astype(np.float32), _bias(old)
+    weight, bias = new.matrix().astype(np.float32), bias_of(new)
+    target, then = old.matrix().astype(np.float32), bias_of(old)
     stream = _stream(new), _stream(old)
     if None in stream or any(str(stream[0]) not in s for s in pupil) or any(str(stream[1]) not in s for s in master):
         stream = (None, None)
@@ -97,7 +104,7 @@ def _fit(model: ir.Model, names: Names, new: Linear, old: Linear, pupil: Sequenc
         if bias is not None:
             x = np.concatenate([x, np.ones((len(x), 1), x.dtype)], 1)
         if then is not None:
-            y = y + then
+            y = y + then.astype(np.float32)
         if stream[0] is not None:
             y = y + (theirs[str(stream[1])] - ours[str(stream[0])]).reshape(y.shape)
         moments += x.T @ x
@@ -115,10 +122,11 @@ def _error(moments: Array, cross: Array, squares: float, w: Array) -> float:
     return float(np.sqrt(max(rest, 0.0) / max(squares, 1e-30)))
 
 
-def _bias(linear: Linear) -> Array | None:
+def bias_of(linear: Linear) -> Array | None:
+    """[out], float64; a copy."""
     if linear.bias is None or linear.bias.const_value is None:
         return None
-    return np.broadcast_to(linear.bias.const_value.numpy().reshape(-1), (linear.out_features,)).astype(np.float32)
+    return np.broadcast_to(linear.bias.const_value.numpy().reshape(-1), (linear.out_features,)).astype(np.float64)
 
 
 def _stream(linear: Linear) -> str | None:
@@ -133,16 +141,23 @@ def _stream(linear: Linear) -> str | None:
 def _unfit(model: ir.Model, new: Linear | None, old: Linear | None) -> str | None:
     if new is None or old is None or new.node.graph is not model.graph:
         return "its output projection is no multiply of the main graph with a stored float weight"
-    if new.quantized or new.weight.dtype != ir.DataType.FLOAT or new.x.dtype != ir.DataType.FLOAT:
-        return "its output projection is not float32; prune before quantizing"
-    if new.batch or new.trans_x or new.alpha != 1 or new.beta != 1 or new.addend is not None:
-        return "its output projection is not x @ W + b"
-    if new.bias is not None and new.bias.const_value is not None and new.bias.const_value.size != new.out_features:
-        return "its bias is one number for all outputs"
-    if new.path:
+    if new.path and not new.quantized:
         return "its weight stands behind a Transpose; canonicalize folds it"
-    if not used_once(new.weight):
-        return "its weight is shared"
+    return unfit(new)
+
+
+def unfit(linear: Linear | None) -> str | None:
+    """Why the columns or rows of a projection cannot be rewritten."""
+    if linear is None:
+        return "there is no projection"
+    if linear.quantized or linear.weight.dtype != ir.DataType.FLOAT or linear.x.dtype != ir.DataType.FLOAT:
+        return f"`{linear.node.name}` has no float32 weight; do this before quantizing"
+    if linear.batch or linear.trans_x or linear.alpha != 1 or linear.beta != 1 or linear.addend is not None:
+        return f"`{linear.node.name}` is not x @ W + b"
+    if linear.bias is not None and linear.bias.const_value is not None and linear.bias.const_value.size != linear.out_features:
+        return f"the bias of `{linear.node.name}` is one number for all outputs"
+    if not used_once(linear.weight) or not all(used_once(n.outputs[0]) for n in linear.path):
+        return f"the weight of `{linear.node.name}` is shared"
     return None
 
 
@@ -157,8 +172,7 @@ def store(model: ir.Model, names: Names, linear: Linear, weight: Array, bias: Ar
     if used_once(old):
         old.const_value = ir.tensor(array, name=old.name)
         return
-    name = names.fresh(f"{old.name}_refit")
-    new = ir.Value(name=name, type=old.type, shape=ir.Shape(array.shape), const_value=ir.tensor(array, name=name))
+    new = initializer(array, names.fresh(f"{old.name}_refit"))
     model.graph.register_initializer(new)
     reader = linear.bias_node or linear.node
     reader.replace_input_with(next(k for k, v in enumerate(reader.inputs) if v is old), new)

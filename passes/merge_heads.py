@@ -13,14 +13,15 @@ from graphopt.analysis.maps import map_distances
 from graphopt.analysis.operands import HeadOperands
 from graphopt.analysis.units import Heads, Units
 from graphopt.core import Context, Pass
-from graphopt.remove import apply
-from graphopt.run.observe import observable
+from graphopt.options import option_error
+from graphopt.run.observe import limited, observable
 from graphopt.slicing import Refusal, Slicing
 
 from ._merging import Asked, Merging, unmergeable
 from ._pooling import pool
-from ._projecting import Averages, Editor, fit_behind, limited
-from ._pruning import bad, milder
+from ._projecting import Averages, Editor
+from ._pruning import OutOfFuel, carry_out, planned, weaker
+from ._refit import fit_behind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,25 +66,24 @@ class MergeHeads(Pass):
     def __post_init__(self) -> None:
         given = [key for key in ("ratio", "heads", "kv_heads") if getattr(self, key) is not None]
         if len(given) > 1:
-            raise bad(self.name, given[1].replace("_", "-"), f"to stand without {given[0].replace('_', '-')}", "both")
+            raise option_error(self.name, given[1].replace("_", "-"), f"to stand without {given[0].replace('_', '-')}", "both")
         if self.ratio is not None and not 0 < self.ratio < 1:
-            raise bad(self.name, "ratio", "a fraction between 0 and 1", self.ratio)
+            raise option_error(self.name, "ratio", "a fraction between 0 and 1", self.ratio)
         for key in ("heads", "kv_heads", "rows"):
             value = getattr(self, key)
             if value is not None and value < 1:
-                raise bad(self.name, key.replace("_", "-"), "1 or more", value)
+                raise option_error(self.name, key.replace("_", "-"), "1 or more", value)
         if self.by not in ("maps", "projections"):
-            raise bad(self.name, "by", "maps or projections", self.by)
+            raise option_error(self.name, "by", "maps or projections", self.by)
 
     def weaker(self) -> Self | None:
-        less = milder(self.ratio)
-        return None if less is None else dataclasses.replace(self, ratio=less)
+        return weaker(self)
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         if self.kv_heads is not None:
             return pool(model, ctx, self.kv_heads, rows=self.rows, refits=self.refit, resize=self.resize)
         if self.ratio is None and self.heads is None:
-            raise bad(self.name, "ratio", "how many heads go (or heads, or kv-heads)", "nothing")
+            raise option_error(self.name, "ratio", "how many heads go (or heads, or kv-heads)", "nothing")
         found = self._measured(model, ctx)
         clusters = _by_ratio(found, self.ratio) if self.ratio is not None else {m: _clusters(m, m.unit.heads - int(self.heads or 0)) for m in found}
         teacher = model.clone() if self.refit else model
@@ -97,9 +97,7 @@ class MergeHeads(Pass):
         if not outputs:
             return 0
         editor.flush()
-        apply(plan)
-        for where, text in plan.notes:
-            ctx.remarks.warning(where, text)
+        carry_out(plan, ctx)
         if self.refit:
             fit_behind(model, teacher, outputs, ctx, self.rows)
         return len(outputs)
@@ -108,12 +106,10 @@ class MergeHeads(Pass):
         """Plan the removal of all heads of these clusters but those that stay for them, and draft their weights."""
         unit, stays = m.unit, [m.stays(cluster) for cluster in clusters]
         gone = sorted(h for cluster, kept in zip(clusters, stays, strict=True) for h in cluster if h != kept)
-        trial = Slicing(plan.model, resize=self.resize)
         try:
-            trial.remove(unit.value, unit.axis, unit.mask(gone), inside=unit.inside)
-            if not ctx.fuel.burn():
-                return False
-            plan.remove(unit.value, unit.axis, unit.mask(gone), inside=unit.inside)
+            planned(plan, ctx, (unit,), gone)
+        except OutOfFuel:
+            return False
         except Refusal as refusal:
             ctx.remarks.missed(unit.node.name or "", f"not merged: {refusal}")
             return False

@@ -8,8 +8,9 @@ from typing import ClassVar, Self
 import onnx_ir as ir
 
 from graphopt.core import Context, Pass
+from graphopt.options import option_error
 
-from ._pruning import Settings, bad, check, prune, weaker
+from ._pruning import Settings, check, prune, weaker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +41,12 @@ class Prune(Pass):
     exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check(self.name, self._settings())
+        check(self.name, Settings.of(self))
 
     def weaker(self) -> Self | None:
         return weaker(self)
 
     def run(self, model: ir.Model, ctx: Context) -> int:
-        if self.flops is None and self.latency is None:
-            raise bad(self.name, "flops", "the fraction of multiplications to save (or latency)", "nothing")
-        return prune(model, ctx, ("heads", "neurons"), self._settings())
-
-    def _settings(self) -> Settings:
-        return Settings(self.importance, None, self.flops, self.latency, self.refit, self.loss, self.rows, self.multiple, self.seed, self.resize)
+        if Settings.of(self).amount is None:
+            raise option_error(self.name, "flops", "the fraction of multiplications to save (or latency)", "nothing")
+        return prune(model, ctx, ("heads", "neurons"), Settings.of(self))

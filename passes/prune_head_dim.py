@@ -12,13 +12,14 @@ from graphopt.analysis.operands import HeadOperand, HeadOperands
 from graphopt.analysis.units import Heads, Units
 from graphopt.core import Array, Context, Pass
 from graphopt.graph import static_dim
-from graphopt.remove import apply
+from graphopt.options import option_error
 from graphopt.run.observe import observable
 from graphopt.slicing import Refusal, Slicing, kept
 
 from ._narrow import Part, keys_of, values_of
-from ._projecting import Averages, Editor, fit_behind
-from ._pruning import bad, milder
+from ._projecting import Averages, Editor
+from ._pruning import carry_out, weaker
+from ._refit import fit_behind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,24 +59,23 @@ class PruneHeadDim(Pass):
 
     def __post_init__(self) -> None:
         if self.dim is not None and self.ratio is not None:
-            raise bad(self.name, "ratio", "to stand without dim", "both")
+            raise option_error(self.name, "ratio", "to stand without dim", "both")
         if self.ratio is not None and not 0 < self.ratio < 1:
-            raise bad(self.name, "ratio", "a fraction between 0 and 1", self.ratio)
+            raise option_error(self.name, "ratio", "a fraction between 0 and 1", self.ratio)
         for key in ("dim", "multiple", "rows"):
             value = getattr(self, key)
             if value is not None and value < 1:
-                raise bad(self.name, key, "1 or more", value)
+                raise option_error(self.name, key, "1 or more", value)
         for key, known in (("parts", ("both", "keys", "values")), ("method", ("auto", "select"))):
             if getattr(self, key) not in known:
-                raise bad(self.name, key, f"one of {', '.join(known)}", getattr(self, key))
+                raise option_error(self.name, key, f"one of {', '.join(known)}", getattr(self, key))
 
     def weaker(self) -> Self | None:
-        less = milder(self.ratio)
-        return None if less is None else dataclasses.replace(self, ratio=less)
+        return weaker(self)
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         if self.dim is None and self.ratio is None:
-            raise bad(self.name, "dim", "how many features of a head stay (or ratio)", "nothing")
+            raise option_error(self.name, "dim", "how many features of a head stay (or ratio)", "nothing")
         averages = Averages()
         found = [(unit, part) for unit in ctx.get(Units()).attention for part in self._parts(model, ctx, unit, averages)]
         if not found:
@@ -112,9 +112,7 @@ class PruneHeadDim(Pass):
         if not changes:
             return 0
         editor.flush()
-        apply(plan)
-        for where, text in plan.notes:
-            ctx.remarks.warning(where, text)
+        carry_out(plan, ctx)
         if self.refit:
             fit_behind(model, teacher, list(outputs), ctx, self.rows)
         return changes

@@ -8,8 +8,9 @@ from typing import ClassVar, Self
 import onnx_ir as ir
 
 from graphopt.core import Context, Pass
+from graphopt.options import option_error
 
-from ._pruning import Settings, bad, check, explicit, prune, weaker
+from ._pruning import Settings, check, explicit, prune, weaker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class PruneHeads(Pass):
     exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check(self.name, self._settings(), bool(self.heads))
+        check(self.name, Settings.of(self), bool(self.heads))
         self._listed()
 
     def weaker(self) -> Self | None:
@@ -58,19 +59,16 @@ class PruneHeads(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         if self.heads:
-            return explicit(model, ctx, self._listed(), "heads", self._settings())
-        if self.ratio is None and self.flops is None and self.latency is None:
-            raise bad(self.name, "ratio", "how much is to go (or flops, latency, heads)", "nothing")
-        return prune(model, ctx, ("heads",), self._settings())
+            return explicit(model, ctx, self._listed(), "heads", Settings.of(self))
+        if Settings.of(self).amount is None:
+            raise option_error(self.name, "ratio", "how much is to go (or flops, latency, heads)", "nothing")
+        return prune(model, ctx, ("heads",), Settings.of(self))
 
     def _listed(self) -> dict[int, list[int]]:
         found: dict[int, list[int]] = {}
         for item in self.heads:
             layer, _, head = item.partition(":")
             if not (layer.isdecimal() and head.isdecimal()):
-                raise bad(self.name, "heads", "LAYER:HEAD+LAYER:HEAD", item)
+                raise option_error(self.name, "heads", "LAYER:HEAD+LAYER:HEAD", item)
             found.setdefault(int(layer), []).append(int(head))
         return found
-
-    def _settings(self) -> Settings:
-        return Settings(self.importance, self.ratio, self.flops, self.latency, self.refit, self.loss, self.rows, 1, self.seed, self.resize)

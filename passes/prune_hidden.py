@@ -13,11 +13,11 @@ from graphopt.analysis.moments import input_moments
 from graphopt.analysis.units import Units
 from graphopt.core import Array, Context, Pass
 from graphopt.graph import static_dim
-from graphopt.remove import apply
+from graphopt.options import option_error
 from graphopt.run.observe import observable
 from graphopt.slicing import Refusal, Slicing
 
-from ._pruning import bad, weaker
+from ._pruning import carry_out, weaker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,20 +47,20 @@ class PruneHidden(Pass):
 
     def __post_init__(self) -> None:
         if self.width is not None and self.ratio is not None:
-            raise bad(self.name, "ratio", "to stand without width", "both")
+            raise option_error(self.name, "ratio", "to stand without width", "both")
         if self.ratio is not None and not 0 < self.ratio < 1:
-            raise bad(self.name, "ratio", "a fraction between 0 and 1", self.ratio)
+            raise option_error(self.name, "ratio", "a fraction between 0 and 1", self.ratio)
         if self.multiple < 1:
-            raise bad(self.name, "multiple", "1 or more", self.multiple)
+            raise option_error(self.name, "multiple", "1 or more", self.multiple)
         if self.width is not None and self.width < 1:
-            raise bad(self.name, "width", "1 or more", self.width)
+            raise option_error(self.name, "width", "1 or more", self.width)
 
     def weaker(self) -> Self | None:
         return weaker(self)
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         if self.width is None and self.ratio is None:
-            raise bad(self.name, "width", "how many channels stay (or ratio)", "nothing")
+            raise option_error(self.name, "width", "how many channels stay (or ratio)", "nothing")
         streams = {h.projections[0].x: h.node for h in ctx.get(Units()).attention if h.projections}
         s, changes = Slicing(model, resize=self.resize), 0
         for x, node in streams.items():
@@ -85,9 +85,7 @@ class PruneHidden(Pass):
         if not streams:
             ctx.remarks.missed("", "found no attention whose projections read a hidden state")
         if changes:
-            apply(s)
-            for where, text in s.notes:
-                ctx.remarks.warning(where, text)
+            carry_out(s, ctx)
         return changes
 
     def _stays(self, size: int) -> int:

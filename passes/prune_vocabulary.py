@@ -15,12 +15,11 @@ from graphopt.analysis.linear import Embedding, Embeddings, Linear, Linears
 from graphopt.core import Array, Context, Pass
 from graphopt.errors import PipelineError
 from graphopt.graph import Names, consumers, initializer, is_constant, producer
+from graphopt.options import option_error
 from graphopt.remove import apply
 from graphopt.run import Feeds
 from graphopt.shapes import infer_nodes
 from graphopt.slicing import Refusal, Slicing, Slot
-
-from ._pruning import bad
 
 KEPT = "graphopt.vocabulary"  # model metadata: the old ids that stay, in the order of the new ones, as JSON
 
@@ -94,7 +93,7 @@ class PruneVocabulary(Pass):
         if wrong:
             raise PipelineError(f"{self.name}: id {wrong[0]} is not in the table of {lookup.rows} tokens")
         if not found:
-            raise bad(self.name, "ids", "one id at least", "none")
+            raise option_error(self.name, "ids", "one id at least", "none")
         return np.array(sorted(found), np.int64)
 
     def _head(self, ctx: Context, lookup: Embedding) -> Linear | None:
@@ -153,7 +152,7 @@ def _read(name: str, file: str) -> set[int]:
     try:
         return {int(word) for word in Path(file).read_text(encoding="utf-8").split()}
     except (OSError, ValueError) as error:
-        raise bad(name, "ids", "a file of whole numbers", f"{file}: {error}") from None
+        raise option_error(name, "ids", "a file of whole numbers", f"{file}: {error}") from None
 
 
 def _seen(samples: Iterable[Feeds], name: str) -> set[int]:

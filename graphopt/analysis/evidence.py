@@ -16,6 +16,7 @@ from graphopt.core import Array, Context
 from graphopt.errors import GraphoptError
 from graphopt.graph import static_dim
 from graphopt.run import Feeds
+from graphopt.run.observe import limited
 
 if TYPE_CHECKING:
     import torch
@@ -51,32 +52,22 @@ def gather(
     nothing = np.zeros((0, 0))
     if criterion == "reconstruction":
         values = dict.fromkeys(u.output.x for c in candidates for u in c.units if u.output is not None)
-        moments = {v: m.astype(np.float64) for v, m in input_moments(model, _limited(samples, rows), list(values))}
+        moments = {v: m.astype(np.float64) for v, m in input_moments(model, limited(samples, rows), list(values))}
         for c in candidates:
             yield c, Evidence(sum((moments[u.output.x] for u in c.units if u.output is not None), np.zeros(())), nothing, nothing)
         return
     if criterion in ("attention", "entropy"):
         from graphopt.analysis.maps import head_scores
 
-        for c, scores in head_scores(model, _limited(samples, rows), candidates, criterion).items():
+        for c, scores in head_scores(model, limited(samples, rows), candidates, criterion).items():
             yield c, Evidence(nothing, nothing, scores)
         return
     for group in _groups(candidates):
         collector = _Collector(model, group, criterion, loss, seed)
-        for feed in _limited(samples, rows):
+        for feed in limited(samples, rows):
             collector.add(feed)
         if collector.rows:
             yield from collector.found()
-
-
-def _limited(samples: Iterable[Feeds], rows: int) -> Iterator[Feeds]:
-    """Batches until they hold so many rows: the elements of the largest integer input, else batch entries."""
-    seen = 0
-    for feed in samples:
-        yield feed
-        seen += max((a.size for a in feed.values() if a.dtype.kind in "iu"), default=max((len(a) for a in feed.values() if a.ndim), default=1))
-        if seen >= rows:
-            return
 
 
 def _groups(candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
@@ -113,6 +104,7 @@ class _Collector:
         self.gradients: list[Any] = [0.0] * len(self.linears)
         self.masks: list[Any] = [0.0] * len(self.linears)
         self.seen = [0] * len(self.linears)  # rows of each
+        self.counts = [c.count for c in candidates for u in c.units if u.output is not None]
 
     def add(self, feed: Feeds) -> None:
         """One batch: forward, a loss, and the gradients of the projections' results."""
@@ -148,8 +140,7 @@ class _Collector:
             return
         effect = x * (g @ self.weights[k])  # dL/dm for a mask m on each input feature of the projection, row by row
         per_sequence = effect.reshape(len(effect), -1, effect.shape[-1]).sum(1)
-        count = next(c.count for c in self.candidates if any(u.output is self.linears[k] for u in c.units))
-        on_groups = per_sequence.reshape(len(effect), count, -1).sum(-1).double()
+        on_groups = per_sequence.reshape(len(effect), self.counts[k], -1).sum(-1).double()
         self.masks[k] = self.masks[k] + (on_groups.abs() if self.criterion == "taylor" else on_groups.square()).sum(0)
 
     def found(self) -> Iterator[tuple[Candidate, Evidence]]:

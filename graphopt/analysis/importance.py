@@ -93,15 +93,9 @@ class Importance(Analysis[Mapping[Candidate, Ranking]]):
         return (c.kind == "heads" or self.criterion not in _HEADS_ONLY) and all(u.output is not None for u in c.units)
 
     def _read(self, c: Candidate, e: Evidence) -> Ranking:
-        match self.criterion:
-            case "obs":
-                return self._surgeon(c, e)
-            case "reconstruction":
-                return self.ranked(c, _reconstruction(c, e))
-            case "fisher" | "taylor":
-                return self.ranked(c, e.masks.reshape(c.count, -1).sum(1) if self.criterion == "taylor" else e.masks)
-            case _:
-                return self.ranked(c, e.masks)
+        if self.criterion == "obs":
+            return self._surgeon(c, e)
+        return self.ranked(c, _reconstruction(c, e) if self.criterion == "reconstruction" else e.masks)
 
     def ranked(self, c: Candidate, scores: Array) -> Ranking:
         """Units one by one (neurons in steps) from the least score up; costs add."""

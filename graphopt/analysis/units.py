@@ -62,7 +62,7 @@ class Heads:
     def mask(self, gone: Iterable[int]) -> Array:
         """The removal of these heads along `axis` of `value`."""
         size = static_dim(self.value, self.axis) or self.heads
-        mask = _removal(gone, self.heads, self.heads)
+        mask = _removal(gone, self.heads)
         return np.tile(mask, size // self.heads) if self.axis == 0 else np.repeat(mask, size // self.heads)  # axis 0: batch * heads
 
 
@@ -87,7 +87,7 @@ class Neurons:
         return self.neurons
 
     def mask(self, gone: Iterable[int]) -> Array:
-        return _removal(gone, self.neurons, self.neurons)
+        return _removal(gone, self.neurons)
 
 
 Unit = Heads | Neurons
@@ -115,7 +115,7 @@ class Units(Analysis[Blocks]):
             known = facts.get(node)
             place = _operator(node, known) if node.op_type == "Attention" else _primitive(known)
             if place is None:
-                if node.op_type == "Attention" or _is_near(known):
+                if node.op_type == "Attention" or isinstance(known, AttentionFacts):
                     refused.append((node, "its heads are not known" if not isinstance(known, str) else known))
                 continue
             found.append(_heads(len(found), node, place, made))
@@ -170,10 +170,6 @@ def _primitive(facts: AttentionFacts | str | None) -> _Place | None:
     return None
 
 
-def _is_near(known: AttentionFacts | str | None) -> bool:
-    return isinstance(known, AttentionFacts)
-
-
 def _heads(index: int, node: ir.Node, p: _Place, made: dict[ir.Value, Linear]) -> Heads:
     projections = _behind(p.operands, made)
     output = _ahead(p.value, made)
@@ -217,7 +213,7 @@ def _ahead(value: ir.Value, made: dict[ir.Value, Linear]) -> Linear | None:
     return None
 
 
-def _removal(gone: Iterable[int], units: int, size: int) -> Array:
+def _removal(gone: Iterable[int], units: int) -> Array:
     mask = np.zeros(units, bool)
     mask[list(gone)] = True
-    return np.repeat(mask, size // units)
+    return mask

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import onnx_ir as ir
 
@@ -51,6 +51,16 @@ def observe(model: ir.Model, samples: Iterable[Feeds], reducers: Mapping[ir.Valu
     if not count:
         raise SampleError("calibration gave 0 samples: the source is empty, or a generator that was used before")
     return count
+
+
+def limited(samples: Iterable[Feeds], rows: int) -> Iterator[Feeds]:
+    """Batches until they hold so many rows: the elements of the largest integer input, else batch entries."""
+    seen = 0
+    for feed in samples:
+        yield feed
+        seen += max((a.size for a in feed.values() if a.dtype.kind in "iu"), default=max((len(a) for a in feed.values() if a.ndim), default=1))
+        if seen >= rows:
+            return
 
 
 def exposed(model: ir.Model, names: Iterable[str]) -> ir.Model:
