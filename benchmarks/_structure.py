@@ -1,14 +1,19 @@
-"""What the benchmarks of structural compression share: calibration text, the files that are judged, and one row of their tables."""
+"""What the benchmarks of structural compression share: their arguments, calibration text, the files that are judged, and their tables."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import _models
 import _quality
 import numpy as np
+from _perplexity import feed_of, perplexity
 
 import graphopt
 from graphopt import bench
@@ -17,13 +22,16 @@ from graphopt.measure import flops, latency, size, steady_clock
 from graphopt.pipeline import PassManager, parse
 from graphopt.registry import passes, targets
 from graphopt.run.ort import session
+from graphopt.samples import Samples
 
+Rows = Iterable[tuple[str, str]]  # name, pipeline
+BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)
 COLUMNS = (
     "fewer operations", "how", "probe loss, int8", "cosine, float32", "cosine, int8", "Pearson, int8", "MB, int8", "speed-up, float32", "int8",
     "seconds of one core",
 )  # fmt: skip
 SHAPES = ((1, 16), (1, 128), (8, 64))
-_SIZES = {"batch": 8, "seq": 64}
+_SIZES, _DECODER = {"batch": 8, "seq": 64}, {"batch": 1, "seq": 256}
 
 
 def calibration(file: Path, count: int = 512, batch: int = 32) -> list[dict[str, Any]]:
@@ -58,15 +66,72 @@ class Bench:
         _row(f"{saved:.1%}", how, self.judge, self.files, written(model, self.folder, "cut"), seconds)
 
 
-def start(file: Path, reviews: Path, folder: Path, limit: int | None) -> Bench:
-    """Load and fuse MiniLM, write its files, and print the head of the table and the row of int8 alone."""
+def fused(file: Path) -> Any:
+    """The model behind the exact passes of -O1."""
     exact = graphopt.load(file)
     PassManager(parse(targets()["cpu"]().pipeline(1), passes())).run(exact, Context(exact))
+    return exact
+
+
+def changed(exact: Any, pipeline: str, samples: Samples) -> tuple[Any, float]:
+    """What a pipeline makes of a model, and the processor time that it takes."""
+    begin, model = time.process_time(), exact.clone()
+    PassManager(parse(pipeline, passes())).run(model, Context(model, samples=samples))
+    return model, time.process_time() - begin
+
+
+def start(file: Path, reviews: Path, folder: Path, limit: int | None) -> Bench:
+    """Load and fuse MiniLM, write its files, and print the head of the table and the row of int8 alone."""
+    exact = fused(file)
     files = written(exact, folder, "float32")
     bench_ = Bench(exact, files, _quality.judge(files[0], reviews, limit=limit), folder)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     _row("0", "int8 only", bench_.judge, files, files, 0.0)
     return bench_
+
+
+def minilm(options: argparse.Namespace, rows: Rows, lines: int) -> None:
+    samples = Samples(calibration(options.text, lines))
+    with tempfile.TemporaryDirectory() as name:
+        table = start(options.model, options.reviews, Path(name), options.limit)
+        for how, pipeline in rows:
+            model, seconds = changed(table.exact, pipeline, samples)
+            table.row(model, how, seconds)
+
+
+def smol(options: argparse.Namespace, rows: Rows) -> None:
+    from weight_only import tokens
+
+    held_out, seen = tokens(0, 40, 8), tokens(40, 300, 16)
+    samples, exact = Samples([feed_of(row[None]) for row in seen]), fused(options.model)
+    total = flops(exact, _DECODER).total
+    print("| fewer operations | how | perplexity | MB | seconds of one core |\n|---|---|---|---|---|", flush=True)
+    for how, pipeline in rows:
+        model, seconds = changed(exact, pipeline, samples)
+        saved = 1 - flops(model, _DECODER).total / total
+        with tempfile.TemporaryDirectory() as name:
+            path = Path(name, "model.onnx")
+            graphopt.optimize(model, "", target="cpu{tune=off}", promise=False).save(path)
+            del model
+            print(f"| {saved:.1%} | {how} | {perplexity(session(path), held_out):.2f} | {size(path) / 1e6:.0f} | {seconds:.0f} |", flush=True)
+
+
+def main(description: str | None, rows: Callable[[Sequence[float]], Rows], decoder: Mapping[str, str], *, lines: int) -> None:
+    """The command of a benchmark: `rows` of MiniLM for the budgets, and those of the decoder, by name; `lines` of text calibrate."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", choices=("minilm", "smol"))
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--reviews", type=Path)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--budgets", type=lambda text: tuple(map(float, text.split(","))), default=BUDGETS)
+    parser.add_argument("--only", type=lambda text: tuple(text.split(";")), default=(), help="names of rows, separated by semicolons")
+    options = parser.parse_args()
+    if options.job == "minilm" and (options.text is None or options.reviews is None):
+        parser.error("minilm needs --text and --reviews")
+    table = list(rows(options.budgets)) if options.job == "minilm" else [("as it is", ""), *decoder.items()]
+    wanted = [(how, pipeline) for how, pipeline in table if not options.only or how in options.only]
+    minilm(options, wanted, lines) if options.job == "minilm" else smol(options, wanted)
 
 
 def written(model: Any, folder: Path, name: str) -> tuple[Path, Path]:
