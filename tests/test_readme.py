@@ -48,23 +48,30 @@ def test_the_examples_run(tmp_path: Path) -> None:
     assert (tmp_path / "minilm-int8.onnx").stat().st_size < 24e6
 
 
-@pytest.mark.slow
-def test_the_page_on_quantization(tmp_path: Path) -> None:
-    """Its pipelines and targets parse, and its shell example runs on a real model."""
+def page(name: str, folder: Path, pipelines: str, least: int) -> str:
+    """The text of a page whose pipelines (at least so many) parse; a real model and its tokenizer lie in `folder` for its examples."""
     from models import minilm, minilm_folder  # type: ignore[import-not-found]
 
     from graphopt import registry
-    from graphopt.api import parse_target
     from graphopt.pipeline import parse
 
-    text = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
-    pipelines = re.findall(r"`((?:quantize|smooth|mix-precision)\b[^`]*)`", text)
-    assert len(pipelines) >= 7
-    for pipeline in pipelines:
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    found = re.findall(pipelines, text)
+    assert len(found) >= least
+    for pipeline in found:
         assert parse(pipeline, registry.passes())
+    (folder / "minilm.onnx").write_bytes(minilm("sdpa_18").read_bytes())
+    (folder / "tokenizer.json").write_bytes((minilm_folder() / "tokenizer.json").read_bytes())
+    return text
+
+
+@pytest.mark.slow
+def test_the_page_on_quantization(tmp_path: Path) -> None:
+    """Its pipelines and targets parse, and its shell example runs on a real model."""
+    from graphopt.api import parse_target
+
+    text = page("quantization.md", tmp_path, r"`((?:quantize|smooth|mix-precision)\b[^`]*)`", 7)
     assert [parse_target(found) for found in re.findall(r'`--target "([^"]+)"`', text)]
-    (tmp_path / "minilm.onnx").write_bytes(minilm("sdpa_18").read_bytes())
-    (tmp_path / "tokenizer.json").write_bytes((minilm_folder() / "tokenizer.json").read_bytes())
     (tmp_path / "texts.txt").write_text("\n".join(["A cat sat on the mat.", "The budget was passed by the senate last night."] * 2), encoding="utf-8")
     examples = re.findall(r"```sh\n(.*?)```", text, flags=re.S)
     printed = [run(["bash", "-eu", "-c", example], tmp_path) for example in examples]
@@ -77,20 +84,10 @@ def test_the_page_on_quantization(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_page_on_pruning(tmp_path: Path) -> None:
     """Its pipelines parse, and its shell example runs on a real model."""
-    from models import minilm, minilm_folder  # type: ignore[import-not-found]
-
-    from graphopt import registry
     from graphopt.analysis.importance import CRITERIA
-    from graphopt.pipeline import parse
 
-    text = (ROOT / "docs" / "pruning.md").read_text(encoding="utf-8")
-    pipelines = re.findall(r"`((?:prune|merge-heads)[\w-]*\{[^`]*)`", text)
-    assert len(pipelines) >= 10
-    for pipeline in pipelines:
-        assert parse(pipeline, registry.passes())
+    text = page("pruning.md", tmp_path, r"`((?:prune|merge-heads)[\w-]*\{[^`]*)`", 10)
     assert all(f"`{criterion}`" in text for criterion in CRITERIA)
-    (tmp_path / "minilm.onnx").write_bytes(minilm("sdpa_18").read_bytes())
-    (tmp_path / "tokenizer.json").write_bytes((minilm_folder() / "tokenizer.json").read_bytes())
     example = re.search(r"```sh\n(.*?)```", text, flags=re.S)
     assert example is not None
     printed = run(["bash", "-eu", "-c", example[1]], tmp_path)
