@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from graphopt.choices import Piece
 from graphopt.core import Array
-from graphopt.graph import constant, is_constant
+from graphopt.graph import constant, is_constant, is_graph
 from graphopt.sizes import Bindings, size_of
 
 STANDS_FOR = "graphopt.stands_for"  # value.meta: what an input of a small model is in the whole one
@@ -43,7 +43,7 @@ def extract(piece: Piece, model: ir.Model) -> ir.Model | None:
     nodes = [_copy(node, values) for node in piece.nodes]
     inside = set(piece.nodes)
     outputs = [values[v] for v in made if v.name and (v.is_graph_output() or any(u.node not in inside for u in v.uses()))]
-    if not inputs or not outputs or any(n.attributes and any(_is_graph(a) for a in n.attributes.values()) for n in nodes):
+    if not inputs or not outputs or any(n.attributes and any(is_graph(a) for a in n.attributes.values()) for n in nodes):
         return None
     outputs.sort(key=lambda v: str(v.name))
     graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=weights, opset_imports=dict(model.opset_imports), name="piece")
@@ -53,10 +53,6 @@ def extract(piece: Piece, model: ir.Model) -> ir.Model | None:
 def whole(value: ir.Value | None) -> ir.Value | None:
     """The value of the whole model that an input of a piece stands for; a value of no piece is itself."""
     return value if value is None else value.meta.get(STANDS_FOR, value)
-
-
-def _is_graph(attribute: ir.Attr) -> bool:
-    return attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
 def _copy(node: ir.Node, values: dict[ir.Value, ir.Value]) -> ir.Node:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.core import Array
-from graphopt.graph import constant, is_constant, scalar, used_once
+from graphopt.graph import constant, is_constant, is_graph, scalar, used_once
 from graphopt.shapes import contents
 
 _RANDOM = frozenset({"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"})
@@ -25,7 +25,7 @@ def is_random(node: ir.Node) -> bool:
 
 
 def has_subgraph(node: ir.Node) -> bool:
-    return any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
+    return any(map(is_graph, node.attributes.values()))
 
 
 def is_pure(node: ir.Node) -> bool:

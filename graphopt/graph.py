@@ -98,6 +98,11 @@ def graphs(model: ir.Model) -> Iterator[ir.Graph]:
         todo += [body for node in graph if node.attributes for body in bodies(node)]
 
 
+def is_graph(attribute: ir.Attr) -> bool:
+    """True for an attribute that holds one subgraph or several."""
+    return attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
+
 def bodies(node: ir.Node) -> list[ir.Graph]:
     """The subgraphs that a node holds (the branches of an If, the body of a Loop)."""
     found: list[ir.Graph] = []

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import onnx_ir as ir
 
 from graphopt.analysis.stream import StreamLayer, Streams
 from graphopt.core import Array, Context, Pass
-from graphopt.errors import PipelineError
+from graphopt.options import at_option
 from graphopt.run.observe import observable, observe
 
 from ._drop import DropSteps, Unit, cosines, inside, left_over, units
@@ -149,6 +149,4 @@ def _score(scores: Mapping[Unit, float], unit: Unit) -> dict[str, float]:
 
 
 def _refuse(key: str, expected: str) -> None:
-    error: Any = PipelineError(f"drop-layers: option `{key}` expects {expected}")
-    error.bad_key = key
-    raise error
+    raise at_option(key, f"drop-layers: option `{key}` expects {expected}")

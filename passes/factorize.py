@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Embeddings, Linear
 from graphopt.analysis.moments import input_moments
 from graphopt.core import Array, Context, Pass
-from graphopt.errors import PipelineError
 from graphopt.graph import static_dim
+from graphopt.options import at_option
 from graphopt.run.observe import observable
 
 from ._budget import by_budget
@@ -205,6 +205,4 @@ def _no_smaller(item: Item, rank: int) -> list[Whole]:
 
 
 def _refuse(key: str, expected: str) -> None:
-    error: Any = PipelineError(f"factorize: option `{key}` expects {expected}")
-    error.bad_key = key
-    raise error
+    raise at_option(key, f"factorize: option `{key}` expects {expected}")

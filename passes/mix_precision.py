@@ -15,6 +15,7 @@ from graphopt.analysis.linear import StoredOperands
 from graphopt.analysis.sensitivity import effects
 from graphopt.core import Context, Pass
 from graphopt.errors import PipelineError
+from graphopt.options import option_error
 from graphopt.pipeline import PassManager, parse
 from graphopt.remarks import Remarks
 from graphopt.run import Feeds
@@ -76,17 +77,17 @@ class MixPrecision(Pass):
 
     def __post_init__(self) -> None:
         if not self.choices:
-            _refuse("choices", f"one of {', '.join(KNOWN)} at least", "none")
+            raise option_error(self.name, "choices", f"one of {', '.join(KNOWN)} at least", "none")
         for choice in self.choices:
             _step(choice)
         if self.loss is not None and not self.loss > 0:
-            _refuse("loss", "a fraction above 0", self.loss)
+            raise option_error(self.name, "loss", "a fraction above 0", self.loss)
         if not 0 < self.share <= 1:
-            _refuse("share", "a number above 0 and at most 1", self.share)
+            raise option_error(self.name, "share", "a number above 0 and at most 1", self.share)
         if self.heads and self.cost == "time":
-            _refuse("cost", "bytes with heads=true, as the time of a head by itself says little about all together", self.cost)
+            raise option_error(self.name, "cost", "bytes with heads=true, as the time of a head by itself says little about all together", self.cost)
         if self.batches < 0:
-            _refuse("batches", "a number of batches, or 0 for all", self.batches)
+            raise option_error(self.name, "batches", "a number of batches, or 0 for all", self.batches)
 
     def weaker(self) -> Self | None:
         return dataclasses.replace(self, share=self.share / 2) if self.share / 2 >= _LEAST_SHARE else None
@@ -217,11 +218,5 @@ def _step(choice: str) -> Pass:
     """The pass that a choice stands for."""
     steps: list[Pass] = parse(KNOWN.get(choice, choice), registry.passes())
     if len(steps) != 1 or steps[0].exact or isinstance(steps[0], MixPrecision):
-        _refuse("choices", f"{', '.join(KNOWN)}, or the text of one lossy pass in quotes", choice)
+        raise option_error("mix-precision", "choices", f"{', '.join(KNOWN)}, or the text of one lossy pass in quotes", choice)
     return steps[0]
-
-
-def _refuse(key: str, expected: str, found: object) -> None:
-    error = PipelineError(f"mix-precision: option `{key}` expects {expected}, found `{found}`")
-    error.bad_key = key  # type: ignore[attr-defined]
-    raise error

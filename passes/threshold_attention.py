@@ -12,8 +12,8 @@ import onnx_ir as ir
 from graphopt.analysis.attention import AttentionFacts, Attentions
 from graphopt.core import Array, Context, Pass
 from graphopt.distance import relative_l2
-from graphopt.errors import PipelineError
 from graphopt.graph import all_nodes, attr, producer
+from graphopt.options import at_option
 from graphopt.rewrite import Builder, Match, Miss, RewritePass
 from graphopt.run import ort
 from graphopt.run.observe import observable, observe
@@ -184,6 +184,4 @@ def _facts(seen: _Histogram, limit: Array | None) -> dict[str, Any]:
 
 
 def _refuse(key: str, expected: str) -> None:
-    error: Any = PipelineError(f"threshold-attention: option `{key}` expects {expected}")
-    error.bad_key = key
-    raise error
+    raise at_option(key, f"threshold-attention: option `{key}` expects {expected}")

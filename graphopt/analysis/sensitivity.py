@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from graphopt.distance import Squares
 from graphopt.errors import SampleError
-from graphopt.graph import is_constant
+from graphopt.graph import is_constant, is_graph
 from graphopt.run import Feeds
 from graphopt.run.segments import Change, Recipe, Segments
 
@@ -85,8 +85,8 @@ def effects(model: ir.Model, samples: Iterable[Feeds], changes: Mapping[K, Chang
 def _same(old: ir.Node, new: ir.Node) -> bool:
     if (old.domain, old.op_type, len(old.inputs)) != (new.domain, new.op_type, len(new.inputs)):
         return False
-    if {k: str(a.value) for k, a in old.attributes.items() if not _is_graph(a)} != {
-        k: str(a.value) for k, a in new.attributes.items() if not _is_graph(a)
+    if {k: str(a.value) for k, a in old.attributes.items() if not is_graph(a)} != {
+        k: str(a.value) for k, a in new.attributes.items() if not is_graph(a)
     }:
         return False
     return all(_same_value(a, b) for a, b in zip(old.inputs, new.inputs, strict=True))
@@ -116,7 +116,7 @@ def _slice(last: ir.Node, stops: set[str]) -> tuple[ir.Node, ...] | None:
             continue
         if node in order:
             continue
-        if any(_is_graph(a) for a in node.attributes.values()):
+        if any(is_graph(a) for a in node.attributes.values()):
             return None
         todo.append((node, True))
         for value in node.inputs:
@@ -127,7 +127,3 @@ def _slice(last: ir.Node, stops: set[str]) -> tuple[ir.Node, ...] | None:
                 return None
             todo.append((source, False))
     return tuple(order)
-
-
-def _is_graph(attribute: ir.Attr) -> bool:
-    return attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
