@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
+import multiprocessing
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -53,17 +56,40 @@ def calibration(file: Path, count: int = 512, batch: int = 32) -> list[dict[str,
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """An exact model, its float32 and int8 files, and the judge of their embeddings; operations are counted at 8 x 64 tokens."""
+    """An exact model, calibration samples, the judge of its embeddings, and a folder for files; operations are counted at 8 x 64 tokens."""
 
-    exact: Any
-    files: tuple[Path, Path]
+    source: Path
+    feeds: Sequence[Mapping[str, Any]]
     judge: _quality.Judge
     folder: Path
 
-    def row(self, model: Any, how: str, seconds: float) -> None:
-        """Print what became of the model, beside the exact one."""
-        saved = 1 - flops(model, _SIZES).total / flops(self.exact, _SIZES).total
-        _row(f"{saved:.1%}", how, self.judge, self.files, written(model, self.folder, "cut"), seconds)
+    def row(self, number: int, how: str, pipeline: str) -> Row:
+        """What a pipeline makes of the model, as two files, and how good they are; all but the speed."""
+        exact = graphopt.load(self.source)
+        model, seconds = changed(exact, pipeline, Samples(self.feeds))
+        saved = 1 - flops(model, _SIZES).total / flops(exact, _SIZES).total
+        files, count = written(model, self.folder, str(number)), min(1000, len(self.judge.texts))
+        cosine = _quality.cosine(self.judge.base[:count], _quality.embed(files[0], self.judge.texts[:count]))
+        return Row(how, saved, self.judge.of(files[1]), cosine, files, seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of the table. `cosine`: of the float32 file; `seconds`: of one core, to make the model."""
+
+    how: str
+    saved: float
+    quality: _quality.Quality
+    cosine: float
+    files: tuple[Path, Path]
+    seconds: float
+
+    def text(self, *speedups: str) -> str:
+        q, megabytes = self.quality, size(self.files[1]) / 1e6
+        return (
+            f"| {self.saved:.1%} | {self.how} | {q.loss:.2%} +- {q.error:.2%} | {self.cosine:.4f} | {q.cosine:.4f} | {q.pearson:.4f} | "
+            f"{megabytes:.1f} | {' | '.join(speedups)} | {self.seconds:.0f} |"
+        )
 
 
 def fused(file: Path) -> Any:
@@ -80,23 +106,29 @@ def changed(exact: Any, pipeline: str, samples: Samples) -> tuple[Any, float]:
     return model, time.process_time() - begin
 
 
-def start(file: Path, reviews: Path, folder: Path, limit: int | None) -> Bench:
-    """Load and fuse MiniLM, write its files, and print the head of the table and the row of int8 alone."""
-    exact = fused(file)
-    files = written(exact, folder, "float32")
-    bench_ = Bench(exact, files, _quality.judge(files[0], reviews, limit=limit), folder)
-    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
-    _row("0", "int8 only", bench_.judge, files, files, 0.0)
-    return bench_
-
-
 def minilm(options: argparse.Namespace, rows: Rows, lines: int) -> None:
-    samples = Samples(calibration(options.text, lines))
+    """Make and judge the rows in `--processes` at once; then time all files in one interleaved run."""
     with tempfile.TemporaryDirectory() as name:
-        table = start(options.model, options.reviews, Path(name), options.limit)
-        for how, pipeline in rows:
-            model, seconds = changed(table.exact, pipeline, samples)
-            table.row(model, how, seconds)
+        folder = Path(name)
+        exact = fused(options.model)
+        source = written(exact, folder, "exact")[0]
+        bench_ = Bench(source, calibration(options.text, lines), _quality.judge(source, options.reviews, limit=options.limit), folder)
+        wanted = [("int8 only", ""), *rows]
+        made: list[Row] = []
+        with concurrent.futures.ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn"), _single, max_tasks_per_child=1) as pool:
+            for future in [pool.submit(bench_.row, number, *row) for number, row in enumerate(wanted)]:
+                made.append(future.result())
+                print(made[-1].text("to be timed", ""), file=sys.stderr, flush=True)
+        speedups = raced(source, [path for row in made for path in row.files])
+        print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+        for row in made:
+            print(row.text(*(f"{speedups[path]:.2f}x" for path in row.files)))
+
+
+def _single() -> None:
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def smol(options: argparse.Namespace, rows: Rows) -> None:
@@ -124,6 +156,7 @@ def main(description: str | None, rows: Callable[[Sequence[float]], Rows], decod
     parser.add_argument("--text", type=Path)
     parser.add_argument("--reviews", type=Path)
     parser.add_argument("--limit", type=int)
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--budgets", type=lambda text: tuple(map(float, text.split(","))), default=BUDGETS)
     parser.add_argument("--only", type=lambda text: tuple(text.split(";")), default=(), help="names of rows, separated by semicolons")
     options = parser.parse_args()
@@ -142,21 +175,9 @@ def written(model: Any, folder: Path, name: str) -> tuple[Path, Path]:
     return paths
 
 
-def _row(saved: str, how: str, judge: _quality.Judge, base: tuple[Path, Path], files: tuple[Path, Path], seconds: float) -> None:
-    count = min(1000, len(judge.texts))
-    cosine = _quality.cosine(judge.base[:count], _quality.embed(files[0], judge.texts[:count]))
-    found = judge.of(files[1])
-    faster = _race(base[0], files)
-    print(
-        f"| {saved} | {how} | {found.loss:.2%} +- {found.error:.2%} | {cosine:.4f} | {found.cosine:.4f} | {found.pearson:.4f} | "
-        f"{size(files[1]) / 1e6:.1f} | {faster[0]:.2f}x | {faster[1]:.2f}x | {seconds:.0f} |",
-        flush=True,
-    )
-
-
-def _race(base: Path, files: tuple[Path, Path]) -> tuple[float, float]:
-    """Speed-up over `base`, geometric mean over SHAPES: interleaved warm blocks in processor time."""
-    sessions = {"base": bench.Picky(session(base)), "float32": bench.Picky(session(files[0])), "int8": bench.Picky(session(files[1]))}
+def raced(base: Path, files: Sequence[Path]) -> dict[Path, float]:
+    """Speed-ups over `base`, geometric mean over SHAPES: interleaved warm blocks in processor time."""
+    sessions = {str(path): bench.Picky(session(path)) for path in (base, *files)}
     feeds = bench.feeds_for([graphopt.load(base)], list(SHAPES))
-    timed = latency(sessions, feeds, rounds=4, block=3, clock=steady_clock(1))
-    return timed.speedup("float32"), timed.speedup("int8")
+    timed = latency(sessions, feeds, rounds=5, block=2, clock=steady_clock(1))
+    return {path: timed.speedup(str(path)) for path in files}

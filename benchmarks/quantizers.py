@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import concurrent.futures.process
 import multiprocessing
 import os
 import sys
@@ -39,11 +40,13 @@ CALIBRATORS = ("minmax", "percentile percentile=99.99", "percentile percentile=9
 PREFILL = (1, 256)
 
 
-def build(source: Path, folder: Path, table: dict[str, Quantizer], samples: Sequence[Any]) -> tuple[dict[str, Path], dict[str, str]]:
-    """The files that could be made and loaded, float32 first, and why the others could not."""
+def build(
+    source: Path, folder: Path, table: dict[str, Quantizer], samples: Sequence[Any], at_once: int = 2
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """The files that could be made and loaded, float32 first, and why the others could not; so many quantizers run at once."""
     files, refused = {"float32": source}, {}
-    with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        made = {name: pool.submit(_build, make, source, folder / f"{k}.onnx", samples) for k, (name, make) in enumerate(table.items())}
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        made = {name: pool.submit(_alone, make, source, folder / f"{k}.onnx", samples) for k, (name, make) in enumerate(table.items())}
         for number, (name, future) in enumerate(made.items()):
             reason, seconds = future.result()
             print(f"{name}: {reason or 'made'} ({seconds:.0f} s)", file=sys.stderr, flush=True)
@@ -52,6 +55,16 @@ def build(source: Path, folder: Path, table: dict[str, Quantizer], samples: Sequ
             else:
                 files[name] = folder / f"{number}.onnx"
     return files, refused
+
+
+def _alone(quantizer: Quantizer, source: Path, out: Path, samples: Sequence[Any]) -> tuple[str, float]:
+    """`_build` in a process of its own, which may need more memory than there is."""
+    start = time.time()
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_build, quantizer, source, out, samples).result()
+        except concurrent.futures.process.BrokenProcessPool:
+            return "its process was killed, most likely for its memory", time.time() - start
 
 
 def _build(quantizer: Quantizer, source: Path, out: Path, samples: Sequence[Any]) -> tuple[str, float]:
@@ -103,7 +116,7 @@ def minilm(folder: Path, pick: Callable[[dict[str, Quantizer]], dict[str, Quanti
 def smol(source: Path, folder: Path, pick: Callable[[dict[str, Quantizer]], dict[str, Quantizer]], python: Path | None) -> None:
     held_out, samples = tokens(0, 40, 8), [feed_of(row[None]) for row in tokens(40, 300, 32)]
     table = quantizers(python, f"{TABLE}, {FOUR}")
-    files, refused = build(source, folder, pick(table), samples)
+    files, refused = build(source, folder, pick(table), samples, at_once=1)
     sessions, quality = {}, {}
     for name, path in files.items():
         sessions[name] = demo._session(path)

@@ -7,19 +7,21 @@ to the residual stream there, corrected by what the stream has lost already (Kwo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Linear, Linears
+from graphopt.analysis.padding import Padding, rows_of
 from graphopt.core import Array, Context
 from graphopt.graph import Names, consumers, initializer, is_constant, same_shape, used_once
 from graphopt.run import Feeds
 from graphopt.run.observe import limited
 from graphopt.run.segments import Segments, State
 
-_RIDGE = 1e-4  # of the mean second moment, towards the old weights
+_RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0)  # of the mean second moment, towards the old weights; chosen on what is held out
+_HELD_OUT = 4  # one batch of so many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +57,9 @@ def refit(
     master = _Progress(teacher, [old[name] for name in order])
     pupil.begin(samples, rows)
     master.begin(pupil.feeds, rows)
-    fresh = Names(model)
-    return [_fit(model, fresh, new[n], old[n], pupil.until(new[n]), master.until(old[n])) for n in order], refused
+    padding, fresh = Padding(teacher), Names(model)
+    kept = [padding.kept(feed) for feed in pupil.feeds]
+    return [_fit(model, fresh, new[n], old[n], pupil.until(new[n]), master.until(old[n]), kept) for n in order], refused
 
 
 def fit_behind(model: ir.Model, teacher: ir.Model, names: Sequence[str], ctx: Context, rows: int) -> None:
@@ -90,36 +93,68 @@ class _Progress:
         return self.states
 
 
-def _fit(model: ir.Model, names: Names, new: Linear, old: Linear, pupil: Sequence[State], master: Sequence[State]) -> Fitted:
+class _Sums:
+    """What a least-squares fit of x [rows, in] @ W to y [rows, out] needs of the rows."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        self.moments, self.cross, self.squares = np.zeros((inputs, inputs)), np.zeros((inputs, outputs)), 0.0
+
+    def add(self, x: Array, y: Array) -> None:
+        self.moments += x.T @ x
+        self.cross += x.T @ y
+        self.squares += float(np.square(y, dtype=np.float64).sum())
+
+    def __add__(self, other: _Sums) -> _Sums:
+        total = _Sums(*self.cross.shape)
+        total.moments, total.cross = self.moments + other.moments, self.cross + other.cross
+        total.squares = self.squares + other.squares
+        return total
+
+    def solve(self, start: Array, ridge: float) -> Array:
+        """The best W, drawn to `start` by a part of the mean second moment."""
+        damp = ridge * float(np.trace(self.moments)) / len(self.moments)
+        found: Array = np.linalg.solve(self.moments + damp * np.eye(len(self.moments)), self.cross + damp * start)
+        return found
+
+    def error(self, w: Array) -> float:
+        """|x W - y| / |y|"""
+        rest = self.squares - 2 * float((w * self.cross).sum()) + float(((self.moments @ w) * w).sum())
+        return float(np.sqrt(max(rest, 0.0) / max(self.squares, 1e-30)))
+
+
+def _fit(
+    model: ir.Model, names: Names, new: Linear, old: Linear, pupil: Sequence[State], master: Sequence[State], kept: Sequence[Sequence[Array]]
+) -> Fitted:
     weight, bias = new.matrix().astype(np.float32), bias_of(new)
+    start = (weight if bias is None else np.concatenate([weight, bias[None]])).astype(np.float64)
+    fit, held = _Sums(*start.shape), _Sums(*start.shape)
+    for number, rows in enumerate(_rows(new, old, pupil, master, kept)):
+        (held if number % _HELD_OUT == _HELD_OUT - 1 else fit).add(*rows)
+    ridges = _RIDGES if held.squares else _RIDGES[:1]
+    ridge = min(ridges, key=lambda r: held.error(fit.solve(start, r)))
+    whole = fit + held
+    found = whole.solve(start, ridge)
+    store(model, names, new, found if bias is None else found[:-1], None if bias is None else found[-1])
+    return Fitted(str(new.node.name), whole.error(start), whole.error(found))
+
+
+def _rows(
+    new: Linear, old: Linear, pupil: Sequence[State], master: Sequence[State], kept: Sequence[Sequence[Array]]
+) -> Iterator[tuple[Array, Array]]:
+    """For each batch what the pruned multiply is fed, a one behind it where it has a bias, and what should come out; without padding."""
     target, then = old.matrix().astype(np.float32), bias_of(old)
     stream = _stream(new), _stream(old)
     if None in stream or any(str(stream[0]) not in s for s in pupil) or any(str(stream[1]) not in s for s in master):
         stream = (None, None)
-    size = len(weight) + (bias is not None)
-    moments, cross, squares = np.zeros((size, size)), np.zeros((size, weight.shape[1])), 0.0
-    for ours, theirs in zip(pupil, master, strict=True):
-        x = ours[str(new.x.name)].reshape(-1, len(weight))
-        y = theirs[str(old.x.name)].reshape(-1, len(target)) @ target
-        if bias is not None:
+    for ours, theirs, masks in zip(pupil, master, kept, strict=True):
+        x, y = rows_of(ours[str(new.x.name)], masks), rows_of(theirs[str(old.x.name)], masks) @ target
+        if bias_of(new) is not None:
             x = np.concatenate([x, np.ones((len(x), 1), x.dtype)], 1)
         if then is not None:
             y = y + then.astype(np.float32)
         if stream[0] is not None:
-            y = y + (theirs[str(stream[1])] - ours[str(stream[0])]).reshape(y.shape)
-        moments += x.T @ x
-        cross += x.T @ y
-        squares += float(np.square(y, dtype=np.float64).sum())
-    start = (weight if bias is None else np.concatenate([weight, bias[None]])).astype(np.float64)
-    ridge = _RIDGE * float(np.trace(moments)) / size
-    found = np.linalg.solve(moments + ridge * np.eye(size), cross + ridge * start)
-    store(model, names, new, found if bias is None else found[:-1], None if bias is None else found[-1])
-    return Fitted(str(new.node.name), *(_error(moments, cross, squares, w) for w in (start, found)))
-
-
-def _error(moments: Array, cross: Array, squares: float, w: Array) -> float:
-    rest = squares - 2 * float((w * cross).sum()) + float(((moments @ w) * w).sum())
-    return float(np.sqrt(max(rest, 0.0) / max(squares, 1e-30)))
+            y = y + rows_of(theirs[str(stream[1])] - ours[str(stream[0])], masks)
+        yield x, y
 
 
 def bias_of(linear: Linear) -> Array | None:

@@ -59,7 +59,7 @@ class MergeHeads(Pass):
     kv_heads: int | None = None
     by: str = "maps"
     refit: bool = True
-    rows: int = 16384
+    rows: int = 32768
     resize: tuple[str, ...] = ()
     exact: ClassVar[bool] = False
 

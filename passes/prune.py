@@ -35,7 +35,7 @@ class Prune(Pass):
     multiple: int = 32
     refit: bool = True
     loss: str = "auto"
-    rows: int = 16384
+    rows: int = 32768
     seed: int = 0
     resize: tuple[str, ...] = ()
     exact: ClassVar[bool] = False

@@ -37,7 +37,7 @@ class PruneFfn(Pass):
     multiple: int = 32
     refit: bool = True
     loss: str = "auto"
-    rows: int = 16384
+    rows: int = 32768
     seed: int = 0
     exact: ClassVar[bool] = False
 

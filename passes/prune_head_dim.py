@@ -53,7 +53,7 @@ class PruneHeadDim(Pass):
     method: str = "auto"
     multiple: int = 8
     refit: bool = True
-    rows: int = 16384
+    rows: int = 32768
     resize: tuple[str, ...] = ()
     exact: ClassVar[bool] = False
 

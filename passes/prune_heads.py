@@ -45,7 +45,7 @@ class PruneHeads(Pass):
     importance: str = "obs"
     refit: bool = True
     loss: str = "auto"
-    rows: int = 16384
+    rows: int = 32768
     seed: int = 0
     resize: tuple[str, ...] = ()
     exact: ClassVar[bool] = False

@@ -36,11 +36,14 @@ def graphopt(*arguments: str) -> str:
 
 def main() -> None:
     import graphopt as package
+    from graphopt.registry import passes, targets
 
     home = Path(package.__file__).resolve().parent
     assert "site-packages" in home.parts, f"expected the installed package, found {home}"
     assert "fuse-attention" in graphopt("passes")
     assert "quantized" in graphopt("targets")
+    for known in (passes(), targets()):
+        assert all(known[name] for name in known)  # imports each
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder, "in.onnx"), Path(folder, "out.onnx")
         onnx.save(onnx.parser.parse_model(MODEL), source)

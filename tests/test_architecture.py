@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,6 +110,14 @@ def place(path: Path) -> str:
 def test_every_core_module_has_a_place() -> None:
     names = {place(path) for path in modules("graphopt")} - {"__init__"}
     assert names <= set(ROW), f"say where {sorted(names - set(ROW))} stands in ROWS of {__file__}"
+
+
+def test_a_wheel_holds_every_package() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    folders = config["package-dir"]
+    listed = {name: folders.get(name, name.replace(".", "/")) for name in config["packages"]}
+    there = {init.parent.relative_to(ROOT).as_posix() for folder in folders.values() for init in (ROOT / folder).rglob("__init__.py")}
+    assert set(listed.values()) == there
 
 
 def test_dependency_direction() -> None:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.linear import Embeddings
 from graphopt.analysis.moments import input_moments
+from graphopt.analysis.padding import Padding, positions
 from graphopt.analysis.removable import Candidate
 from graphopt.core import Array, Context
 from graphopt.errors import GraphoptError
@@ -27,7 +28,7 @@ BYTES = 2**30  # of moments that are held at a time; more means another run over
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """Of one candidate, summed over its units.
+    """Of one candidate, summed over its units. Padding does not count.
 
     Attributes:
         inputs: E[x x^T], float64 [in, in], of the output projection, over its own rows.
@@ -95,7 +96,7 @@ class _Collector:
         from graphopt.run.torch import TorchModel
 
         self.candidates, self.criterion = candidates, criterion
-        self.loss, self.rows = loss_of(model, loss), 0
+        self.loss, self.own_loss, self.rows, self.padding = loss_of(model, loss), callable(loss), 0, Padding(model)
         self.torch, self.random = torch, torch.Generator().manual_seed(seed)
         self.model = TorchModel(model, trainable=())
         self.linears = [u.output for c in candidates for u in c.units if u.output is not None]
@@ -122,18 +123,19 @@ class _Collector:
         reads = [str(x.x.name) for x in self.linears]
         feeds = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feed.items()}
         outputs = self.model(feeds, observe=reads, edit={name: probed(name) for name in results})
-        wanted = {p.name: outputs[p.name] for p in self.model.outputs}
+        kept = self.padding.kept(feed)
+        wanted = {p.name: outputs[p.name] if self.own_loss else self._counted(outputs[p.name], kept) for p in self.model.outputs}
         loss = self.loss(wanted, feeds, self.random)
         if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
             raise GraphoptError("the loss does not depend on any head or neuron: no float output of the model follows from them")
         gradients = torch.autograd.grad(loss, [probes[name] for name in results], allow_unused=True)
         for k, (name, result, gradient) in enumerate(zip(reads, results, gradients, strict=True)):
-            self._sum(k, outputs[name].detach(), torch.zeros_like(probes[result]) if gradient is None else gradient)
-        self.rows += probes[results[0]].numel() // probes[results[0]].shape[-1]
+            self._sum(k, outputs[name].detach(), torch.zeros_like(probes[result]) if gradient is None else gradient, kept)
+        self.rows += len(self._flat(probes[results[0]], kept))
 
-    def _sum(self, k: int, x: torch.Tensor, g: torch.Tensor) -> None:
+    def _sum(self, k: int, x: torch.Tensor, g: torch.Tensor, kept: Sequence[Array]) -> None:
         if self.criterion == "obs":
-            flat, grad = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+            flat, grad = self._flat(x, kept), self._flat(g, kept)
             self.inputs[k] = self.inputs[k] + (flat.T @ flat).double()
             self.seen[k] += len(flat)
             self.gradients[k] = self.gradients[k] + (grad.T @ grad).double()
@@ -142,6 +144,16 @@ class _Collector:
         per_sequence = effect.reshape(len(effect), -1, effect.shape[-1]).sum(1)
         on_groups = per_sequence.reshape(len(effect), self.counts[k], -1).sum(-1).double()
         self.masks[k] = self.masks[k] + (on_groups.abs() if self.criterion == "taylor" else on_groups.square()).sum(0)
+
+    def _flat(self, x: torch.Tensor, kept: Sequence[Array]) -> torch.Tensor:
+        """[..., K] -> [rows, K], without the rows of padding."""
+        flat, mask = x.reshape(-1, x.shape[-1]), positions(x.shape, kept)
+        return flat if mask is None else flat[self.torch.from_numpy(mask.reshape(-1))]
+
+    def _counted(self, output: Any, kept: Sequence[Array]) -> Any:
+        """An output without its padding."""
+        hides = isinstance(output, self.torch.Tensor) and output.dim() and positions(output.shape, kept) is not None
+        return self._flat(output, kept) if hides else output
 
     def found(self) -> Iterator[tuple[Candidate, Evidence]]:
         place = 0

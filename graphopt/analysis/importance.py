@@ -66,7 +66,7 @@ class Importance(Analysis[Mapping[Candidate, Ranking]]):
 
     criterion: str = "obs"
     loss: str | Loss = "auto"
-    rows: int = 16384
+    rows: int = 32768
     multiple: int = 32
     seed: int = 0
     resize: tuple[str, ...] = ()

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.attention import AttentionFacts, Attentions
+from graphopt.analysis.padding import Padding
 from graphopt.analysis.removable import Candidate
 from graphopt.analysis.units import Heads
 from graphopt.core import Array, Context
@@ -61,18 +62,22 @@ def _weights(node: ir.Node, facts: AttentionFacts | str | None) -> ir.Value | No
 
 
 def head_scores(model: ir.Model, samples: Iterable[Feeds], candidates: Sequence[Candidate], criterion: str) -> dict[Candidate, Array]:
-    """For each group of heads the mean over rows: `attention`: of the largest weight; `entropy`: of 1 - entropy / log(keys)."""
-    sums: dict[ir.Node, list[Array]] = {u.node: [] for c in candidates for u in c.units if isinstance(u, Heads)}
-
+    """For each group of heads the mean over rows that are no padding: `attention`: of the largest weight; `entropy`: of 1 - entropy / log(keys)."""
     heads = {u.node: u.heads for c in candidates for u in c.units if isinstance(u, Heads)}
+    means: dict[ir.Node, list[Array]] = {node: [] for node in heads}
+    padding = Padding(model)
 
     def reducer(node: ir.Node) -> Reduce:
-        return lambda weights: sums[node].append(_reduced(weights.reshape(-1, heads[node], *weights.shape[-2:]), criterion))
+        def add(weights: Array) -> None:
+            rows = padding.rows(_by_row(weights.reshape(-1, heads[node], *weights.shape[-2:]), criterion))
+            means[node] += [rows.mean(0, dtype=np.float64)] if len(rows) else []
 
-    observe_maps(model, samples, {node: reducer(node) for node in sums})
+        return add
+
+    observe_maps(model, padding.watch(samples), {node: reducer(node) for node in means})
     found = {}
     for c in candidates:
-        scores = [np.mean(sums[u.node], axis=0) for u in c.units if sums[u.node]]
+        scores = [np.mean(means[u.node], axis=0) for u in c.units if means[u.node]]
         if len(scores) == len(c.units):
             found[c] = np.sum(scores, axis=0).reshape(c.count, -1).mean(1)
     return found
@@ -81,16 +86,19 @@ def head_scores(model: ir.Model, samples: Iterable[Feeds], candidates: Sequence[
 def map_distances(model: ir.Model, samples: Iterable[Feeds], nodes: Iterable[ir.Node]) -> dict[ir.Node, Array]:
     """How unlike the heads of an attention look: for each node [heads, heads], the mean over rows of the squared distance of their weights."""
     sums: dict[ir.Node, tuple[Array, int]] = {}
+    padding = Padding(model)
 
     def reducer(node: ir.Node) -> Reduce:
         def add(weights: Array) -> None:
-            total, rows = sums.get(node, (np.zeros(()), 0))
-            flat = weights.transpose(1, 0, 2, 3).reshape(weights.shape[1], -1)
-            sums[node] = total + (flat @ flat.T).astype(np.float64), rows + weights.shape[0] * weights.shape[2]
+            total, count = sums.get(node, (np.zeros(()), 0))
+            batch, heads, rows, keys = weights.shape
+            flat = padding.rows(weights.transpose(0, 2, 1, 3).reshape(batch, rows, heads * keys))
+            by_head = flat.reshape(-1, heads, keys).transpose(1, 0, 2).reshape(heads, -1)
+            sums[node] = total + (by_head @ by_head.T).astype(np.float64), count + len(flat)
 
         return add
 
-    observe_maps(model, samples, {node: reducer(node) for node in nodes})
+    observe_maps(model, padding.watch(samples), {node: reducer(node) for node in nodes})
     return {node: _squared(total / max(rows, 1)) for node, (total, rows) in sums.items()}
 
 
@@ -100,10 +108,9 @@ def _squared(products: Array) -> Array:
     return np.asarray(np.maximum(own[:, None] + own - 2 * products, 0.0))
 
 
-def _reduced(weights: Array, criterion: str) -> Array:
-    """[batch, heads, rows, keys] -> [heads]"""
-    keys = weights.shape[-1]
+def _by_row(weights: Array, criterion: str) -> Array:
+    """[batch, heads, rows, keys] -> [batch, rows, heads]"""
     if criterion == "attention":
-        return np.asarray(weights.max(-1).mean((0, 2)), np.float64)
+        return np.asarray(weights.max(-1).transpose(0, 2, 1))
     entropy = -(weights * np.log(np.maximum(weights, 1e-30))).sum(-1)
-    return np.asarray(1 - (entropy / max(np.log(keys), 1e-9)).mean((0, 2)), np.float64)
+    return np.asarray(1 - (entropy / max(np.log(weights.shape[-1]), 1e-9)).transpose(0, 2, 1))

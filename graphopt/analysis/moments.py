@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.analysis.padding import Padding
 from graphopt.core import Array
 from graphopt.errors import SampleError
 from graphopt.graph import static_dim
@@ -20,6 +21,8 @@ BYTES = 512 * 2**20  # of sums that are held at a time; more means another run o
 def input_moments(model: ir.Model, samples: Iterable[Feeds], values: Sequence[ir.Value], *, limit: int = BYTES) -> Iterator[tuple[ir.Value, Array]]:
     """For each value [..., K] the mean of x x^T over its rows, float32 [K, K]; as many values in one run over the samples as fit `limit`.
 
+    Rows of padding are left out.
+
     Args:
         samples: iterated once for each group of values.
         values: of the main graph (`observable`), float, with a known last axis; a value that had no row gives zeros.
@@ -29,16 +32,16 @@ def input_moments(model: ir.Model, samples: Iterable[Feeds], values: Sequence[ir
         SampleError: there was no sample.
     """
     group: list[ir.Value] = []
-    size = 0
+    size, padding = 0, Padding(model)
     for value in values:
         need = 4 * _width(value) ** 2
         if group and size + need > limit:
-            yield from _observed(model, samples, group)
+            yield from _observed(model, samples, group, padding)
             group, size = [], 0
         group.append(value)
         size += need
     if group:
-        yield from _observed(model, samples, group)
+        yield from _observed(model, samples, group, padding)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Paired:
 
 
 def paired_moments(model: ir.Model, other: ir.Model, samples: Iterable[Feeds], value: str, second: str | None = None) -> Paired:
-    """How a value [.., K] of `model` and the one of this name in `other` go together; one run of both over the samples.
+    """How a value [.., K] of `model` and the one of this name in `other` go together; one run of both over the samples, without padding.
 
     Args:
         value, second: names of values in the main graphs of both; `second` has the same rows.
@@ -70,10 +73,10 @@ def paired_moments(model: ir.Model, other: ir.Model, samples: Iterable[Feeds], v
     shown = [n for n in names if n not in given]
     sessions = [ort.session(exposed(m, shown)) for m in (model, other)] if shown else []
     sums: list[Array] = []
-    count = 0
-    for feed in samples:
+    count, padding = 0, Padding(other)
+    for feed in padding.watch(samples):
         runs = [session.run(feed) for session in sessions] or [{}, {}]
-        (x, *s), (z, *t) = ([_rows(feed[n] if n in given else run[n]) for n in names] for run in runs)
+        (x, *s), (z, *t) = ([padding.rows(feed[n] if n in given else run[n]) for n in names] for run in runs)
         pairs = [(x, x), (x, z), (z, z), *((x, b - a) for a, b in zip(s, t, strict=True))]
         parts = [(a.T @ b).astype(np.float64) for a, b in pairs]
         sums = [total + part for total, part in zip(sums, parts, strict=True)] if sums else parts
@@ -83,23 +86,19 @@ def paired_moments(model: ir.Model, other: ir.Model, samples: Iterable[Feeds], v
     return Paired(*(total / max(count, 1) for total in sums))
 
 
-def _rows(array: Array) -> Array:
-    return array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
-
-
-def _observed(model: ir.Model, samples: Iterable[Feeds], group: Sequence[ir.Value]) -> Iterator[tuple[ir.Value, Array]]:
+def _observed(model: ir.Model, samples: Iterable[Feeds], group: Sequence[ir.Value], padding: Padding) -> Iterator[tuple[ir.Value, Array]]:
     sums = [np.zeros((_width(v), _width(v)), np.float32) for v in group]
     counts = [0] * len(group)
 
     def reducer(k: int) -> Reducer:
         def add(array: Array) -> None:
-            rows = _rows(array)
+            rows = padding.rows(array)
             sums[k] += rows.T @ rows
             counts[k] += len(rows)
 
         return add
 
-    observe(model, samples, {value: reducer(k) for k, value in enumerate(group)})
+    observe(model, padding.watch(samples), {value: reducer(k) for k, value in enumerate(group)})
     for k, value in enumerate(group):
         yield value, sums[k] / np.float32(max(counts[k], 1))
 
