@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from graphopt.run.torch_table import op
-from graphopt.run.torch_types import Tensor, integers
+from graphopt.run.torch.table import op
+from graphopt.run.torch.types import Tensor, integers
 
 _DIRECT: dict[str, Callable[..., Tensor]] = {
     "Abs": torch.abs, "Acos": torch.acos, "Acosh": torch.acosh, "Asin": torch.asin, "Asinh": torch.asinh, "Atan": torch.atan, "Atanh": torch.atanh,

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 
 from graphopt.errors import TargetError
-from graphopt.run.torch_types import DTYPES, to_tensor
+from graphopt.run.torch.types import DTYPES, to_tensor
 from graphopt.spelling import schema
 
 Function = Callable[..., Any]

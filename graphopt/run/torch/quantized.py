@@ -10,10 +10,10 @@ from __future__ import annotations
 import onnx_ir as ir
 import torch
 
-from graphopt.run.torch_index import to_float8
-from graphopt.run.torch_table import op
-from graphopt.run.torch_types import DTYPES, FLOAT8, Tensor, dtype_of
-from graphopt.run.torch_window import conv
+from graphopt.run.torch.index import to_float8
+from graphopt.run.torch.table import op
+from graphopt.run.torch.types import DTYPES, FLOAT8, Tensor, dtype_of
+from graphopt.run.torch.window import conv
 
 _BITS = {ir.DataType.INT4: (-8, 7), ir.DataType.UINT4: (0, 15), ir.DataType.INT2: (-2, 1), ir.DataType.UINT2: (0, 3)}
 

@@ -14,14 +14,14 @@ from graphopt.core import Array
 from graphopt.errors import GraphoptError, TargetError
 from graphopt.graph import all_nodes
 from graphopt.run import Feeds, Port, check_feeds
-from graphopt.run.torch_program import Program
-from graphopt.run.torch_table import TABLE, Function, MissingOp
-from graphopt.run.torch_types import Tensor, to_array, to_tensor
+from graphopt.run.torch.program import Program
+from graphopt.run.torch.table import Function
+from graphopt.run.torch.types import Tensor, to_array, to_tensor
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["TABLE", "MissingOp", "TorchModel", "session"]
+__all__ = ["TorchModel", "session"]
 
 Edit = Callable[[Tensor], Tensor]
 

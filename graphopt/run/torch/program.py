@@ -10,21 +10,11 @@ import torch
 
 from graphopt.errors import GraphoptError, TargetError
 from graphopt.graph import bodies
-from graphopt.run import (
-    one_line,
-    torch_attention,
-    torch_control,
-    torch_gather,
-    torch_index,
-    torch_math,
-    torch_norm,
-    torch_quantized,
-    torch_resize,
-    torch_window,
-)
-from graphopt.run.torch_table import Function, function_of
+from graphopt.run import one_line
+from graphopt.run.torch import attention, control, gather, index, math, norm, quantized, resize, window
+from graphopt.run.torch.table import Function, function_of
 
-_FILL = (torch_attention, torch_control, torch_gather, torch_index, torch_math, torch_norm, torch_quantized, torch_resize, torch_window)  # the table
+_FILL = (attention, control, gather, index, math, norm, quantized, resize, window)  # the table
 Hooks = Mapping[int, Callable[[Any], Any]]  # place -> what replaces the value as soon as it is there
 _NONE = 0  # the place of an input that a node leaves out
 

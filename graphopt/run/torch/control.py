@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 
 from graphopt.errors import TargetError
-from graphopt.run.torch_table import op
-from graphopt.run.torch_types import Tensor, integers
+from graphopt.run.torch.table import op
+from graphopt.run.torch.types import Tensor, integers
 
 Body = Callable[..., list[Tensor]]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from graphopt.run.torch_table import op
-from graphopt.run.torch_types import Tensor, dtype_of
+from graphopt.run.torch.table import op
+from graphopt.run.torch.types import Tensor, dtype_of
 
 
 @op("LayerNormalization")

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 
 from graphopt.errors import TargetError
-from graphopt.run.torch_table import op
-from graphopt.run.torch_types import FLOAT8, Tensor, dtype_of, integers
+from graphopt.run.torch.table import op
+from graphopt.run.torch.types import FLOAT8, Tensor, dtype_of, integers
 
 
 @op("Identity")
@@ -72,7 +72,7 @@ def cast_like(x: Tensor, like: Tensor, *, saturate: int = 1, round_mode: str = "
 
 
 def _kinds(x: Tensor) -> list[ir.DataType]:
-    from graphopt.run.torch_types import DTYPES
+    from graphopt.run.torch.types import DTYPES
 
     return [kind for kind, own in DTYPES.items() if own == x.dtype]
 

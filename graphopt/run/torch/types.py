@@ -74,7 +74,7 @@ def to_tensor(array: Array) -> Tensor:
 
 
 def to_array(tensor: Tensor, kind: ir.DataType | None = None) -> Array:
-    """A tensor as an array, of the ONNX element type `kind` where it is given (a quantized value may be floats, see `torch_quantized`)."""
+    """A tensor as an array, of the ONNX element type `kind` where it is given (a quantized value may be floats, see `quantized`)."""
     tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16 or tensor.dtype in FLOAT8:
         own = next(k for k, v in DTYPES.items() if v == tensor.dtype)

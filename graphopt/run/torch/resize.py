@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional
 
-from graphopt.run.torch_table import op
-from graphopt.run.torch_types import Tensor
+from graphopt.run.torch.table import op
+from graphopt.run.torch.types import Tensor
 
 Ints = Sequence[int]
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from graphopt.run.torch_table import op
-from graphopt.run.torch_types import Tensor
+from graphopt.run.torch.table import op
+from graphopt.run.torch.types import Tensor
 
 Ints = Sequence[int]
 _CONV = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}

@@ -7,8 +7,8 @@ import math
 import torch
 from torch.nn import functional
 
-from graphopt.run.torch_table import op
-from graphopt.run.torch_types import Tensor, dtype_of
+from graphopt.run.torch.table import op
+from graphopt.run.torch.types import Tensor, dtype_of
 
 _RAW, _CAPPED, _BIASED, _PROBABILITIES = range(4)  # qk_matmul_output_mode
 
