@@ -26,6 +26,7 @@ from graphopt.pipeline import PassManager, parse
 from graphopt.registry import passes, targets
 from graphopt.run.ort import session
 from graphopt.samples import Samples
+from graphopt.save import save
 
 Rows = Iterable[tuple[str, str]]  # name, pipeline
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -56,7 +57,7 @@ def calibration(file: Path, count: int = 512, batch: int = 32) -> list[dict[str,
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """An exact model, calibration samples, the judge of its embeddings, and a folder for files; operations are counted at 8 x 64 tokens."""
+    """The file of an exact model before any lowering, calibration samples, the judge of its embeddings, and a folder for files; operations are counted at 8 x 64 tokens."""
 
     source: Path
     feeds: Sequence[Mapping[str, Any]]
@@ -110,16 +111,17 @@ def minilm(options: argparse.Namespace, rows: Rows, lines: int) -> None:
     """Make and judge the rows in `--processes` at once; then time all files in one interleaved run."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        exact = fused(options.model)
-        source = written(exact, folder, "exact")[0]
-        bench_ = Bench(source, calibration(options.text, lines), _quality.judge(source, options.reviews, limit=options.limit), folder)
+        exact, source = fused(options.model), folder / "exact.onnx"
+        save(exact, source)
+        base = written(exact, folder, "base")[0]
+        bench_ = Bench(source, calibration(options.text, lines), _quality.judge(base, options.reviews, limit=options.limit), folder)
         wanted = [("int8 only", ""), *rows]
         made: list[Row] = []
         with concurrent.futures.ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn"), _single, max_tasks_per_child=1) as pool:
             for future in [pool.submit(bench_.row, number, *row) for number, row in enumerate(wanted)]:
                 made.append(future.result())
                 print(made[-1].text("to be timed", ""), file=sys.stderr, flush=True)
-        speedups = raced(source, [path for row in made for path in row.files])
+        speedups = raced(base, [path for row in made for path in row.files])
         print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
         for row in made:
             print(row.text(*(f"{speedups[path]:.2f}x" for path in row.files)))
