@@ -57,7 +57,10 @@ def calibration(file: Path, count: int = 512, batch: int = 32) -> list[dict[str,
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """The file of an exact model before any lowering, calibration samples, the judge of its embeddings, and a folder for files; operations are counted at 8 x 64 tokens."""
+    """What every row starts from, and is judged by.
+
+    `source`: the file of the exact model, in standard operators; operations are counted at 8 x 64 tokens.
+    """
 
     source: Path
     feeds: Sequence[Mapping[str, Any]]
