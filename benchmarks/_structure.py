@@ -20,6 +20,8 @@ from _perplexity import feed_of, perplexity
 
 import graphopt
 from graphopt import bench
+from graphopt.analysis.importance import Importance, Ranking
+from graphopt.analysis.removable import Removable
 from graphopt.core import Context
 from graphopt.measure import flops, latency, size, steady_clock
 from graphopt.pipeline import PassManager, parse
@@ -28,12 +30,13 @@ from graphopt.run.ort import session
 from graphopt.samples import Samples
 from graphopt.save import save
 
-Rows = Iterable[tuple[str, str]]  # name, pipeline
+Rows = Iterable[tuple[str, str, str]]  # name, pipeline, and what it shares its rankings of heads and neurons with
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)
 COLUMNS = (
     "fewer operations", "how", "probe loss, int8", "cosine, float32", "cosine, int8", "Pearson, int8", "MB, int8", "speed-up, float32", "int8",
     "seconds of one core",
 )  # fmt: skip
+COSINES = 500  # texts that the float32 file is judged on
 SHAPES = ((1, 16), (1, 128), (8, 64))
 _SIZES, _DECODER = {"batch": 8, "seq": 64}, {"batch": 1, "seq": 256}
 
@@ -67,14 +70,46 @@ class Bench:
     judge: _quality.Judge
     folder: Path
 
-    def row(self, number: int, how: str, pipeline: str) -> Row:
-        """What a pipeline makes of the model, as two files, and how good they are; all but the speed."""
-        exact = graphopt.load(self.source)
-        model, seconds = changed(exact, pipeline, Samples(self.feeds))
-        saved = 1 - flops(model, _SIZES).total / flops(exact, _SIZES).total
-        files, count = written(model, self.folder, str(number)), min(1000, len(self.judge.texts))
-        cosine = _quality.cosine(self.judge.base[:count], _quality.embed(files[0], self.judge.texts[:count]))
-        return Row(how, saved, self.judge.of(files[1]), cosine, files, seconds)
+    def rows(self, wanted: Mapping[int, tuple[str, str]]) -> dict[int, Row]:
+        """What the pipelines make of the model, as two files each, and how good they are; all but the speed."""
+        exact, known, found = graphopt.load(self.source), dict[Importance, _Known](), {}
+        count = min(COSINES, len(self.judge.texts))
+        for number, (how, pipeline) in wanted.items():
+            model, seconds = changed(exact, pipeline, Samples(self.feeds), known)
+            saved = 1 - flops(model, _SIZES).total / flops(exact, _SIZES).total
+            files = written(model, self.folder, str(number))
+            cosine = _quality.cosine(self.judge.base[:count], _quality.embed(files[0], self.judge.texts[:count]))
+            found[number] = Row(how, saved, self.judge.of(files[1]), cosine, files, seconds)
+            print(found[number].text("to be timed", ""), file=sys.stderr, flush=True)
+        return found
+
+
+@dataclasses.dataclass
+class _Known:
+    """`rankings`: of the candidates of a model in their order; `seconds`: what they took."""
+
+    rankings: list[Ranking | None]
+    seconds: float
+
+
+class _Remembering(Context):
+    """Rankings are made once for all rows that ask for the same, and their time is counted in each."""
+
+    def __init__(self, model: Any, samples: Samples, known: dict[Importance, _Known]) -> None:
+        super().__init__(model, samples=samples)
+        self._rankings, self.borrowed = known, 0.0
+
+    def get(self, analysis: Any) -> Any:
+        if not isinstance(analysis, Importance):
+            return super().get(analysis)
+        candidates = super().get(Removable(analysis.resize)).candidates
+        known = self._rankings.get(analysis)
+        if known is None:
+            begin, found = time.process_time(), super().get(analysis)
+            self._rankings[analysis] = _Known([found.get(c) for c in candidates], time.process_time() - begin)
+            return found
+        self.borrowed += known.seconds
+        return {c: ranking for c, ranking in zip(candidates, known.rankings, strict=True) if ranking is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +138,12 @@ def fused(file: Path) -> Any:
     return exact
 
 
-def changed(exact: Any, pipeline: str, samples: Samples) -> tuple[Any, float]:
-    """What a pipeline makes of a model, and the processor time that it takes."""
+def changed(exact: Any, pipeline: str, samples: Samples, known: dict[Importance, _Known] | None = None) -> tuple[Any, float]:
+    """What a pipeline makes of a model, and the processor time that it takes; rankings are taken from `known`, and put there."""
     begin, model = time.process_time(), exact.clone()
-    PassManager(parse(pipeline, passes())).run(model, Context(model, samples=samples))
-    return model, time.process_time() - begin
+    context = _Remembering(model, samples, {} if known is None else known)
+    PassManager(parse(pipeline, passes())).run(model, context)
+    return model, time.process_time() - begin + context.borrowed
 
 
 def minilm(options: argparse.Namespace, rows: Rows, lines: int) -> None:
@@ -118,15 +154,16 @@ def minilm(options: argparse.Namespace, rows: Rows, lines: int) -> None:
         save(exact, source)
         base = written(exact, folder, "base")[0]
         bench_ = Bench(source, calibration(options.text, lines), _quality.judge(base, options.reviews, limit=options.limit), folder)
-        wanted = [("int8 only", ""), *rows]
-        made: list[Row] = []
+        jobs: dict[str, dict[int, tuple[str, str]]] = {}
+        for number, (how, pipeline, group) in enumerate([("int8 only", "", ""), *rows]):
+            jobs.setdefault(group, {})[number] = how, pipeline
+        made: dict[int, Row] = {}
         with concurrent.futures.ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn"), _single, max_tasks_per_child=1) as pool:
-            for future in [pool.submit(bench_.row, number, *row) for number, row in enumerate(wanted)]:
-                made.append(future.result())
-                print(made[-1].text("to be timed", ""), file=sys.stderr, flush=True)
-        speedups = raced(base, [path for row in made for path in row.files])
+            for future in [pool.submit(bench_.rows, job) for job in sorted(jobs.values(), key=len, reverse=True)]:
+                made |= future.result()
+        speedups = raced(base, [path for row in made.values() for path in row.files])
         print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
-        for row in made:
+        for _, row in sorted(made.items()):
             print(row.text(*(f"{speedups[path]:.2f}x" for path in row.files)))
 
 
@@ -143,8 +180,9 @@ def smol(options: argparse.Namespace, rows: Rows) -> None:
     samples, exact = Samples([feed_of(row[None]) for row in seen]), fused(options.model)
     total = flops(exact, _DECODER).total
     print("| fewer operations | how | perplexity | MB | seconds of one core |\n|---|---|---|---|---|", flush=True)
-    for how, pipeline in rows:
-        model, seconds = changed(exact, pipeline, samples)
+    known: dict[Importance, _Known] = {}
+    for how, pipeline, _ in rows:
+        model, seconds = changed(exact, pipeline, samples, known)
         saved = 1 - flops(model, _DECODER).total / total
         with tempfile.TemporaryDirectory() as name:
             path = Path(name, "model.onnx")
@@ -167,8 +205,8 @@ def main(description: str | None, rows: Callable[[Sequence[float]], Rows], decod
     options = parser.parse_args()
     if options.job == "minilm" and (options.text is None or options.reviews is None):
         parser.error("minilm needs --text and --reviews")
-    table = list(rows(options.budgets)) if options.job == "minilm" else [("as it is", ""), *decoder.items()]
-    wanted = [(how, pipeline) for how, pipeline in table if not options.only or how in options.only]
+    known = [("as it is", "", ""), *((how, pipeline, how) for how, pipeline in decoder.items())]
+    wanted = [row for row in (rows(options.budgets) if options.job == "minilm" else known) if not options.only or row[0] in options.only]
     minilm(options, wanted, lines) if options.job == "minilm" else smol(options, wanted)
 
 

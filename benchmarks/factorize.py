@@ -36,8 +36,8 @@ SMOL = {
 }
 
 
-def rows(budgets: Sequence[float]) -> Iterator[tuple[str, str]]:
-    yield from ((how, f"factorize{{budget={budget} {given}}}") for how, given in METHODS.items() for budget in budgets)
+def rows(budgets: Sequence[float]) -> Iterator[tuple[str, str, str]]:
+    yield from ((how, f"factorize{{budget={budget} {given}}}", f"{how} {budget}") for how, given in METHODS.items() for budget in budgets)
 
 
 if __name__ == "__main__":

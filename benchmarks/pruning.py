@@ -23,7 +23,7 @@ CRITERIA = {
     "random, refitted": "importance=random",
     "random, not refitted": "importance=random refit=false",
 }
-HEADS = {"heads by attention, refitted": "importance=attention", "heads by entropy, refitted": "importance=entropy", "heads by obs, refitted": ""}
+HEADS = {f"heads by {criterion}, refitted": f"importance={criterion}" for criterion in ("attention", "entropy", "obs")}
 SMOL = {
     "ffn 10 %": "prune-ffn{flops=0.1}",
     "ffn 20 %": "prune-ffn{flops=0.2}",
@@ -36,9 +36,9 @@ SMOL = {
 }
 
 
-def rows(budgets: Sequence[float]) -> Iterator[tuple[str, str]]:
-    yield from ((how, f"prune{{flops={budget} {given}}}") for how, given in CRITERIA.items() for budget in budgets)
-    yield from ((how, f"prune-heads{{flops={budget} {given}}}") for how, given in HEADS.items() for budget in budgets if budget <= 0.2)
+def rows(budgets: Sequence[float]) -> Iterator[tuple[str, str, str]]:
+    yield from ((how, f"prune{{flops={budget} {given}}}", given.split()[0]) for how, given in CRITERIA.items() for budget in budgets)
+    yield from ((how, f"prune-heads{{flops={budget} {given}}}", given) for how, given in HEADS.items() for budget in budgets if budget <= 0.2)
 
 
 if __name__ == "__main__":
