@@ -21,7 +21,7 @@ from graphopt.run.observe import limited
 from graphopt.run.segments import Segments, State
 
 _RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0)  # of the mean second moment, towards the old weights; chosen on what is held out
-_HELD_OUT = 4  # one batch of so many
+_HELD_OUT = 4  # one batch of so many; one row, where there are fewer batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ class _Sums:
 
     def solve(self, start: Array, ridge: float) -> Array:
         """The best W, drawn to `start` by a part of the mean second moment."""
-        damp = ridge * float(np.trace(self.moments)) / len(self.moments)
+        damp = ridge * max(float(np.trace(self.moments)) / len(self.moments), 1e-30)  # without any row the start is the answer
         found: Array = np.linalg.solve(self.moments + damp * np.eye(len(self.moments)), self.cross + damp * start)
         return found
 
@@ -128,10 +128,12 @@ def _fit(
     weight, bias = new.matrix().astype(np.float32), bias_of(new)
     start = (weight if bias is None else np.concatenate([weight, bias[None]])).astype(np.float64)
     fit, held = _Sums(*start.shape), _Sums(*start.shape)
-    for number, rows in enumerate(_rows(new, old, pupil, master, kept)):
-        (held if number % _HELD_OUT == _HELD_OUT - 1 else fit).add(*rows)
-    ridges = _RIDGES if held.squares else _RIDGES[:1]
-    ridge = min(ridges, key=lambda r: held.error(fit.solve(start, r)))
+    for number, (x, y) in enumerate(_rows(new, old, pupil, master, kept)):
+        out = np.arange(number, number + len(x)) if len(pupil) < _HELD_OUT else np.full(len(x), number)
+        out = out % _HELD_OUT == _HELD_OUT - 1
+        fit.add(x[~out], y[~out])
+        held.add(x[out], y[out])
+    ridge = min(_RIDGES, key=lambda r: held.error(fit.solve(start, r)))
     whole = fit + held
     found = whole.solve(start, ridge)
     store(model, names, new, found if bias is None else found[:-1], None if bias is None else found[-1])
