@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
+from graphopt.analysis.padding import Padding, counted
 from graphopt.core import Array, Context, Session, Target
 from graphopt.distance import relative_l2
 from graphopt.errors import GraphoptError, SampleError
@@ -21,12 +22,13 @@ class Loss:
     """The loss of a model against `original`, as a fraction: 0.01 is 1 %.
 
     With a metric (larger is better): its relative fall, negative where it rose. Without: ||outputs - original outputs|| / ||original outputs||
-    over all samples, of the output where it is largest.
+    over all samples, of the output where it is largest; positions of padding do not count.
     """
 
     def __init__(self, target: Target, original: ir.Model, samples: Samples | None, metric: Metric | None) -> None:
         self.target, self.original, self.samples, self.metric = target, original, samples, metric
         self._outputs: list[dict[str, Array]] | None = None
+        self._padding = Padding(original)
         self._score: float | None = None
 
     @property
@@ -75,9 +77,8 @@ class Loss:
             raise GraphoptError(f"the metric of the original is {self._score:g}; a relative fall needs a positive number, larger for better models")
         return (self._score - float(metric(session))) / self._score
 
-    @staticmethod
-    def _run(session: Session, samples: Samples) -> list[dict[str, Array]]:
-        return [session.run(feed) for feed in samples]
+    def _run(self, session: Session, samples: Samples) -> list[dict[str, Array]]:
+        return [counted(session.run(feed), self._padding.kept(feed)) for feed in samples]
 
 
 def model_bytes(model: ir.Model) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.analysis.padding import Padding, counted
 from graphopt.core import Array
 from graphopt.distance import relative_l2
 from graphopt.run import ort
@@ -26,7 +27,8 @@ _LEAST = 1e-6
 def sensitivities(model: ir.Model, samples: Samples, plans: Sequence[Plan]) -> dict[Item, float]:
     """For each item (output error)^2 / (its own relative error)^2, where it alone is cut to half of the largest rank that saves something.
 
-    One session serves all: the weights are fed. An item whose weight cannot be fed (stored inside a subgraph) gets the median of the others.
+    Padding does not count. One session serves all: the weights are fed. An item whose weight cannot be fed (stored inside a subgraph) gets the median
+    of the others.
     """
     copy = model.clone()
     stored = copy.graph.initializers
@@ -34,7 +36,9 @@ def sensitivities(model: ir.Model, samples: Samples, plans: Sequence[Plan]) -> d
     for name in dict.fromkeys(str(p.item.linears[0].weight.name) for p in fed):
         copy.graph.inputs.append(stored[name])
     session, feeds = ort.session(copy), _few(samples, _OPERATIONS / (2 * max(len(plans), 1) * max(sum(p.item.size for p in plans), 1)))
-    base = [session.run(feed) for feed in feeds]
+    padding = Padding(model)
+    kept = [padding.kept(feed) for feed in feeds]
+    base = [counted(session.run(feed), k) for feed, k in zip(feeds, kept, strict=True)]
     found: dict[Item, float] = {}
     for p in fed:
         half = dataclasses.replace(p, rank=max(p.item.largest // 2, 1))
@@ -42,7 +46,7 @@ def sensitivities(model: ir.Model, samples: Samples, plans: Sequence[Plan]) -> d
         if error < _FLOOR:  # nothing is lost at this rank, whatever the outputs make of it
             continue
         changed = _changed(half)
-        moved = relative_l2(base, [session.run({**feed, **changed}) for feed in feeds])
+        moved = relative_l2(base, [counted(session.run({**feed, **changed}), k) for feed, k in zip(feeds, kept, strict=True)])
         if np.isfinite(moved):
             found[p.item] = moved**2 / error
     usual = float(np.median(list(found.values()))) if found else 1.0

@@ -17,8 +17,13 @@ from graphopt.analysis.linear import Linears
 from graphopt.analysis.maps import map_distances
 from graphopt.analysis.moments import input_moments
 from graphopt.analysis.padding import Padding, positions, rows_of
+from graphopt.analysis.sensitivity import effects, recipes
 from graphopt.analysis.units import Units
 from graphopt.core import Context
+from graphopt.loss import Loss
+from graphopt.registry import targets
+from graphopt.run.ort import session
+from graphopt.samples import Samples
 
 Array = np.ndarray[Any, Any]
 Feed = dict[str, Array]
@@ -80,6 +85,21 @@ def test_a_refit_does_not_learn_from_padding() -> None:
     for expected, found in zip(*weights, strict=True):
         assert expected.shape == found.shape
         np.testing.assert_allclose(found, expected, atol=2e-3 * float(np.abs(expected).max()))
+
+
+def test_the_loss_and_the_effect_of_a_change_are_those_of_the_texts() -> None:
+    model = graphopt.load(tiny("bert", "sdpa", "18"))
+    changed = model.clone()
+    prune(changed, "canonicalize, quantize{mode=weight-only bits=4}")
+    plain, full = batches(3, (10, 17), 99)
+    target = targets()["cpu"].from_options({"tune": "off"})
+    losses = [Loss(target, model, Samples(s), None).of(session(changed)) for s in (plain, full)]
+    assert losses[0] > 1e-3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    change = recipes(model, changed, "4 bits")
+    mine, yours = (effects(model, s, {0: change})[0] for s in (plain, full))
+    assert mine == pytest.approx(losses[0], rel=1e-3)
+    assert yours == pytest.approx(mine, rel=1e-4)
 
 
 def test_holes_and_left_padding_are_padding_too() -> None:

@@ -6,7 +6,7 @@ the model behaves so: other contents at the masked positions change nothing at t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -66,13 +66,12 @@ class Padding:
         other = {key: _replaced(array, kept) if key != name else array for key, array in feed.items()}
         if all(other[key] is array for key, array in feed.items()):
             return False
-        if self._session is None:
-            from graphopt.run import ort
+        from graphopt.run import ort
 
-            self._session = ort.session(self._model)
         try:
+            self._session = self._session or ort.session(self._model)
             before, after = self._session.run(feed), self._session.run(other)
-        except GraphoptError:  # the model does not take what was put there, so nothing is proved
+        except GraphoptError:  # it does not run, or does not take what was put there, so nothing is proved
             return False
         return all(_same(before[key], after[key], kept) for key in before)
 
@@ -104,6 +103,15 @@ def rows_of(array: Array, kept: Sequence[Array]) -> Array:
     flat = array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
     mask = positions(array.shape, kept)
     return flat if mask is None else flat[mask.reshape(-1)]
+
+
+def counted(outputs: Mapping[str, Array], kept: Sequence[Array]) -> dict[str, Array]:
+    """Outputs by name; those [batch, positions, K] as [rows, K] without the rows of padding."""
+    found = {}
+    for name, array in outputs.items():
+        mask = positions(array.shape, kept) if array.ndim else None
+        found[name] = array if mask is None else array.reshape(-1, array.shape[-1])[mask.reshape(-1)]
+    return found
 
 
 def positions(shape: Sequence[int], kept: Sequence[Array]) -> Array | None:

@@ -11,6 +11,7 @@ from typing import TypeVar
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.analysis.padding import Padding, counted
 from graphopt.distance import Squares
 from graphopt.errors import SampleError
 from graphopt.graph import is_constant, is_graph
@@ -46,6 +47,7 @@ def recipes(graph: ir.Model, other: ir.Model, label: str) -> dict[str, Recipe]:
 def effects(model: ir.Model, samples: Iterable[Feeds], changes: Mapping[K, Change]) -> dict[K, float]:
     """For each change alone ||outputs - original outputs|| / ||original outputs|| over all samples, of the output where it is largest.
 
+    Positions of padding do not count.
     One batch is in memory at a time, with the values that cross one cut; the sessions hold the weights once, and once more what the changes
     bring. Outputs that cannot be compared (another shape, numbers that are not finite) count as infinitely far.
 
@@ -67,16 +69,17 @@ def effects(model: ir.Model, samples: Iterable[Feeds], changes: Mapping[K, Chang
         if change:
             by_piece.setdefault(min(map(runner.piece_of, change)), []).append(key)
     sums = {key: Squares() for key in changes}
-    count = 0
+    count, padding = 0, Padding(model)
     for feed in samples:
         count += 1
-        base = runner.finish(0, runner.begin(feed))
+        kept = padding.kept(feed)
+        base = counted(runner.finish(0, runner.begin(feed)), kept)
         state, here = runner.begin(feed), 0
         for piece in sorted(by_piece):
             while here < piece:
                 state, here = runner.step(here, state), here + 1
             for key in by_piece[piece]:
-                sums[key].add(base, runner.finish(piece, state, changes[key], key))
+                sums[key].add(base, counted(runner.finish(piece, state, changes[key], key), kept))
     if not count:
         raise SampleError("the effects of changes need samples, and there were 0: the source is empty, or a generator that was used before")
     return {key: found.relative for key, found in sums.items()}
