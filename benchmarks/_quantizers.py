@@ -130,6 +130,9 @@ def quantizers(python: Path | None, four_bits: str) -> dict[str, Quantizer]:
         "rows=true": "quantize{rows=true}",
         "static": "quantize{mode=static}",
         "static, bias-correction": "quantize{mode=static bias-correction=true}",
+        "smoothed, dynamic": "smooth{multiply=true}, quantize",
+        "smoothed, rows=true": "smooth{rows=true multiply=true}, quantize{rows=true}",
+        "smoothed, static, bias-correction": "smooth{multiply=true}, quantize{mode=static bias-correction=true}",
         "8 bit": "quantize{mode=weight-only block=64}",
         "4 bit gptq": four_bits,
     }

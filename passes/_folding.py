@@ -19,7 +19,9 @@ def fold(model: ir.Model, names: Names, group: Group, s: Array, tag: str) -> Non
     Args:
         tag: ends the names of the new constants.
     """
-    if isinstance(group.source, Linear):
+    if group.source is None:
+        _multiply(model, names, group, 1 / s, tag)
+    elif isinstance(group.source, Linear):
         _rescale(model, names, tag, group.source, 1 / s, axis=1)
         _divide_bias(model, names, tag, group.source, s)
     else:
@@ -29,6 +31,19 @@ def fold(model: ir.Model, names: Names, group: Group, s: Array, tag: str) -> Non
                 _exchange(model, names, tag, value, group.source, numbers(value) / s)
     for reader in group.readers:
         _rescale(model, names, tag, reader, s, axis=0)
+
+
+def _multiply(model: ir.Model, names: Names, group: Group, factor: Array, tag: str) -> None:
+    """The readers of a group read x * factor; others go on reading x."""
+    stored = initializer(factor.astype(np.float32), names.fresh(f"{group.x.name}_{tag}_factor"))
+    model.graph.register_initializer(stored)
+    node = ir.node("Mul", [group.x, stored], name=names.fresh(f"{group.x.name}_{tag}"))
+    scaled = node.outputs[0]
+    scaled.name, scaled.shape, scaled.type = names.fresh(f"{group.x.name}_{tag}_scaled"), group.x.shape, group.x.type
+    first = min((reader.node for reader in group.readers), key=list(model.graph).index)
+    model.graph.insert_before(first, node)
+    for reader in group.readers:
+        reader.node.replace_input_with(next(k for k, v in enumerate(reader.node.inputs) if v is group.x), scaled)
 
 
 def _rescale(model: ir.Model, names: Names, tag: str, linear: Linear, factor: Array, axis: int) -> None:

@@ -16,19 +16,24 @@ from graphopt.graph import consumers, is_constant, producer, static_dim, used_on
 GRID = tuple(k / 8 for k in range(1, 8))
 _NORMS = ("LayerNormalization", "RMSNormalization")
 _GAIN = 0.98  # a smaller improvement of the error is within what the sampled rows tell
+_MULTIPLY_GAIN = 0.9  # and this is what a multiplication at run time must be worth
+_NO_SOURCE = "no norm with stored scale, or gate behind a stored weight, makes its input"
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """`x` is divided channel by channel where `source` makes it (a norm, or the Linear before a gate), and all its readers multiply back."""
+    """`x` is divided channel by channel where `source` makes it (a norm, or the Linear before a gate), and all its readers multiply back.
+
+    Without a source others read x, too, or its channels cannot be scaled where it is made: a multiplication in front of `readers` divides it.
+    """
 
     x: ir.Value
-    source: ir.Node | Linear
+    source: ir.Node | Linear | None
     readers: tuple[Linear, ...]
 
 
-def groups(linears: Sequence[Linear]) -> tuple[list[Group], list[tuple[Linear, str]]]:
-    """The places where it is exact, and the multiplies that have none, with the reason."""
+def groups(linears: Sequence[Linear], multiply: bool = False) -> tuple[list[Group], list[tuple[Linear, str]]]:
+    """The places where it is exact, and the multiplies that have none, with the reason; `multiply`: also places without a source."""
     by_input: dict[ir.Value, list[Linear]] = {}
     for linear in linears:
         by_input.setdefault(linear.x, []).append(linear)
@@ -36,12 +41,15 @@ def groups(linears: Sequence[Linear]) -> tuple[list[Group], list[tuple[Linear, s
     found: list[Group] = []
     refused: list[tuple[Linear, str]] = []
     for x, readers in by_input.items():
-        source = _source(x, by_output)
-        reason = _why_not(x, readers) or ("no norm with stored scale, or gate behind a stored weight, makes its input" if source is None else None)
-        if reason is None and source is not None:
+        alone = not x.is_graph_output() and {r.node for r in readers} == set(consumers(x))
+        source = _source(x, by_output) if alone else None
+        reason = _why_not(readers)
+        if reason is None and source is None and not multiply:
+            reason = _NO_SOURCE if alone else f"`{x.name}` is read by more than multiplies with stored weights"
+        if reason is None:
             found.append(Group(x, source, tuple(readers)))
         else:
-            refused.append((readers[0], str(reason)))
+            refused.append((readers[0], reason))
     return found, refused
 
 
@@ -56,7 +64,8 @@ def scales(group: Group, seen: Activation, strength: float | None, rows: bool) -
     largest = np.max([np.abs(w).max(1) for w in weights], axis=0)
     plain = np.ones(len(magnitude), np.float32)
     before = _error(seen, weights, bases, plain, rows)
-    best = (plain, 0.0, before * _GAIN if strength is None else np.inf)
+    gain = _GAIN if group.source is not None else _MULTIPLY_GAIN
+    best = (plain, 0.0, before * gain if strength is None else np.inf)
     for a in GRID if strength is None else (strength,):
         s = _powers(magnitude, largest, a)
         after = _error(seen, weights, bases, s, rows)
@@ -96,14 +105,12 @@ def _error(seen: Activation, weights: Sequence[Array], bases: Sequence[Array], s
     return float(np.sqrt(total / len(weights)))
 
 
-def _why_not(x: ir.Value, readers: Sequence[Linear]) -> str | None:
-    """Why the readers of x cannot take a factor for each channel."""
-    if x.is_graph_output() or {r.node for r in readers} != set(consumers(x)):
-        return f"`{x.name}` is read by more than multiplies with stored weights"
+def _why_not(readers: Sequence[Linear]) -> str | None:
+    """Why the readers of one value cannot take a factor for each channel."""
     for reader in readers:
-        if reader.batch or reader.trans_x or reader.quantized or x.dtype != ir.DataType.FLOAT or reader.weight.dtype != ir.DataType.FLOAT:
+        if reader.batch or reader.trans_x or reader.quantized or reader.x.dtype != ir.DataType.FLOAT or reader.weight.dtype != ir.DataType.FLOAT:
             return f"`{reader.weight.name}` is not one float32 matrix"
-        if sum(use.node is reader.node for use in x.uses()) != 1 or not _owned(reader):
+        if sum(use.node is reader.node for use in reader.x.uses()) != 1 or not _owned(reader):
             return f"something else reads `{reader.weight.name}` too"
     return None
 

@@ -25,6 +25,8 @@ class Smooth(Pass):
 
     Args:
         strength: a, from 0 to 1; `search` tries several for each place, and leaves it alone where none lowers the error of the quantized output.
+        multiply: also where nothing takes the factor, as others read x, too (every norm of a post-norm encoder feeds a residual): a
+            multiplication is put in front of the weights, where the error falls by a tenth at least.
         rows: what follows is `quantize{rows=true}`, so that the error is that of one activation scale for each row.
 
     Raises:
@@ -33,6 +35,7 @@ class Smooth(Pass):
     """
 
     strength: str = "search"
+    multiply: bool = False
     rows: bool = False
 
     def __post_init__(self) -> None:
@@ -41,9 +44,12 @@ class Smooth(Pass):
     def run(self, model: ir.Model, ctx: Context) -> int:
         ctx.require_samples()
         seen = ctx.get(LinearInputs())
-        found, refused = groups([x for x in ctx.get(Linears()) if x.node.graph is model.graph])
+        linears = [x for x in ctx.get(Linears()) if x.node.graph is model.graph]
+        found, refused = groups(linears, self.multiply)
+        possible = {group.x for group in groups(linears, True)[0]}
         for linear, reason in refused:
-            ctx.remarks.missed(linear.node.name or "", f"not smoothed: {reason}")
+            hint = "; `multiply=true` puts a multiplication there" if linear.x in possible else ""
+            ctx.remarks.missed(linear.node.name or "", f"not smoothed: {reason}{hint}")
         names, changes = Names(model), 0
         for group in found:
             if group.x not in seen:

@@ -106,6 +106,42 @@ def test_a_post_norm_encoder_keeps_its_numbers() -> None:
     assert len([r for r in records[-1].remarks if r.kind == "missed"]) >= 18
 
 
+def test_a_post_norm_encoder_is_smoothed_by_multiplications() -> None:
+    """MiniLM: the same numbers in float, and less error in int8, by ranges at run time and by those of the samples."""
+    exact = "canonicalize, simplify, fuse-norm, fuse-activation, simplify-masks, fuse-attention"
+    path, rng = minilm("sdpa_18"), np.random.default_rng(1)
+    feed, *samples = [{"input_ids": (a := rng.integers(1000, 20000, (3, n))), "attention_mask": np.ones_like(a)} for n in (40, 9, 24, 33, 50, 17)]
+    base = run(str(path), feed)["last_hidden_state"]
+    smoothed, records = compiled(path, f"{exact}, smooth{{multiply=true}}", samples)
+    assert records[-1].changes >= 12
+    fused, _ = compiled(path, exact)
+    assert np.array_equal(run(fused, feed)["last_hidden_state"], run(smoothed, feed)["last_hidden_state"]), "powers of two do not round"
+    off = {}
+    for step in ("", "smooth{multiply=true}, "):
+        for way in ("", "mode=static"):
+            model, _ = compiled(path, f"{exact}, {step}quantize{{{way}}}", samples)
+            off[step, way] = error(base, run(model, feed)["last_hidden_state"])
+    assert off["smooth{multiply=true}, ", "mode=static"] < 0.8 * off["", "mode=static"], off
+    assert off["smooth{multiply=true}, ", ""] < 0.8 * off["", ""], off
+
+
+def test_a_multiplication_is_put_only_where_it_gains_something() -> None:
+    text = BLOCK.replace("y = Add(d, q)", "e = Add(d, q)\n  y = Add(e, n)")
+    source = block()
+    source = parse(text, **{t.name: onnx.numpy_helper.to_array(t) for t in source.graph.initializer})
+    _, without = compiled(source, "smooth", feeds())
+    assert any("`multiply=true` puts a multiplication there" in r.message for r in without[0].remarks)
+    feed = feeds()[0]
+    model, _ = compiled(source, "smooth{multiply=true}", feeds())
+    assert [n.op_type for n in model.graph].count("Mul") == 2, "the gate, and in front of q, gate and up together"
+    assert error(run(source, feed)["y"], run(model, feed)["y"]) < 1e-6
+    even = parse(text, g=np.ones(32, np.float32), bu=np.zeros(64, np.float32), **{
+        name: np.random.default_rng(3).standard_normal(shape).astype(np.float32) for name, shape in
+        {"wq": (32, 32), "wg": (32, 64), "wu": (32, 64), "wd": (64, 32)}.items()})  # fmt: skip
+    model, _ = compiled(even, "smooth{multiply=true}", feeds())
+    assert [n.op_type for n in model.graph].count("Mul") == 1, "the gate"
+
+
 def test_errors() -> None:
     with pytest.raises(GraphoptError, match="add --samples"):
         compiled(block(), "smooth")
