@@ -192,4 +192,4 @@ def _size(op: Builder, node: ir.Node, value: ir.Value | None, axis: int) -> ir.V
     inputs = graph.inputs if isinstance(graph, ir.Graph) else ()
     known = next(((v, k) for v in inputs for k, other in enumerate(v.shape or ()) if same_dim(dim, other)), None)
     source, place = known or (value, axis)
-    return op.shared(("size", source, place), lambda: op.Shape(source, start=place, end=place + 1))  # type: ignore[no-any-return]
+    return op.shared(("size", source, place), lambda: op.Shape(source, start=place, end=place + 1))

@@ -27,7 +27,7 @@ class Nearest:
     @classmethod
     def of(cls, gaps: Array) -> Self:
         """From the largest differences [heads, forms]."""
-        best = np.nanargmin(gaps, axis=1)
+        best = np.argmin(gaps, axis=1)
         return cls(tuple(FORMS[k] for k in best), tuple(float(row[k]) for row, k in zip(gaps, best, strict=True)))
 
     def within(self, tolerance: float) -> tuple[str | None, ...]:

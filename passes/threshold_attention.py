@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
@@ -113,17 +114,16 @@ def _nearest(model: ir.Model, ctx: Context, limits: Mapping[ir.Node, Array | Non
     Driver(copy, Context(copy)).round(cut)  # not cleaned: nothing reads what is observed
     for graph in graphs(copy):
         graph.sort()
-    padding, gaps = Padding(model), {node: np.zeros(0) for node in cut.probes}
+    padding, gaps = Padding(model), collections.defaultdict[ir.Node, list[Array]](list)
 
     def reducer(node: ir.Node) -> Any:
         def add(gap: Array) -> None:
-            rows = padding.rows(gap)
-            gaps[node] = np.max([gaps[node], *rows], axis=0) if len(gaps[node]) else rows.max(0, initial=0.0)
+            gaps[node].append(padding.rows(gap).max(0, initial=0.0))
 
         return add
 
     observe(copy, padding.watch(ctx.require_samples()), {v: reducer(node) for node, v in cut.probes.items() if observable(copy, v)}, optimize=False)
-    return {twins[node]: Nearest.of(gap.reshape(len(FORMS), -1).T) for node, gap in gaps.items() if len(gap)}
+    return {twins[node]: Nearest.of(np.max(found, axis=0).reshape(len(FORMS), -1).T) for node, found in gaps.items() if found}
 
 
 @dataclasses.dataclass(frozen=True)
