@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.analysis.linear import Linears
 from graphopt.analysis.padding import Padding
 from graphopt.core import Array, Context, Pass
 from graphopt.distance import relative_l2
@@ -21,6 +22,7 @@ from graphopt.run.observe import observable, observe
 
 from ._places import Place, place_of
 from ._positional import FORMS, Nearest, Patterns, sentence
+from ._unread import DropUnread
 from ._weights_seen import Histogram, histograms
 
 _DEFAULT = 0.01
@@ -79,11 +81,14 @@ class ThresholdAttention(Pass):
         before = None if ctx.samples is None else model.clone()
         nearest = {} if self.constant is None else _nearest(model, ctx, limits, self.relative)
         forms = {n: found.within(self.constant or 0.0) for n, found in nearest.items()}
-        queries = {n: [str(v.name) for v in places[n].operands if v is not None] for n in nearest}
+        linear = {x.node for x in ctx.get(Linears())} if nearest else set()
+        projections = {n: _projections(places[n], linear) for n in nearest}
         changes = _Cut(limits, self.relative, {n: _facts(seen[n], limits[n]) for n in seen}, forms).run(model, ctx)
         if not changes and not anchors:
             ctx.remarks.missed("", "nothing to cut: the graph has no Softmax and no Attention")
-        self._tell_forms(model, ctx, nearest, queries)
+        if any(forms[n] and all(forms[n]) for n in forms):
+            DropUnread().run(model, ctx)
+        self._tell_forms(model, ctx, nearest, projections)
         if changes and before is not None and ctx.samples is not None:
             old, new = ort.session(before), ort.session(model)
             loss = relative_l2((old.run(f) for f in ctx.samples), (new.run(f) for f in ctx.samples))
@@ -97,13 +102,28 @@ class ThresholdAttention(Pass):
             return np.array([self.threshold or _DEFAULT], np.float32)
         return None if seen is None else seen.limit(self.sparsity)
 
-    def _tell_forms(self, model: ir.Model, ctx: Context, nearest: Mapping[ir.Node, Nearest], operands: Mapping[ir.Node, Sequence[str]]) -> None:
+    def _tell_forms(self, model: ir.Model, ctx: Context, nearest: Mapping[ir.Node, Nearest], projections: Mapping[ir.Node, Set[str]]) -> None:
         there = {str(v.name) for n in all_nodes(model) for v in n.outputs} if nearest else set()
         for layer, (node, found) in enumerate(nearest.items()):
             tolerance = self.constant or 0.0
             say = ctx.remarks.applied if any(found.within(tolerance)) else ctx.remarks.missed
-            text = sentence(found, tolerance, gone=there.isdisjoint(operands[node]))
+            text = sentence(found, tolerance, gone=there.isdisjoint(projections[node]))
             say(node.name or "", f"layer {layer}: {text}", layer=layer, heads=found.told(tolerance))
+
+
+def _projections(place: Place, linear: Set[ir.Node]) -> set[str]:
+    """Names of what the products with the stored weights of query and key give."""
+    found, seen, todo = set[str](), set[ir.Node](), [v.producer() for v in place.operands if v is not None]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in linear:
+            found.add(str(node.outputs[0].name))
+        elif node.op_type != "MatMul":
+            todo += [v.producer() for v in node.inputs if v is not None]
+    return found
 
 
 def _nearest(model: ir.Model, ctx: Context, limits: Mapping[ir.Node, Array | None], relative: bool) -> dict[ir.Node, Nearest]:

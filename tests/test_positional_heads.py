@@ -172,6 +172,32 @@ def test_a_cut_makes_a_head_positional() -> None:
         same_where_it_is_read(uncut, found, sizes)
 
 
+@pytest.mark.parametrize("gemm", [False, True])
+def test_what_was_computed_together_is_taken_apart(gemm: bool) -> None:
+    """One wide projection, as GPT-2 has it: only the columns of the values stay, and of what something else reads."""
+    stored = weights(("first", "previous"))
+    wide = np.hstack([stored["wq"], stored["wk"], stored["wv"], stored["wv"] + 1])
+    bias = np.random.default_rng(8).standard_normal(32).astype(np.float32)
+    bias[:16] = 0
+    product = "w = MatMul(x, wide)  wb = Add(w, bias)"
+    if gemm:
+        product = "flat = Reshape(x, rows)  w = Gemm <transB = 1> (flat, wide, bias)  wb = Reshape(w, shape)"
+    text = OPERATOR.replace("N", "2").replace("CAUSAL", "0").replace("k = MatMul(x, wk)  v = MatMul(x, wv)", "")
+    text = text.replace("q = MatMul(x, wq)", f"{product}  q, k, v, other = Split <axis = -1> (wb, sizes)")
+    text = text.replace("y = MatMul(r, wo)", "sum = Add(r, other)  y = MatMul(sum, wo)")
+    text = text.replace("float[8,H] wq, float[8,H] wk, float[8,H] wv", "float wide = {0}, float bias = {0}, int64[4] sizes = {8, 8, 8, 8}")
+    text = text.replace("float[H,8] wo", "float wo = {0}, int64[2] rows = {-1, 8}, int64[3] shape = {1, -1, 32}")
+    text = text.replace("[B,", "[1,") if gemm else text
+    model = parse(text, wide=wide.T.copy() if gemm else wide, bias=bias, wo=stored["wo"])
+    found, remarks = made(model, "canonicalize, threshold-attention{threshold=1e-6 constant=0.001}", [feed(1, 9), feed(1, 6)])
+    assert [h["form"] for h in told(remarks) if h["replaced"]] == ["first", "previous"]
+    assert any("query and key are gone" in str(r) for r in remarks), [str(r) for r in remarks]
+    (matrix,) = [v for v in found.graph.initializers.values() if "wide" in str(v.name)]
+    assert np.array_equal(matrix.const_value.numpy(), wide[:, 16:])
+    for sizes in ((1, 5), (1, 9)):
+        same_where_it_is_read(model, found, sizes, 1e-4)
+
+
 def test_heads_that_read_the_text_stay() -> None:
     model = source(("content", "content"))
     found, remarks = made(model, "threshold-attention{constant=0.01}", SAMPLES)
@@ -224,7 +250,7 @@ def test_wrong_options() -> None:
     assert milder.constant == 0.05
 
 
-@pytest.mark.parametrize("first", ["canonicalize", "canonicalize, fuse-attention"])
+@pytest.mark.parametrize("first", ["canonicalize", "canonicalize, fuse-attention", "canonicalize, fuse-attention, merge-projections"])
 def test_minilm_without_any_scores(first: str) -> None:
     """What is left when every head counts as positional: no projection of a query or key."""
     names = ["input_ids", "attention_mask"]
@@ -232,6 +258,7 @@ def test_minilm_without_any_scores(first: str) -> None:
     assert [len(r.facts["heads"]) for r in remarks if "heads" in r.facts] == [12] * 6
     assert sum("query and key are gone" in str(r) for r in remarks) == 6, [str(r) for r in remarks]
     assert not {"Softmax", "Attention"} & {n.op_type for n in model.graph}
-    assert len([n for n in model.graph if n.op_type == "MatMul" and any(v.is_initializer() for v in n.inputs if v is not None)]) == 6 * 4
+    widths = [n.inputs[1].shape[1] for n in model.graph if n.op_type == "MatMul" and n.inputs[1].is_initializer()]
+    assert widths == [384, 384, 1536, 384] * 6
     for sizes in ((1, 7), (3, 20)):
         assert np.isfinite(run(model, text_feeds(names, *sizes))["last_hidden_state"]).all()
