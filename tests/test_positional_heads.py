@@ -218,25 +218,54 @@ def test_the_deviation_is_the_largest_of_all_weights() -> None:
     assert (clean["replaced"], other["replaced"]) == (True, False)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_rows_and_keys_of_different_numbers(fused: bool) -> None:
+def crossing(heads: Sequence[str]) -> onnx.ModelProto:
+    """Queries from `x` [B,S,8], keys and values from `from` [B,T,8]."""
     text = TEXT.replace("int64[B,S] attention_mask", "float[B,T,8] from, int64[B,T] attention_mask").replace("CAUSAL", "keep = Identity(u)")
     text = text.replace("MatMul(x, wk)", "MatMul(from, wk)").replace("MatMul(x, wv)", "MatMul(from, wv)")
-    stored = weights(("first", "uniform"))
-    for name in stored:
+    for name in ("wq", "wk", "wv", "wo"):
         text = text.replace(f"float[{'H,8' if name == 'wo' else '8,H'}] {name}", f"float {name} = {{0}}")
-    model = parse(text, **stored)
+    return parse(text, **weights(heads))
 
-    def crossed(batch: int, rows: int, keys: int) -> dict[str, Array]:
-        other = feed(batch, keys)
-        return {"x": feed(batch, rows, 4)["x"], "from": other["x"], "attention_mask": other["attention_mask"]}
 
-    pipe = ("fuse-attention, " if fused else "") + "threshold-attention{threshold=1e-6 constant=0.001}"
-    found, remarks = made(model, pipe, [crossed(3, 4, 7), crossed(2, 9, 6)])
+def crossed(batch: int, rows: int, keys: int, behind: bool = False) -> dict[str, Array]:
+    """`behind`: the rows are the last ones of the keys, as with a cache."""
+    other = feed(batch, keys)
+    return {"x": other["x"][:, keys - rows :] if behind else feed(batch, rows, 4)["x"], "from": other["x"], "attention_mask": other["attention_mask"]}
+
+
+@pytest.mark.parametrize("first", ["", "fuse-attention, "])
+def test_rows_and_keys_of_different_numbers(first: str) -> None:
+    model = crossing(("first", "uniform"))
+    found, remarks = made(model, f"{first}threshold-attention{{threshold=1e-6 constant=0.001}}", [crossed(3, 4, 7), crossed(2, 9, 6)])
     assert [h["form"] for h in told(remarks) if h["replaced"]] == ["first", "uniform"]
     assert {"wq", "wk"}.isdisjoint(found.graph.initializers)
     for sizes in ((1, 5, 3), (3, 3, 9)):
         assert_same(run(model, crossed(*sizes)), run(found, crossed(*sizes)), 1e-4)
+
+
+@pytest.mark.parametrize("first", ["", "fuse-attention, "])
+def test_rows_behind_a_cache_count_from_its_end(first: str) -> None:
+    model = crossing(("self", "previous"))
+    samples = [crossed(1, 3, 8, True), crossed(1, 1, 5, True), crossed(1, 6, 6, True)]
+    found, remarks = made(model, f"{first}threshold-attention{{threshold=1e-6 constant=0.001}}", samples)
+    assert [h["form"] for h in told(remarks) if h["replaced"]] == ["self", "previous"]
+    for sizes in ((1, 2, 9), (1, 7, 7)):
+        x = crossed(*sizes, True)
+        assert_same(run(model, x), run(found, x), 1e-4)
+
+
+def test_a_row_that_sees_nothing_reads_nothing() -> None:
+    text = """<ir_version: 10, opset_import: ["": 23]> g (float[B,S,8] x, bool[B,1,S,S] mask) => (float[B,S,8] y) <float wq = {0}> {
+      q = MatMul(x, wq)
+      y = Attention <q_num_heads = 2, kv_num_heads = 2, scale = 1.0> (q, x, x, mask)
+    }"""
+    model = parse(text, wq=np.zeros((8, 8), np.float32))
+    x = {"x": feed(2, 6)["x"], "mask": np.random.default_rng(0).random((2, 1, 6, 6)) < 0.5}
+    x["mask"][0, 0, 2] = False
+    found, remarks = made(model, "threshold-attention{threshold=1e-6 constant=0.001}", [x])
+    assert [h["form"] for h in told(remarks) if h["replaced"]] == ["uniform", "uniform"]
+    assert not run(found, x)["y"][0, 2].any()
+    assert_same(run(model, x), run(found, x))
 
 
 def test_wrong_options() -> None:
