@@ -169,10 +169,10 @@ def _operator(node: ir.Node) -> Operator | str:
 
 def _is_cut(p: ir.Value) -> bool:
     """threshold-attention was here before; rows that see no key may have been set to zero in between."""
-    readers = [use.node for use in p.uses()]
-    if [n.op_type for n in readers] == ["Where"]:
-        return _is_cut(readers[0].outputs[0])
-    return {"GreaterOrEqual", "Where", "ReduceMax"} <= {n.op_type for n in readers}
+    readers = {use.node.op_type: use.node for use in p.uses()}
+    if readers.keys() in ({"Where"}, {"IsNaN", "Where"}):
+        return _is_cut(readers["Where"].outputs[0])
+    return {"GreaterOrEqual", "Where", "ReduceMax"} <= readers.keys()
 
 
 def _narrow(mask: ir.Value) -> ir.Value:

@@ -204,8 +204,9 @@ def test_rows_without_any_weight_stay_zero() -> None:
     text = BLOCK.replace("y = MatMul(p, v)", "n = IsNaN(p)  z = Where(n, zero, p)  y = MatMul(z, v)").replace(") {", ") <float zero = {0}> {", 1)
     x = feed(1, 4)
     x["mask"][:] = -np.inf
-    model, records = cut(parse(text), "threshold-attention")
-    assert records[-1].changes == 1
+    model, records = cut(parse(text), "threshold-attention, threshold-attention{threshold=0.5}")
+    assert [r.changes for r in records] == [1, 0]
+    assert not [str(r) for r in records[-1].remarks if "not cut" in str(r)], "it knows its own work"
     assert (run(model, x)["y"] == 0).all()
 
 
