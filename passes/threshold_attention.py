@@ -2,70 +2,93 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.attention import AttentionFacts, Attentions
+from graphopt.analysis.linear import Linears
+from graphopt.analysis.padding import Padding
 from graphopt.core import Array, Context, Pass
 from graphopt.distance import relative_l2
-from graphopt.graph import all_nodes, attr, producer
+from graphopt.graph import all_nodes, graphs
 from graphopt.options import at_option
-from graphopt.rewrite import Builder, Match, Miss, RewritePass
+from graphopt.rewrite import Builder, Driver, Match, Miss, RewritePass
 from graphopt.run import ort
 from graphopt.run.observe import observable, observe
 
+from ._places import Place, place_of
+from ._positional import FORMS, Nearest, Patterns, sentence
+from ._unread import DropUnread
+from ._weights_seen import Histogram, histograms
+
 _DEFAULT = 0.01
-_EDGES = np.append(np.geomspace(1e-7, 1, 281), np.inf)  # of the histogram of weights: 40 steps for each factor of ten
 
 
 @dataclasses.dataclass(frozen=True)
 class ThresholdAttention(Pass):
     """Weights of a softmax that are below a threshold count as zero. The largest of a row always stays; rows that are masked throughout stay zero.
 
-    Written with standard operators between the softmax and the product with the values: no runtime skips the zeros, so nothing becomes faster. It
-    shows how many weights an attention does without, and what that costs. Before fuse-attention only.
+    Written with standard operators between the softmax and the product with the values; the operator Attention is written out for it. No runtime
+    skips the zeros, so that alone makes nothing faster: it shows how many weights an attention does without, and what that costs. Heads that come
+    to depend on positions and the mask only (Voita et al. 2019, "Analyzing Multi-Head Self-Attention": positional heads) need no scores.
 
     Args:
         threshold: of a weight, from 0 to 1; the default is 0.01.
         sparsity: instead of it: each head gets the threshold under which this part of its weights lies on the samples.
         relative: the threshold is a part of the largest weight of each row.
+        constant: heads whose weights, cut, are nowhere on the samples (padding left out) further than this from one of these forms get that form:
+            each row reads itself; the previous or the next key, or itself where there is none that is visible; the first visible key; all
+            visible keys alike. Where all heads of an attention do, its queries and keys are not computed.
 
     Raises:
-        PipelineError: both of them, or one out of its range.
-        SampleError: when it runs: sparsity without samples.
+        PipelineError: threshold and sparsity, or one out of its range.
+        SampleError: when it runs: sparsity or constant without samples.
     """
 
     threshold: float | None = None
     sparsity: float | None = None
     relative: bool = False
+    constant: float | None = None
     exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.threshold is not None and self.sparsity is not None:
             _refuse("sparsity", "to stand alone; `threshold` stands beside it")
-        for key in ("threshold", "sparsity"):
+        for key in ("threshold", "sparsity", "constant"):
             value = getattr(self, key)
             if value is not None and not 0 < value < 1:
                 _refuse(key, f"a number between 0 and 1, found {value:g}")
 
     def weaker(self) -> Self | None:
+        closer = None if self.constant is None else self.constant / 2
         if self.sparsity is not None:
-            return dataclasses.replace(self, sparsity=round(0.7 * self.sparsity, 4)) if self.sparsity > 0.02 else None
+            milder = dataclasses.replace(self, sparsity=round(0.7 * self.sparsity, 4), constant=closer)
+            return milder if self.sparsity > 0.02 else None
         now = self.threshold or _DEFAULT
-        return dataclasses.replace(self, threshold=now / 2) if now > 1e-5 else None
+        return dataclasses.replace(self, threshold=now / 2, constant=closer) if now > 1e-5 else None
 
     def run(self, model: ir.Model, ctx: Context) -> int:
-        if self.sparsity is not None:
+        if self.sparsity is not None or self.constant is not None:
             ctx.require_samples()
-        facts = {n: f for n, f in ctx.get(Attentions()).items() if isinstance(f, AttentionFacts)}
-        seen = self._seen(model, ctx, facts)
-        limits = {node: self._limit(seen.get(node)) for node in facts}
+        anchors = [n for n in all_nodes(model) if n.op_type in _Cut.anchors and not n.domain]
+        places = {n: p for n in anchors if isinstance(p := place_of(n, ctx), Place)}
+        seen = histograms(model, ctx, places, self.relative)
+        limits = {node: self._limit(seen.get(node)) for node in places}
         before = None if ctx.samples is None else model.clone()
-        changes = _Cut(limits, self.relative, {n: _facts(seen[n], limits[n]) for n in seen}).run(model, ctx)
+        nearest = {} if self.constant is None else _nearest(model, ctx, limits, self.relative)
+        forms = {n: found.within(self.constant or 0.0) for n, found in nearest.items()}
+        linear = {x.node for x in ctx.get(Linears())} if nearest else set()
+        projections = {n: _projections(places[n], linear) for n in nearest}
+        changes = _Cut(limits, self.relative, {n: _facts(seen[n], limits[n]) for n in seen}, forms).run(model, ctx)
+        if not changes and not anchors:
+            ctx.remarks.missed("", "nothing to cut: the graph has no Softmax and no Attention")
+        if any(forms[n] and all(forms[n]) for n in forms):
+            DropUnread().run(model, ctx)
+        self._tell_forms(model, ctx, nearest, projections)
         if changes and before is not None and ctx.samples is not None:
             old, new = ort.session(before), ort.session(model)
             loss = relative_l2((old.run(f) for f in ctx.samples), (new.run(f) for f in ctx.samples))
@@ -73,59 +96,59 @@ class ThresholdAttention(Pass):
             ctx.remarks.applied("", f"{np.mean(told):.1%} of the weights become zero; the outputs move by {loss:.4g} (relative L2)", loss=loss)
         return changes
 
-    def _seen(self, model: ir.Model, ctx: Context, facts: Mapping[ir.Node, AttentionFacts]) -> dict[ir.Node, _Histogram]:
-        """What the samples show of the weights of each attention."""
-        if ctx.samples is None:
-            return {}
-        found: dict[ir.Node, _Histogram] = {}
-        values: dict[ir.Value, _Histogram] = {}
-        for node, f in facts.items():
-            p = f.probabilities
-            if p is not None and observable(model, p) and p.shape is not None:
-                by_head = len(p.shape) == 4 and p.shape[1] == f.heads
-                found[node] = values[p] = _Histogram(f.heads if by_head else 1, self.relative)
-        if values:
-            observe(model, ctx.samples, values)
-        return found
-
-    def _limit(self, seen: _Histogram | None) -> Array | None:
+    def _limit(self, seen: Histogram | None) -> Array | None:
         """The threshold [1], or of each head [heads, 1, 1]; None where nothing is known of an attention."""
         if self.sparsity is None:
             return np.array([self.threshold or _DEFAULT], np.float32)
         return None if seen is None else seen.limit(self.sparsity)
 
+    def _tell_forms(self, model: ir.Model, ctx: Context, nearest: Mapping[ir.Node, Nearest], projections: Mapping[ir.Node, Set[str]]) -> None:
+        there = {str(v.name) for n in all_nodes(model) for v in n.outputs} if nearest else set()
+        for layer, (node, found) in enumerate(nearest.items()):
+            tolerance = self.constant or 0.0
+            say = ctx.remarks.applied if any(found.within(tolerance)) else ctx.remarks.missed
+            text = sentence(found, tolerance, gone=there.isdisjoint(projections[node]))
+            say(node.name or "", f"layer {layer}: {text}", layer=layer, heads=found.told(tolerance))
 
-class _Histogram:
-    """Counts of the weights of each head that are not zero, over all samples."""
 
-    def __init__(self, heads: int, relative: bool) -> None:
-        self.counts, self.relative = np.zeros((heads, len(_EDGES)), np.int64), relative
+def _projections(place: Place, linear: Set[ir.Node]) -> set[str]:
+    """Names of what the products with the stored weights of query and key give."""
+    found, seen, todo = set[str](), set[ir.Node](), [v.producer() for v in place.operands if v is not None]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in linear:
+            found.add(str(node.outputs[0].name))
+        elif node.op_type != "MatMul":
+            todo += [v.producer() for v in node.inputs if v is not None]
+    return found
 
-    def __call__(self, p: Array) -> None:
-        if self.relative:
-            p = p / np.maximum(p.max(-1, keepdims=True), np.finfo(np.float32).tiny)
-        heads = np.moveaxis(p, 1, 0) if len(self.counts) > 1 else p[None]
-        for head, array in enumerate(heads):
-            weights = array[array > 0]
-            self.counts[head] += np.bincount(np.searchsorted(_EDGES, weights, side="right"), minlength=len(_EDGES))[: len(_EDGES)]
 
-    def limit(self, sparsity: float) -> Array:
-        """The largest edge below which at most this part of the weights of a head lies: [heads, 1, 1]."""
-        below = np.cumsum(self.counts, 1) / np.maximum(self.counts.sum(1, keepdims=True), 1)
-        last = np.maximum((below <= sparsity).sum(1) - 1, 0)
-        found: Array = _EDGES[np.minimum(last, len(_EDGES) - 2)].astype(np.float32).reshape(-1, 1, 1)
-        return found
+def _nearest(model: ir.Model, ctx: Context, limits: Mapping[ir.Node, Array | None], relative: bool) -> dict[ir.Node, Nearest]:
+    """Which form each head is nearest to when all attentions are cut."""
+    copy = model.clone()
+    twins = dict(zip(all_nodes(copy), all_nodes(model), strict=True))
+    cut = _Cut({twin: limits[node] for twin, node in twins.items() if node in limits}, relative, {}, {}, probe=True)
+    Driver(copy, Context(copy)).round(cut)  # not cleaned: nothing reads what is observed
+    for graph in graphs(copy):
+        graph.sort()
+    padding, gaps = Padding(model), collections.defaultdict[ir.Node, list[Array]](list)
 
-    def below(self, limit: Array) -> float:
-        """The part of the weights below a limit, to the nearest edge."""
-        at = np.broadcast_to(np.searchsorted(_EDGES * 0.999, limit.reshape(-1), side="right") - 1, (len(self.counts),))
-        under = sum(int(row[: k + 1].sum()) for row, k in zip(self.counts, at, strict=True))
-        return under / max(int(self.counts.sum()), 1)
+    def reducer(node: ir.Node) -> Any:
+        def add(gap: Array) -> None:
+            gaps[node].append(padding.rows(gap).max(0, initial=0.0))
+
+        return add
+
+    observe(copy, padding.watch(ctx.require_samples()), {v: reducer(node) for node, v in cut.probes.items() if observable(copy, v)}, optimize=False)
+    return {twins[node]: Nearest.of(np.max(found, axis=0).reshape(len(FORMS), -1).T) for node, found in gaps.items() if found}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Found(Match):
-    probabilities: ir.Value
+    place: Place
     limit: Array
     told: Mapping[str, Any]
 
@@ -135,48 +158,52 @@ class _Found(Match):
 
 
 class _Cut(RewritePass[_Found]):
+    """Cuts, with the given forms of heads; `probe` also compares the cut weights with all forms, and leaves the values that tell in `probes`."""
+
     exact: ClassVar[bool] = False
     anchors: ClassVar[frozenset[str]] = frozenset({"Softmax", "Attention"})
 
-    def __init__(self, limits: Mapping[ir.Node, Array | None], relative: bool, told: Mapping[ir.Node, Mapping[str, Any]]) -> None:
-        self.limits, self.relative, self.told = dict(limits), relative, told
-
-    def run(self, model: ir.Model, ctx: Context) -> int:
-        changes = super().run(model, ctx)
-        if not changes and not any(n.op_type in self.anchors and not n.domain for n in all_nodes(model)):
-            ctx.remarks.missed("", "nothing to cut: the graph has no Softmax and no Attention")
-        return changes
+    def __init__(
+        self,
+        limits: Mapping[ir.Node, Array | None],
+        relative: bool,
+        told: Mapping[ir.Node, Mapping[str, Any]],
+        forms: Mapping[ir.Node, Sequence[str | None]],
+        probe: bool = False,
+    ) -> None:
+        self.limits, self.relative, self.told, self.forms, self.probe = dict(limits), relative, told, forms, probe
+        self.probes: dict[ir.Node, ir.Value] = {}
 
     def match(self, node: ir.Node, ctx: Context) -> _Found | Miss | None:
-        if node.op_type == "Attention":
-            return Miss(node, "its weights are inside the operator", "put threshold-attention before fuse-attention")
-        facts = ctx.get(Attentions())[node]
-        if isinstance(facts, str):
-            return None if _is_cut(node) else Miss(node, f"not cut: {facts}")
-        product, p, limit = producer(facts.output, "MatMul"), facts.probabilities, self.limits.get(node)
+        place, limit = place_of(node, ctx), self.limits.get(node)
+        if place is None:
+            return None
+        if isinstance(place, str):
+            return Miss(node, f"not cut: {place}")
         if limit is None:
             return Miss(node, "not cut: samples do not show its weights; give threshold instead of sparsity")
-        if product is None or p is None or product.inputs[0] is not p or p.dtype != ir.DataType.FLOAT:
-            return Miss(node, "not cut: its weights do not meet the values in a MatMul of FLOAT")
-        return _Found((product,), (product.outputs[0],), p, limit, self.told.get(node, {"threshold": float(limit.max())}))
+        return _Found(place.nodes, (place.nodes[0].outputs[0],), place, limit, self.told.get(node, {"threshold": float(limit.max())}))
 
     def build(self, op: Builder, m: _Found) -> Sequence[ir.Value]:
-        p, last = m.probabilities, op.const(np.array([-1], np.int64), "last")
-        top, limit = op.ReduceMax(p, last, keepdims=1), op.const(m.limit, "threshold")
+        forms = self.forms.get(m.place.anchor, ())
+        p = None if forms and all(forms) else self._cut(op, m.place.weights(op), m.limit)
+        if any(forms):
+            p = Patterns(op, m.place).mixed(forms, p)
+        assert p is not None
+        if self.probe and not isinstance(m.place.masks(), str):
+            self.probes[m.place.anchor] = Patterns(op, m.place).gaps(p)
+        return [m.place.result(op, p)]
+
+    def _cut(self, op: Builder, p: ir.Value, limits: Array) -> ir.Value:
+        last = op.const(np.array([-1], np.int64), "last")
+        top, limit = op.ReduceMax(p, last, keepdims=1), op.const(limits, "threshold")
         bound = op.Mul(top, limit) if self.relative else op.Min(top, limit)
         kept = op.Where(op.GreaterOrEqual(p, bound), p, op.const(np.array(0, np.float32), "zero"))
         least = op.const(np.array(np.finfo(np.float32).tiny, np.float32), "least")
-        total = op.Max(op.ReduceSum(kept, last, keepdims=1), least)
-        return [op.MatMul(op.Div(kept, total), m.nodes[0].inputs[1])]
+        return op.Div(kept, op.Max(op.ReduceSum(kept, last, keepdims=1), least))  # type: ignore[no-any-return]
 
 
-def _is_cut(softmax: ir.Node) -> bool:
-    """This pass was here before."""
-    readers = {use.node.op_type for use in softmax.outputs[0].uses()}
-    return attr(softmax, "axis", -1) is not None and {"GreaterOrEqual", "Where", "ReduceMax"} <= readers
-
-
-def _facts(seen: _Histogram, limit: Array | None) -> dict[str, Any]:
+def _facts(seen: Histogram, limit: Array | None) -> dict[str, Any]:
     if limit is None:
         return {"sparsity": 0.0}
     told = [float(f"{x:.4g}") for x in limit.reshape(-1)]

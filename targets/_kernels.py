@@ -13,8 +13,7 @@ from graphopt.core import Context
 from graphopt.extract import whole
 from graphopt.graph import attr, is_constant, producer, rank, used_once
 from graphopt.rewrite import Builder, Match, Miss, RewritePass
-
-from ._attention import _may_hide_rows
+from graphopt.unfused import may_hide_rows
 
 _VENDOR = "com.microsoft"
 
@@ -117,7 +116,7 @@ class SpellMultiHead(RewritePass[Match]):
             return Miss(node, "stays Attention: it has a cache, or its scores are read")
         if attr(node, "is_causal", 0) or attr(node, "softcap", 0.0) or attr(node, "softmax_precision"):
             return Miss(node, "stays Attention: it is causal or has a soft cap")
-        if mask is not None and (rank(mask) != 4 or mask.dtype != node.outputs[0].dtype or _may_hide_rows(whole(mask))):
+        if mask is not None and (rank(mask) != 4 or mask.dtype != node.outputs[0].dtype or may_hide_rows(whole(mask))):
             return Miss(node, "stays Attention: its mask is not additive of four axes, or may hide a row")
         return Match((node,), (node.outputs[0],))
 

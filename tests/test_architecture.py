@@ -46,7 +46,7 @@ ROWS = [
     }
     | {"sizes", "feeds", "sources", "samples", "distance", "measure", "interface", "verify", "save", "knapsack"},
     {"rewrite"},
-    {"pipeline", "remove"},
+    {"pipeline", "remove", "unfused"},
     {
         "registry",
         "listing",

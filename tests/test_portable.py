@@ -108,6 +108,17 @@ def test_a_boolean_mask_and_causality() -> None:
         same(attention(4, 2, "bool[B,1,S,T]", True, attributes), qkv(4, 2, True) | {"mask": mask}, "Attention")
 
 
+def test_a_mask_of_a_row_without_any_key_in_16_bits() -> None:
+    text = onnx.printer.to_text(attention(2, 2, "bool[B,1,S,T]", True)).replace("float[", "float16[")
+    feeds = {name: x.astype(np.float16) for name, x in qkv(2, 2, True).items()} | {"mask": np.ones((2, 1, 3, 3), np.bool_)}
+    feeds["mask"][0, 0, 0] = False
+    found = session(lowered(parse(text)), optimize=False).run(feeds)
+    wide = {name: x if name == "mask" else x.astype(np.float32) for name, x in feeds.items()}
+    expected = run(attention(2, 2, "bool[B,1,S,T]", True), wide)["y"]
+    assert np.abs(found["y"] - expected).max() < 5e-3
+    assert not found["y"][0, 0].any()
+
+
 @pytest.mark.parametrize("count", [0, 2])
 def test_a_cache(count: int) -> None:
     """B08: past of length 0 and more."""
