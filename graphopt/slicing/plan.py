@@ -57,17 +57,22 @@ class Plan:
         self.resize = frozenset(resize)
         self._inside: Collection[ir.Value] | None = None
         self._asked: dict[ir.Value, dict[Slot, Masks]] = {}
-        self._entered: set[ir.Value] = set()
+        self._entered: set[ir.Value] = set()  # operands from outside that change for all their readers,
+        self._fresh: set[ir.Value] = set()  # those of them that the removal at hand was the first to change,
+        self._apart: set[ir.Value] = set()  # and those that cannot, and are sliced for each reader
         self._zeroed: Collection[ir.Value] = ()
         self._summed: dict[ir.Node, tuple[bytes | None, ...]] = {}
         self.remapped: set[ir.Node] = set()  # lookups whose ids are translated to what is left of the table
         self._queue: deque[ir.Node] = deque()
 
     def mask(self, slot: Slot, axis: int) -> Array | None:
-        """What goes along one axis (counted from the front) of an operand or result."""
-        found = self.private.get(slot, {}).get(axis)
-        value = slot.value
-        return found if found is not None else None if value is None else self.removed.get(value, {}).get(axis)
+        """What goes along one axis (counted from the front) of an operand or result: for all readers, and for this one alone."""
+        own, value = self.private.get(slot, {}).get(axis), slot.value
+        common = None if value is None else self.removed.get(value, {}).get(axis)
+        if own is None or common is None:
+            return common if own is None else own
+        assert value is not None
+        return _joined(own, common, value)
 
     def mark(self, slot: Slot, axis: int, mask: Array | None) -> None:
         """A rule says: this goes too."""
@@ -80,12 +85,23 @@ class Plan:
             if value.is_graph_output():
                 raise Refusal(f"`{value.name}` is a stored output of the model")
             self._keep_private(slot, axis, mask)
+        elif (mask := self._beyond(slot, axis, mask)) is None:
+            return
         elif self._inside is None or value in self._inside:
             self._mark(value, axis, mask)
         else:
             known = self._asked.setdefault(value, {}).setdefault(slot, {})
             if axis not in known or not np.array_equal(known[axis], mask):
                 known[axis] = mask if axis not in known else _joined(known[axis], mask, value)
+
+    def _beyond(self, slot: Slot, axis: int, mask: Array) -> Array | None:
+        """What of `mask` this operand has not lost yet. What it lost alone must not be asked of the value, whose other readers keep it."""
+        lost = self.mask(slot, axis)
+        if lost is None:
+            return mask
+        assert slot.value is not None
+        more: Array = _joined(mask, lost, slot.value) & ~np.resize(lost, max(len(mask), len(lost)))
+        return more if more.any() else None
 
     def contract(self, node: ir.Node, places: Sequence[tuple[Slot, int]]) -> None:
         """A rule says: the results of `node` are sums over these axes. That is right where one factor counts as zero there.
@@ -109,11 +125,11 @@ class Plan:
             if size % len(mask):
                 raise Refusal(f"`{value.name}` has {size} entries along axis {axis}, which {len(mask)} do not repeat in")
             mask = np.tile(mask, size // len(mask))
-        if size is not None and mask.all():
-            raise Refusal(f"nothing of axis {axis} of `{value.name}` would be left")
         masks = self.removed.setdefault(value, {})
         before = masks.get(axis)
         after = mask.copy() if before is None else _joined(before, mask, value)
+        if size is not None and after.all():
+            raise Refusal(f"nothing of axis {axis} of `{value.name}` would be left")
         if before is not None and np.array_equal(before, after):
             return
         masks[axis] = after
