@@ -84,7 +84,7 @@ class Applier:
     def _stored(self, value: ir.Value, masks: Masks) -> ir.Value:
         assert value.const_value is not None
         tensor = self._left(value.const_value, masks, self.names.fresh(f"{value.name}_pruned"))
-        new = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        new = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
         self.model.graph.register_initializer(new)
         others = [use for use in value.uses() if Slot(use.node, use.idx) not in self.s.private]
         if others:
@@ -93,7 +93,7 @@ class Applier:
         return new
 
     @staticmethod
-    def _left(tensor: ir.TensorProtocol, masks: Masks, name: str) -> ir.Tensor:
+    def _left(tensor: ir.TensorProtocol, masks: Masks, name: str) -> ir.TensorProtocol:
         array = tensor.numpy()
         for axis, mask in masks.items():
             array = np.take(array, kept(mask), axis=axis)
