@@ -348,3 +348,6 @@ def test_no_samples_at_all_are_missed_in_one_line() -> None:
         with pytest.raises(PassError, match="prune-ffn needs samples of the model's inputs, found 0 batches") as caught:
             PassManager(steps("prune-ffn{ratio=0.25}", passes())).run(model, Context(model, samples=nothing))
         assert isinstance(caught.value.cause, SampleError)
+    with pytest.raises(PassError, match="prune-ffn needs samples"):
+        PassManager(steps("prune-ffn{ratio=0.25 multiple=1 importance=magnitude}", passes())).run(model, Context(model))
+    assert model.graph.initializers["up"].shape == (8, 32), "it says so before it cuts"

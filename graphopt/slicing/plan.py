@@ -7,6 +7,7 @@ it is the period with which it repeats.
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections import deque
 from collections.abc import Collection, Sequence
 
@@ -20,8 +21,20 @@ from graphopt.graph import consumers, is_constant, static_dim
 Masks = dict[int, Array]  # axis -> mask
 
 
+class Kind(enum.Enum):
+    """What a caller can do about a refusal."""
+
+    FINAL = "nothing"
+    UNEVEN = "remove more: heads or groups that are left would differ in size"
+    PORT = "ask the user: an input or output of the model would change its size"
+
+
 class Refusal(GraphoptError):
     """Why a removal is not possible: an operator without a rule, heads that would become ragged, an output that belongs to the user."""
+
+    def __init__(self, text: str, kind: Kind = Kind.FINAL) -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +76,7 @@ class Plan:
         self._zeroed: Collection[ir.Value] = ()
         self._summed: dict[ir.Node, tuple[bytes | None, ...]] = {}
         self.remapped: set[ir.Node] = set()  # lookups whose ids are translated to what is left of the table
+        self.regrouped: set[ir.Node] = set()  # attentions whose key and value heads go without their query heads
         self._queue: deque[ir.Node] = deque()
 
     def mask(self, slot: Slot, axis: int) -> Array | None:
@@ -143,7 +157,7 @@ class Plan:
         if not (value.is_graph_output() or value.is_graph_input()) or value.name in self.resize:
             return
         what = "an output" if value.is_graph_output() else "an input"
-        raise Refusal(f"`{value.name}` is {what} of the model, and would change its size")
+        raise Refusal(f"`{value.name}` is {what} of the model, and would change its size", Kind.PORT)
 
     def _keep_private(self, slot: Slot, axis: int, mask: Array) -> None:
         masks = self.private.setdefault(slot, {})
