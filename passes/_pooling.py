@@ -87,7 +87,7 @@ def _unfit(model: ir.Model, unit: Heads, operands: tuple[HeadOperand, HeadOperan
         return f"it has {unit.kv_heads} of them, which is no multiple of {kv_heads} above it"
     node = unit.node
     mask = node.inputs[3] if len(node.inputs) > 3 else None
-    if mask is not None and (rank(mask) or 0) >= 3 and static_dim(mask, -3) != 1:
+    if mask is not None and not _same_for_heads(mask):
         return f"its mask `{mask.name}` differs from head to head"
     if len(node.outputs) > 3 and node.outputs[3].name:
         return "the model returns its attention weights"
@@ -107,6 +107,15 @@ def _unfit(model: ir.Model, unit: Heads, operands: tuple[HeadOperand, HeadOperan
     if not _by_head(unit):
         return f"what its heads add does not stand head by head in `{unit.output.x.name}`"
     return next((r for x in (q.linear, k.linear, v.linear, unit.output) if (r := unfit(x)) is not None), None)
+
+
+def _same_for_heads(mask: ir.Value) -> bool:
+    """True for a mask without an axis of heads, or repeated along it."""
+    size = rank(mask)
+    if size is None or size < 3 or static_dim(mask, -3) == 1:
+        return size is not None
+    view = Tracer().view(mask)
+    return view is not None and all(atom.axis == -1 for atom in view.axes[-3])
 
 
 def _by_head(unit: Heads) -> bool:

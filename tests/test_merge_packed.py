@@ -29,6 +29,8 @@ PACKED = {
     "slices": f"{HEAD} p0 = MatMul(x, w)  p = Add(p0, b)  q = Slice(p, n0, n32, n2)  k = Slice(p, n32, n64, n2)  v = Slice(p, n64, n96, n2)  {TAIL}",
     "gemm": f"""{HEAD} f = Reshape(x, rows)  p0 = Gemm<transB=1>(f, wt, b)  s = Shape<start=0, end=2>(x)  t = Concat<axis=0>(s, n96)
         p = Reshape(p0, t)  q, k, v = Split<axis=-1, num_outputs=3>(p)  {TAIL}""",
+    "repeated mask": f"""{HEAD} p0 = MatMul(x, w)  p = Add(p0, b)  q, k, v = Split<axis=-1, num_outputs=3>(p)  m = Expand(mask, repeat)
+        {TAIL.replace("v, mask", "v, m")}""",
     "apart by head": f"""{HEAD} p0 = MatMul(x, w)  p = Add(p0, b)  q0, k0, v0 = Split<axis=-1, num_outputs=3>(p)
         q1 = Reshape(q0, heads)  q = Transpose<perm=[0,2,1,3]>(q1)  k1 = Reshape(k0, heads)  k = Transpose<perm=[0,2,1,3]>(k1)
         v1 = Reshape(v0, heads)  v = Transpose<perm=[0,2,1,3]>(v1)  c4 = Attention(q, k, v, mask)
@@ -46,6 +48,7 @@ def packed(given: dict[str, Array]) -> dict[str, Array]:
     w, b = np.concatenate([given[f"w{n}"] for n in "qkv"], 1), np.concatenate([given[f"b{n}"] for n in "qkv"])
     numbers = {f"n{k}": np.array([k]) for k in (0, 2, 32, 64, 96)}
     numbers |= {"widths": np.array([32, 32, 32]), "rows": np.array([-1, 32]), "heads": np.array([0, 0, 4, 8]), "flat": np.array([0, 0, 32])}
+    numbers["repeat"] = np.array([1, 4, 1, 1])
     return {"w": w, "wt": np.ascontiguousarray(w.T), "b": b, "wo": given["wo"], "bo": given["bo"], **numbers}
 
 
@@ -164,6 +167,12 @@ def test_gpt2_is_pooled(route: str, kv_heads: int) -> None:
         feed = feeds(model, rows, length, 50)
         wanted, found = (next(iter(run(m, feed).values())) for m in (base, model))
         assert np.linalg.norm(found - wanted) < 2e-4 * np.linalg.norm(wanted)
+
+
+def test_a_mask_that_differs_from_head_to_head_forbids_it() -> None:
+    text = PACKED["split"].replace("c = Attention", "m = Or(mask, some)  c = Attention").replace("v, mask", "v, m")
+    _, remarks = pool(text, {**packed(weights()), "some": np.arange(4).reshape(1, 4, 1, 1) == 2}, "kv-heads=2")
+    assert any("differs from head to head" in r.message for r in remarks), [r.message for r in remarks]
 
 
 def test_heads_between_the_three_are_refused_with_the_reason() -> None:

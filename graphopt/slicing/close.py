@@ -100,13 +100,13 @@ class Slicing(Plan):
     @contextmanager
     def together(self) -> Iterator[None]:
         """Removals inside this block are all planned, or, where one raises, none of them."""
-        summed = dict(self._summed)
+        summed, apart = dict(self._summed), set(self._apart)
         saved = (_copy(self.removed), _copy(self.private), dict(self.notes), {v: _copy(w) for v, w in self._asked.items()}, set(self._entered))
         try:
             yield
         except BaseException:
             self.removed, self.private, self.notes, self._asked, self._entered = saved
-            self._summed = summed
+            self._summed, self._apart = summed, apart
             self._queue.clear()
             raise
 
