@@ -88,6 +88,35 @@ def test_layers_share_a_position_bias_and_lose_the_same_heads(steps: list[dict[s
         assert_same(run(wanted, feed), run(model, feed))
 
 
+BETWEEN = {
+    "c = Identity(a)": True, "g = Sigmoid(z)  c = Mul(a, g)": True, "c = Relu(a)": True, "g = Sigmoid(a)  c = Mul(g, a)": True, "c = Add(a, a)": True,
+    "r = Reshape(a, sizes)  c = Reshape(r, flat)": True,
+    "c = Add(a, z)": False, "c = Sub(z, a)": False, "c = Add(a, bias)": False, "c = Sigmoid(a)": False, "c = Max(a, z)": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+def test_what_is_not_zero_where_a_head_goes_is_warned_of(between: str) -> None:
+    """Heads are zeros behind their attention, and the warning stands exactly where they are none when they are summed."""
+    names = [f"w{n}" for n in "qkvzo"]
+    text = f"""<ir_version: 10, opset_import: ["": 23]> g (float[B,S,32] x) => (float[B,S,32] y) {{
+        q = MatMul(x, wq)  k = MatMul(x, wk)  v = MatMul(x, wv)  z = MatMul(x, wz)  n = Identity(z)
+        a = Attention<q_num_heads=4, kv_num_heads=4>(q, k, v)  {between}  y = MatMul(c, wo) }}"""
+    numbers = {"sizes": np.array([0, 0, 4, 8]), "flat": np.array([0, 0, 32]), "bias": weights(32)}
+    stored = {**{n: weights(32, 32) for n in names}, **numbers}
+    model = graphopt.load(parse(text, **{n: a for n, a in stored.items() if n in text}))
+    unit, plan = units(model)["h0"], Slicing(model)
+    plan.remove(unit.value, unit.axis, unit.mask([1]), inside=unit.inside)
+    told = [text for _, text in plan.notes if "not zero" in text]
+    wanted = masked(model, {unit: [1]})
+    apply(plan)
+    verify(model)
+    feed = {"x": weights(2, 5, 32)}
+    (a,), (b,) = run(wanted, feed).values(), run(model, feed).values()
+    assert (float(np.abs(a - b).max()) < 1e-5) == BETWEEN[between]
+    assert (not told) == BETWEEN[between]
+
+
 def test_two_removals_that_leave_nothing_are_refused() -> None:
     model = graphopt.load(parse(GATED, **STORED))
     plan, inside = Slicing(model), downstream([value(model, "h")])

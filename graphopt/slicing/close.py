@@ -12,6 +12,7 @@ from graphopt.core import Array
 from graphopt.graph import downstream, is_constant
 from graphopt.slicing.plan import Masks, Plan, Refusal, Slot, equal, rank_of
 from graphopt.slicing.rules import link
+from graphopt.slicing.zeros import zeros
 
 
 class Slicing(Plan):
@@ -32,7 +33,7 @@ class Slicing(Plan):
             self._fresh.clear()
             try:
                 with self.together():
-                    self._inside, self._zeroed = inside, downstream([value])
+                    self._inside, self._zeroed, self._zeros = inside, downstream([value]), zeros(value)
                     self._mark(value, axis % rank_of(value), mask)
                     self._close()
             except Refusal as refusal:

@@ -73,7 +73,8 @@ class Plan:
         self._entered: set[ir.Value] = set()  # operands from outside that change for all their readers,
         self._fresh: set[ir.Value] = set()  # those of them that the removal at hand was the first to change,
         self._apart: set[ir.Value] = set()  # and those that cannot, and are sliced for each reader
-        self._zeroed: Collection[ir.Value] = ()
+        self._zeroed: Collection[ir.Value] = ()  # what follows from the value at which a removal starts
+        self._zeros: Collection[ir.Value] = ()  # what of that is zero where that value is
         self._summed: dict[ir.Node, tuple[bytes | None, ...]] = {}
         self.remapped: set[ir.Node] = set()  # lookups whose ids are translated to what is left of the table
         self.regrouped: set[ir.Node] = set()  # attentions whose key and value heads go without their query heads
@@ -128,6 +129,8 @@ class Plan:
         if not any(slot.value in self._zeroed for slot, _ in places):
             name = next(slot.value.name for slot, _ in places if slot.value is not None and not is_constant(slot.value))
             raise Refusal(f"{node.op_type} `{node.name}` needs all of `{name}`, which is not only read here")
+        if not any(slot.value in self._zeros for slot, _ in places):
+            self.note(node, "sums removed entries that are not zero: what came to them on the way goes with them")
         self._summed[node] = gone
 
     def note(self, node: ir.Node, text: str) -> None:
