@@ -25,7 +25,7 @@ from graphopt.errors import GraphoptError, SaveError
 from graphopt.remarks import Remarks
 from graphopt.run.observe import exposed
 from graphopt.samples import Samples, runnable_samples
-from graphopt.sources import Batch
+from graphopt.spool import Batch
 
 ROUNDING = 100.0  # dB; a block that is closer than this differs by the rounding of float32 sums in another order
 _CHANNELS = 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
 
@@ -15,10 +15,10 @@ from graphopt.errors import SampleError
 from graphopt.fuel import Fuel
 from graphopt.options import Configurable
 from graphopt.remarks import Remarks
+from graphopt.spool import Spool
 
 if TYPE_CHECKING:
     from graphopt.choices import Choices, Machine, Spelling
-    from graphopt.samples import Samples
 
 Facts = TypeVar("Facts")
 Array = np.ndarray[Any, Any]
@@ -55,21 +55,33 @@ class Analysis(ABC, Generic[Facts]):
     def compute(self, model: ir.Model, ctx: Context) -> Facts: ...
 
 
+class Batches(Protocol):
+    """Batches (name -> array) as often as you iterate: `graphopt.Samples`, a list, a DataLoader that is not shuffled."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def __len__(self) -> int: ...
+
+
 class Context:
-    """What a pass is given besides the graph. An explicit argument, never global."""
+    """What a pass is given besides the graph. An explicit argument, never global.
+
+    Args:
+        samples: batches of the model's inputs; a generator, which can be read once, is written to a temporary folder.
+    """
 
     def __init__(
         self,
         model: ir.Model,
         *,
         target: Target | None = None,
-        samples: Samples | None = None,
+        samples: Batches | Iterable[Mapping[str, Array]] | None = None,
         remarks: Remarks | None = None,
         fuel: Fuel | None = None,
         budget: Budget | None = None,
         original: ir.Model | None = None,
     ) -> None:
-        self.model, self.target, self.samples, self.budget = model, target, samples, budget
+        self.model, self.target, self.budget = model, target, budget
+        self.samples: Batches | None = samples if samples is None or isinstance(samples, Sized) else Spool(samples)
         self.original = model if original is None else original
         self.remarks = Remarks() if remarks is None else remarks
         self.fuel = Fuel() if fuel is None else fuel
@@ -87,12 +99,14 @@ class Context:
         """Drop the facts of every analysis but those of the types in `keep`."""
         self._facts = {a: f for a, f in self._facts.items() if type(a) in keep}
 
-    def require_samples(self) -> Samples:
+    def require_samples(self) -> Batches:
         """The user's samples.
 
         Raises:
             SampleError: there are none; the text names the flag to add.
         """
+        if self.samples is not None and not len(self.samples):
+            raise SampleError(f"{self.remarks.current} needs samples of the model's inputs, found 0 batches: the source is empty, or used up before")
         if self.samples is None:
             raise SampleError(f"{self.remarks.current} needs samples of the model's inputs; add --samples DATA (or samples=... in Python)")
         return self.samples

@@ -11,7 +11,7 @@ from typing import TextIO
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.core import Array, Context, Pass, Session
+from graphopt.core import Array, Batches, Context, Pass, Session
 from graphopt.distance import Difference, compare_outputs
 from graphopt.errors import GraphoptError, SampleError, TargetError, VerifyError
 from graphopt.graph import all_nodes
@@ -115,13 +115,13 @@ class CheckNumerics(Observer):
                 inside = self._first_inside(model, number - 1) if step.exact else ""
                 raise VerifyError(f"check-numerics: pass {position} `{step}` changed the numbers: {difference}, on sample {number}{inside}")
 
-    def _choose(self, model: ir.Model, samples: Samples | None) -> Session:
+    def _choose(self, model: ir.Model, samples: Batches | None) -> Session:
         """The first engine that runs the input decides for the whole pipeline, and so do its samples."""
         reason: GraphoptError | None = None
         for load in self._loads:
             try:
                 session = load(model)
-                fitted = runnable_samples(model, session, seed=self._seed) if samples is None else samples.fit(model)
+                fitted = runnable_samples(model, session, seed=self._seed) if samples is None else Samples.load(samples, model)
                 self._feeds = list(fitted)[:_FEEDS]
                 session.run(self._feeds[0])
             except TargetError as error:

@@ -82,25 +82,31 @@ class Applier:
         slot.node.replace_input_with(slot.index, self._sliced[key])
 
     def _stored(self, value: ir.Value, masks: Masks) -> ir.Value:
-        array = constant(value)
-        assert array is not None
         assert value.const_value is not None
-        for axis, mask in masks.items():
-            array = np.take(array, kept(mask), axis=axis)
-        fresh = self.names.fresh(f"{value.name}_pruned")
-        tensor = ir.Tensor(np.ascontiguousarray(array), dtype=value.const_value.dtype, shape=ir.Shape(array.shape), name=fresh)
-        new = ir.Value(name=fresh, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+        tensor = self._left(value.const_value, masks, self.names.fresh(f"{value.name}_pruned"))
+        new = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
         self.model.graph.register_initializer(new)
         others = [use for use in value.uses() if Slot(use.node, use.idx) not in self.s.private]
         if others:
             reader = next(slot.node for slot in self.s.private if slot.value is value)
-            self.s.note(reader, f"`{value.name}` is shared with `{others[0].node.name}`, which keeps all of it: {array.nbytes} bytes more")
+            self.s.note(reader, f"`{value.name}` is shared with `{others[0].node.name}`, which keeps all of it: {tensor.nbytes} bytes more")
         return new
+
+    @staticmethod
+    def _left(tensor: ir.TensorProtocol, masks: Masks, name: str) -> ir.TensorProtocol:
+        array = tensor.numpy()
+        for axis, mask in masks.items():
+            array = np.take(array, kept(mask), axis=axis)
+        return ir.Tensor(np.ascontiguousarray(array), dtype=tensor.dtype, shape=ir.Shape(array.shape), name=name)
 
     def _gather(self, slot: Slot, value: ir.Value, masks: Masks) -> None:
         """A computed operand that others read whole: this reader takes what it needs of it."""
+        common = self.s.removed.get(value, {})
         for axis, mask in masks.items():
-            value = self._node(slot.node, "Gather", [value, self.integers(kept(mask))], axis=axis)
+            left = mask if axis not in common else mask[kept(common[axis])]  # along what the value has left for all its readers
+            if not left.any():
+                continue
+            value = self._node(slot.node, "Gather", [value, self.integers(kept(left))], axis=axis)
             slot.node.replace_input_with(slot.index, value)
 
     def integers(self, numbers: Sequence[int] | Array) -> ir.Value:
@@ -190,6 +196,8 @@ class Applier:
             sizes = [len(kept(masks[k])) if k in masks and isinstance(n, int) else n for k, n in enumerate(declared)]
             if value.is_graph_input():
                 value.shape = ir.Shape(sizes)
+                if value.const_value is not None:  # its default
+                    value.const_value = self._left(value.const_value, masks, str(value.name))
             else:
                 value.meta[_DECLARED] = ir.Shape(sizes)
         if resized:

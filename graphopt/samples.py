@@ -16,7 +16,8 @@ from graphopt.core import Array, Session
 from graphopt.errors import GraphoptError, SampleError
 from graphopt.feeds import random_feed
 from graphopt.sizes import Bindings, dim_at, fed_inputs, fits, limits, size_of, symbols
-from graphopt.sources import TEXT_INPUTS, Batch, Spool, encode, open_path
+from graphopt.sources import TEXT_INPUTS, encode, open_path
+from graphopt.spool import Batch, Spool
 
 Prepare = Callable[[Any, int], Batch]  # an item of a source and its number -> a batch
 

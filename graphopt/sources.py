@@ -1,55 +1,20 @@
-"""Where batches come from: files, text behind a tokenizer, and what can be read only once, which is written to disk to be read again."""
+"""Where batches come from: files, and text behind a tokenizer."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
-from graphopt.core import Array
 from graphopt.errors import SampleError
+from graphopt.spool import Batch
 
-Batch = dict[str, Array]
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # what a tokenizer can give; a model takes those that it has
-
-
-class Spool(Sequence[Batch]):
-    """Named arrays in a temporary folder, one .npz file a batch; the folder goes when the spool does."""
-
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="graphopt-samples-")
-        self._kinds: list[dict[str, np.dtype[Any]]] = []
-        for batch in batches:
-            arrays = [x.astype(str) if x.dtype.kind == "O" else x for x in batch.values()]  # text; objects would need pickle
-            self._kinds.append({name: x.dtype for name, x in batch.items()})
-            np.savez(self._file(len(self._kinds) - 1), *arrays)
-            del arrays, batch  # so that one batch is alive when the next one is made
-
-    def __len__(self) -> int:
-        return len(self._kinds)
-
-    @overload
-    def __getitem__(self, index: int) -> Batch: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Batch]: ...
-    def __getitem__(self, index: int | slice) -> Batch | Sequence[Batch]:
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
-        kinds = self._kinds[index]
-        with np.load(self._file(index % len(self)), allow_pickle=False) as archive:
-            return {name: _as(archive[f"arr_{k}"], kind) for k, (name, kind) in enumerate(kinds.items())}
-
-    def __iter__(self) -> Iterator[Batch]:
-        return (self[k] for k in range(len(self)))
-
-    def _file(self, number: int) -> Path:
-        return Path(self._folder.name, f"{number}.npz")
 
 
 class Files(Sequence[Batch]):
@@ -117,10 +82,3 @@ def _read_npz(path: Path) -> Batch:
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError, AttributeError, NotImplementedError) as error:
         raise SampleError(f"{path} cannot be read as a .npz file of plain arrays: {error}") from error
-
-
-def _as(array: Array, kind: np.dtype[Any]) -> Array:
-    """Types that numpy lacks, such as bfloat16, come back from a file as bytes of their width."""
-    if array.dtype == kind:
-        return array
-    return array.astype(object) if kind.kind == "O" else array.view(kind)

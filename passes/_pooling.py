@@ -2,73 +2,80 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.linear import Linear
+from graphopt.analysis.layout import Tracer
 from graphopt.analysis.operands import HeadOperand, HeadOperands
 from graphopt.analysis.units import Heads, Units
 from graphopt.core import Array, Context
-from graphopt.graph import rank, static_dim, used_once
-from graphopt.interface import RESIZED
+from graphopt.graph import rank, static_dim
 from graphopt.run.observe import observable
-from graphopt.shapes import declared_shape, infer_shapes
+from graphopt.slicing import Kind, Refusal, Slicing
 
 from ._aligning import balanced, planes_of, scores, values
 from ._projecting import Averages, Editor, centered, moments
-from ._refit import bias_of, fit_behind, unfit
-
-_DECLARED = "graphopt.declared"  # what the model says of an output
-
-
-@dataclasses.dataclass(frozen=True)
-class Caches:
-    """Values of the model's interface with a key or value head on axis 1."""
-
-    values: tuple[ir.Value, ...]
-    reason: str = ""
+from ._pruning import OutOfFuel, carry_out
+from ._refit import fit_behind, unfit
 
 
 def pool(model: ir.Model, ctx: Context, kv_heads: int, *, rows: int, refits: bool, resize: Sequence[str]) -> int:
     """Leave `kv_heads` key and value heads in every attention whose number of them is a multiple; see MergeHeads."""
-    averages, todo, operands = Averages(), list[_Pooling](), ctx.get(HeadOperands())
+    averages, todo, plan = Averages(), list[_Pooling](), Slicing(model, resize=resize)
+    operands = ctx.get(HeadOperands())
     for unit in ctx.get(Units()).attention:
-        caches = _caches(unit, resize)
-        reason = _unfit(model, unit, operands.get(unit), kv_heads) or caches.reason
-        if reason:
+        reason = _unfit(model, unit, operands.get(unit), kv_heads)
+        try:
+            if reason is None:
+                _remove(plan, ctx, unit, operands[unit][1], kv_heads)
+                todo.append(_Pooling(unit, operands[unit], kv_heads, averages))
+        except OutOfFuel:
+            break
+        except Refusal as refusal:
+            reason = f"{refusal}; name it in resize" if refusal.kind is Kind.PORT else str(refusal)
+        if reason is not None:
             ctx.remarks.missed(unit.node.name or "", f"key heads not pooled: {reason}")
-        else:
-            todo.append(_Pooling(unit, operands[unit], kv_heads, caches, averages))
     if not todo:
         return 0
     averages.run(model, ctx.require_samples(), rows)
-    teacher, editor, outputs = model.clone() if refits else model, Editor(model), list[str]()
+    teacher, editor = model.clone() if refits else model, Editor(model)
     for p in todo:
-        if not ctx.fuel.burn():
-            break
         groups = p.groups(averages)
         p.write(averages, editor, groups)
         listed, unit = [[int(h) for h in g] for g in groups], p.unit
         text = ", ".join("+".join(map(str, g)) for g in listed)
         told = {"layer": unit.index, "groups": listed, "before": unit.kv_heads, "after": kv_heads}
         ctx.remarks.applied(unit.node.name or "", f"layer {unit.index}: key and value heads {text} pooled", **told)
-        outputs += [str(unit.output.node.name)] if unit.output is not None else []
-    if not outputs:
-        return 0
     editor.flush()
-    for p in todo[: len(outputs)]:
-        p.resize(model)
-    infer_shapes(model)
-    ported = sorted({str(v.name) for p in todo[: len(outputs)] for v in p.caches.values})
+    ported = sorted({str(v.name) for v in plan.removed if v.is_graph_input() or v.is_graph_output()})
+    carry_out(plan, ctx)
     if ported:
-        model.graph.meta[RESIZED] = frozenset({*model.graph.meta.get(RESIZED, ()), *ported})
         ctx.remarks.warning("", f"{', '.join(f'`{n}`' for n in ported)} changed in size with the heads; feed back what the model gives")
     if refits:
-        fit_behind(model, teacher, outputs, ctx, rows)
-    return len(outputs)
+        fit_behind(model, teacher, [str(p.unit.output.node.name) for p in todo if p.unit.output is not None], ctx, rows)
+    return len(todo)
+
+
+def _remove(plan: Slicing, ctx: Context, unit: Heads, key: HeadOperand, kv_heads: int) -> None:
+    """Plan that key heads from `kv_heads` on go, and their value heads with them, while all query heads stay.
+
+    Raises:
+        Refusal: it cannot be done.
+        OutOfFuel: it must not be done.
+    """
+    gone = np.arange(unit.kv_heads) >= kv_heads
+    plan.regrouped.add(unit.node)
+    try:
+        with plan.together():
+            axis, mask = (key.dim_axis, np.repeat(gone, key.dim)) if key.flat else (1, gone)
+            plan.remove(key.value, axis, mask, inside=unit.inside)
+            if not ctx.fuel.burn():
+                raise OutOfFuel
+    except (Refusal, OutOfFuel):
+        plan.regrouped.discard(unit.node)
+        raise
 
 
 def _unfit(model: ir.Model, unit: Heads, operands: tuple[HeadOperand, HeadOperand, HeadOperand] | None, kv_heads: int) -> str | None:
@@ -80,49 +87,56 @@ def _unfit(model: ir.Model, unit: Heads, operands: tuple[HeadOperand, HeadOperan
         return f"it has {unit.kv_heads} of them, which is no multiple of {kv_heads} above it"
     node = unit.node
     mask = node.inputs[3] if len(node.inputs) > 3 else None
-    if mask is not None and (rank(mask) or 0) >= 3 and static_dim(mask, -3) != 1:
+    if mask is not None and not _same_for_heads(mask):
         return f"its mask `{mask.name}` differs from head to head"
     if len(node.outputs) > 3 and node.outputs[3].name:
         return "the model returns its attention weights"
     for o, what in zip(operands, ("query", "key", "value"), strict=True):
         if o.linear is None:
             return f"the {what}: {o.reason}"
-        if o.linear.out_features != o.columns.size or o.heads != len(o.columns):
-            return f"the {what} is a part of `{o.linear.node.name}`, which makes more; the three need projections of their own"
-        if not o.flat or (o.value if o.rotary is None else o.rotary.inputs[0]) is not o.linear.output:
-            return f"the {what} is laid out between projection and product; it must come as [batch, rows, heads * head_dim]"
+        if o.heads != len(o.columns):
+            return f"the {what} has {o.heads} heads, and its projection makes {len(o.columns)}"
         if not observable(model, o.linear.output):
             return f"`{o.linear.output.name}` is computed inside a subgraph"
     q, k, v = operands
     if (q.rotary is None) != (k.rotary is None) or v.rotary is not None:
         return "query and key are not turned alike"
-    shared = next((o.linear.bias for o in (k, v) if o.linear is not None and o.linear.bias is not None and not used_once(o.linear.bias)), None)
-    if shared is not None:
-        return f"the bias `{shared.name}` is shared"
+    made = [(o.linear.weight, int(c)) for o in operands if o.linear is not None for c in o.columns.reshape(-1)]
+    if len(set(made)) < len(made):
+        return "query, key and value have features in common"
+    if not _by_head(unit):
+        return f"what its heads add does not stand head by head in `{unit.output.x.name}`"
     return next((r for x in (q.linear, k.linear, v.linear, unit.output) if (r := unfit(x)) is not None), None)
 
 
-def _caches(unit: Heads, resize: Sequence[str]) -> Caches:
-    node, found = unit.node, list[ir.Value]()
-    for value in [*node.inputs[4:6], *(v for v in node.outputs[1:3] if v.name)]:
-        if value is None:
-            continue
-        if not (value.is_graph_input() or value.is_graph_output()) or (value.is_graph_output() and value.uses()):
-            return Caches((), f"its cache `{value.name}` is not read from or written to the outside directly")
-        if value.name not in resize:
-            what = "an output" if value.is_graph_output() else "an input"
-            return Caches((), f"`{value.name}` is {what} of the model, and would change its size; name it in resize")
-        found.append(value)
-    return Caches(tuple(found))
+def _same_for_heads(mask: ir.Value) -> bool:
+    """True for a mask without an axis of heads, or repeated along it."""
+    size = rank(mask)
+    if size is None or size < 3 or static_dim(mask, -3) == 1:
+        return size is not None
+    view = Tracer().view(mask)
+    return view is not None and all(atom.axis == -1 for atom in view.axes[-3])
+
+
+def _by_head(unit: Heads) -> bool:
+    """True if the output projection reads the features of the first head first, then those of the second."""
+    view = None if unit.output is None else Tracer().view(unit.output.x)
+    if view is None or view.root is not unit.value:
+        return False
+    index = np.zeros(1, np.int64)
+    for atom in view.axes[-1]:
+        if not isinstance(atom.size, int) or not isinstance(atom.stride, int):
+            return False
+        step = atom.stride * (unit.value_dim if atom.axis == unit.axis and unit.axis == 1 else 1)
+        index = (index[:, None] + step * np.arange(atom.size)).reshape(-1)
+    return np.array_equal(index, np.arange(unit.heads * unit.value_dim))
 
 
 class _Pooling:
     """One attention whose key and value heads are pooled."""
 
-    def __init__(
-        self, unit: Heads, operands: tuple[HeadOperand, HeadOperand, HeadOperand], kv_heads: int, caches: Caches, averages: Averages
-    ) -> None:
-        self.unit, self.operands, self.kv_heads, self.caches = unit, operands, kv_heads, caches
+    def __init__(self, unit: Heads, operands: tuple[HeadOperand, HeadOperand, HeadOperand], kv_heads: int, averages: Averages) -> None:
+        self.unit, self.operands, self.kv_heads = unit, operands, kv_heads
         q, k, v = operands
         assert q.linear is not None
         assert k.linear is not None
@@ -195,25 +209,6 @@ class _Pooling:
                     editor.rows(out, rows[to], back[:, place * u.value_dim : (place + 1) * u.value_dim] @ weight[query])
                     to += 1
 
-    def resize(self, model: ir.Model) -> None:
-        """Keep the first heads of key and value projections, and say how many there are."""
-        node = self.unit.node
-        for o in self.operands[1:]:
-            assert o.linear is not None
-            _cut(o.linear, o.columns[: self.kv_heads].reshape(-1))
-            if o.rotary is not None:
-                o.rotary.attributes["num_heads"] = ir.AttrInt64("num_heads", self.kv_heads)
-        node.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", self.kv_heads)
-        for value in self.caches.values:
-            shape = value.shape if value.is_graph_input() else declared_shape(value)
-            if shape is None or not isinstance(shape[1], int):
-                continue
-            sizes = ir.Shape([self.kv_heads if k == 1 else n for k, n in enumerate(shape)])
-            if value.is_graph_input():
-                value.shape = sizes
-            else:
-                value.meta[_DECLARED] = sizes
-
 
 def _places(group: Sequence[int], width: int) -> Array:
     return np.asarray((np.array(group)[:, None] * width + np.arange(width)).reshape(-1))
@@ -226,14 +221,3 @@ def _chosen(moment: Array, reads: Array, group: Sequence[int], width: int) -> tu
     for k, head in enumerate(group):
         squares[k * width : (k + 1) * width, k * width : (k + 1) * width] = reads[head]
     return moment[np.ix_(places, places)], squares
-
-
-def _cut(linear: Linear, columns: Array) -> None:
-    """Keep these output features of a stored projection, after its weight and bias were rewritten in place."""
-    weight, bias = linear.matrix()[:, columns], bias_of(linear)
-    pairs = [(linear.weight, weight.T if linear.transposed else weight)]
-    if bias is not None and linear.bias is not None and linear.bias.const_value is not None:
-        shape = tuple(linear.bias.const_value.shape.numpy())
-        pairs.append((linear.bias, bias[columns].astype(np.float32).reshape((*shape[:-1], -1))))
-    for value, array in pairs:
-        value.const_value, value.shape = ir.tensor(np.ascontiguousarray(array, np.float32), name=value.name), ir.Shape(array.shape)

@@ -134,6 +134,8 @@ def _savings(c: Candidate, ranking: Ranking, s: Settings) -> list[float]:
 
 def remove(model: ir.Model, ctx: Context, gone: Mapping[Candidate, Sequence[int]], s: Settings, facts: Mapping[Candidate, Mapping[str, Any]]) -> int:
     """Remove these heads and neurons, refit what reads them, and remark on each block."""
+    if s.refit and gone:
+        ctx.require_samples()  # before anything changes
     before = model.clone() if s.refit else model
     plan, done, outputs = Slicing(model, resize=s.resize), list[tuple[Candidate, Sequence[int]]](), list[str]()
     for c, members in gone.items():

@@ -10,10 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.padding import Padding, counted
-from graphopt.core import Array
+from graphopt.core import Array, Batches
 from graphopt.distance import relative_l2
 from graphopt.run import ort
-from graphopt.samples import Samples
 
 from ._cut_plan import Plan
 from ._factorable import Item
@@ -24,7 +23,7 @@ _FLOOR = 1e-9
 _LEAST = 1e-6
 
 
-def sensitivities(model: ir.Model, samples: Samples, plans: Sequence[Plan]) -> dict[Item, float]:
+def sensitivities(model: ir.Model, samples: Batches, plans: Sequence[Plan]) -> dict[Item, float]:
     """For each item (output error)^2 / (its own relative error)^2, where it alone is cut to half of the largest rank that saves something.
 
     Padding does not count. One session serves all: the weights are fed. An item whose weight cannot be fed (stored inside a subgraph) gets the median
@@ -54,7 +53,7 @@ def sensitivities(model: ir.Model, samples: Samples, plans: Sequence[Plan]) -> d
     return {p.item: max(found.get(p.item, usual), least) for p in plans}
 
 
-def _few(samples: Samples, enough: float) -> list[Mapping[str, Array]]:
+def _few(samples: Batches, enough: float) -> list[Mapping[str, Array]]:
     feeds: list[Mapping[str, Array]] = []
     seen = 0
     for feed in itertools.islice(samples, 64):

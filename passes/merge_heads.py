@@ -35,8 +35,8 @@ class MergeHeads(Pass):
     it commutes. Behind norms of each head the head that stays keeps its own query and key.
 
     `kv-heads=N` makes multi-head attention grouped-query attention (Ainslie et al. 2023): key heads are grouped by what pooling them would cost,
-    query heads move to their group, and each group gets the common key and value that are aligned best, instead of a mean. It needs the operator
-    Attention; run fuse-attention first.
+    query heads move to their group, and each group gets the common key and value that are aligned best, instead of a mean. Query, key and value
+    may come from one packed projection, whose key and value columns become fewer. It needs the operator Attention; run fuse-attention first.
 
     The output projections are refitted afterwards.
 

@@ -13,7 +13,7 @@ from graphopt import registry
 from graphopt.analysis.heads import HeadBlock, HeadBlocks
 from graphopt.analysis.linear import StoredOperands
 from graphopt.analysis.sensitivity import effects
-from graphopt.core import Context, Pass
+from graphopt.core import Batches, Context, Pass
 from graphopt.errors import PipelineError
 from graphopt.options import option_error
 from graphopt.pipeline import PassManager, parse
@@ -130,7 +130,7 @@ class MixPrecision(Pass):
             raise PipelineError("mix-precision needs a budget; add --max-loss X (or max_loss=X in Python), or the option loss=X")
         return found * self.share * _MARGIN
 
-    def _others(self, samples: Samples) -> Samples:
+    def _others(self, samples: Batches) -> Batches:
         """What choices are fitted to: batches on which no effect is measured, if there are as many of them. Fits look better on their own samples."""
         return Samples(itertools.islice(samples, self.batches, None)) if self.batches and len(samples) >= 2 * self.batches else samples
 

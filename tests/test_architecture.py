@@ -20,7 +20,7 @@ AT_START = HEAVY | {"numpy", "onnx", "onnx_ir", "sympy", "onnx_shape_inference"}
 # Dependency direction: a module imports from its own row and the rows above it. A new file needs a place here.
 ROWS = [
     {"errors", "console"},
-    {"options"},
+    {"options", "spool"},
     {"remarks", "fuel"},
     {"core"},
     {"choices", "machine"},

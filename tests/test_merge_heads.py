@@ -205,7 +205,6 @@ def test_caches_are_pooled_only_if_the_user_lets_them() -> None:
 
 def test_what_cannot_be_merged_is_named() -> None:
     for name, route, fuse, text, word in (
-        ("gpt2", "18", FUSE, "merge-heads{kv-heads=2}", "projections of their own"),
         ("bert", "18", "canonicalize", "merge-heads{kv-heads=2}", "run fuse-attention first"),
         ("llama", "23", FUSE, "merge-heads{heads=2}", "share a key head"),
         ("bert", "18", FUSE, "merge-heads{kv-heads=3}", "no multiple of 3"),

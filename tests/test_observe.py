@@ -7,8 +7,9 @@ import onnx
 import pytest
 
 import graphopt
+from graphopt.analysis.moments import input_moments
 from graphopt.errors import GraphoptError, SampleError
-from graphopt.run.observe import observe
+from graphopt.run.observe import limited, observe
 
 TEXT = """<ir_version: 10, opset_import: ["": 23]>
 g (float[B,4] x, bool c) => (float[B,4] y) <float[4,4] w> {
@@ -59,3 +60,16 @@ def test_inputs_alone_can_be_observed() -> None:
     seen: list[np.ndarray] = []
     assert observe(graph, feeds(2), {graph.graph.inputs[0]: seen.append}) == 2
     assert [x.shape for x in seen] == [(1, 4), (2, 4)]
+
+
+def test_limited_batches_start_anew_for_every_group_of_values() -> None:
+    graph, batches = graphopt.load(model()), feeds(4)
+    few = limited(batches, 6)  # 1 + 2 + 3 rows
+    assert [len(list(few)) for _ in range(2)] == [3, 3]
+    values = [graph.graph.inputs[0], next(iter(graph.graph)).outputs[0]]
+    together, apart = (list(input_moments(graph, few, values, limit=limit)) for limit in (2**20, 1))
+    assert [v for v, _ in together] == [v for v, _ in apart] == values
+    for (_, a), (_, b) in zip(together, apart, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    x = np.concatenate([feed["x"] for feed in batches[:3]])
+    np.testing.assert_allclose(apart[0][1], x.T @ x / len(x), rtol=1e-5, atol=1e-6)

@@ -12,7 +12,12 @@ import onnx_ir as ir
 import pytest
 
 from graphopt import feeds, shapes, sizes
-from graphopt.errors import SampleError
+from graphopt.core import Context
+from graphopt.errors import PassError, SampleError
+from graphopt.instruments import CheckNumerics
+from graphopt.pipeline import PassManager
+from graphopt.pipeline import parse as steps
+from graphopt.registry import passes
 from graphopt.run import ort, reference
 from graphopt.samples import Samples, default_shapes, random_samples, runnable_samples
 
@@ -313,3 +318,36 @@ def test_a_generator_used_twice_says_so() -> None:
     assert len(Samples.load(generator, build(PAIR))) == 2
     with pytest.raises(SampleError, match="a generator that was used before"):
         Samples.load(generator, build(PAIR))
+
+
+FFN = "g (float[B,S,8] x) => (float[B,S,8] y) { h = MatMul(x, up) r = Relu(h) y = MatMul(r, down) }"
+
+
+def test_a_context_reads_a_generator_as_often_as_it_is_asked() -> None:
+    """I05: two passes with samples, each of which runs over them more than once, and a check of the numbers."""
+    rng = np.random.default_rng(0)
+    weights = {"up": rng.standard_normal((8, 32)).astype(np.float32), "down": rng.standard_normal((32, 8)).astype(np.float32)}
+    batches = [{"x": rng.standard_normal((2, 5, 8)).astype(np.float32)} for _ in range(3)]
+    pruned = []
+    for samples in (batches, iter(batches), (dict(b) for b in batches)):
+        model = build(FFN, **weights)
+        ctx = Context(model, samples=samples)
+        pipeline = steps("prune-ffn{ratio=0.25 multiple=1}, prune-ffn{ratio=0.25 multiple=1 importance=reconstruction}", passes())
+        PassManager(pipeline, [CheckNumerics()]).run(model, ctx)
+        assert [list(b) for b in ctx.require_samples()] == [["x"]] * 3
+        pruned.append([model.graph.initializers[name].const_value.numpy() for name in ("up", "down")])  # type: ignore[union-attr]
+    assert pruned[0][0].shape == (8, 18)
+    for other in pruned[1:]:
+        for a, b in zip(pruned[0], other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_no_samples_at_all_are_missed_in_one_line() -> None:
+    model = build(FFN, up=np.ones((8, 32), np.float32), down=np.ones((32, 8), np.float32))
+    for nothing in ([], iter(())):
+        with pytest.raises(PassError, match="prune-ffn needs samples of the model's inputs, found 0 batches") as caught:
+            PassManager(steps("prune-ffn{ratio=0.25}", passes())).run(model, Context(model, samples=nothing))
+        assert isinstance(caught.value.cause, SampleError)
+    with pytest.raises(PassError, match="prune-ffn needs samples"):
+        PassManager(steps("prune-ffn{ratio=0.25 multiple=1 importance=magnitude}", passes())).run(model, Context(model))
+    assert model.graph.initializers["up"].shape == (8, 32), "it says so before it cuts"

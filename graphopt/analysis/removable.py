@@ -11,7 +11,7 @@ import onnx_ir as ir
 from graphopt.analysis.linear import Linears
 from graphopt.analysis.units import Heads, Unit, Units
 from graphopt.core import Analysis, Context
-from graphopt.slicing import Refusal, Slicing
+from graphopt.slicing import Kind, Refusal, Slicing
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,7 +95,7 @@ class Removable(Analysis[Removables]):
                     s.remove(unit.value, unit.axis, unit.mask(range(group)), inside=unit.inside)
             except Refusal as refusal:
                 reason = reason or str(refusal)
-                if "ragged" in str(refusal) or "whole groups" in str(refusal):
+                if refusal.kind is Kind.UNEVEN:
                     continue
                 break
             return Candidate("heads" if isinstance(first, Heads) else "neurons", tuple(units), group, _saved(s, weights))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import onnx_ir as ir
@@ -53,14 +54,25 @@ def observe(model: ir.Model, samples: Iterable[Feeds], reducers: Mapping[ir.Valu
     return count
 
 
-def limited(samples: Iterable[Feeds], rows: int) -> Iterator[Feeds]:
-    """Batches until they hold so many rows: the elements of the largest integer input, else batch entries."""
-    seen = 0
-    for feed in samples:
-        yield feed
-        seen += max((a.size for a in feed.values() if a.dtype.kind in "iu"), default=max((len(a) for a in feed.values() if a.ndim), default=1))
-        if seen >= rows:
-            return
+@dataclasses.dataclass(frozen=True)
+class Limited:
+    """The first batches of `samples`, as often as they can be iterated; see `limited`."""
+
+    samples: Iterable[Feeds]
+    rows: int
+
+    def __iter__(self) -> Iterator[Feeds]:
+        seen = 0
+        for feed in self.samples:
+            yield feed
+            seen += max((a.size for a in feed.values() if a.dtype.kind in "iu"), default=max((len(a) for a in feed.values() if a.ndim), default=1))
+            if seen >= self.rows:
+                return
+
+
+def limited(samples: Iterable[Feeds], rows: int) -> Limited:
+    """Batches until they hold so many rows: the elements of the largest integer input, else batch entries. They start anew at each iteration."""
+    return Limited(samples, rows)
 
 
 def exposed(model: ir.Model, names: Iterable[str]) -> ir.Model:

@@ -11,6 +11,6 @@ where they are summed. What has no rule refuses; nothing is guessed from sizes.
 """
 
 from graphopt.slicing.close import Slicing
-from graphopt.slicing.plan import Refusal, Slot, factor, is_ragged, kept, spread
+from graphopt.slicing.plan import Kind, Refusal, Slot, factor, is_ragged, kept, spread
 
-__all__ = ["Refusal", "Slicing", "Slot", "factor", "is_ragged", "kept", "spread"]
+__all__ = ["Kind", "Refusal", "Slicing", "Slot", "factor", "is_ragged", "kept", "spread"]

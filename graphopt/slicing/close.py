@@ -12,6 +12,7 @@ from graphopt.core import Array
 from graphopt.graph import downstream, is_constant
 from graphopt.slicing.plan import Masks, Plan, Refusal, Slot, equal, rank_of
 from graphopt.slicing.rules import link
+from graphopt.slicing.zeros import zeros
 
 
 class Slicing(Plan):
@@ -27,10 +28,22 @@ class Slicing(Plan):
         Raises:
             Refusal: it cannot be done; nothing is planned then that was not before.
         """
-        with self.together():
-            self._inside, self._zeroed = inside, downstream([value])
-            self._mark(value, axis % rank_of(value), mask)
-            self._close()
+        apart, first = set(self._apart), None
+        while True:
+            self._fresh.clear()
+            try:
+                with self.together():
+                    self._inside, self._zeroed, self._zeros = inside, downstream([value]), zeros(value)
+                    self._mark(value, axis % rank_of(value), mask)
+                    self._close()
+            except Refusal as refusal:
+                first = first or refusal
+                if not self._fresh:
+                    self._apart = apart
+                    raise first from None
+                self._apart |= self._fresh  # an operand that could not change for all its readers may be sliced for each of them
+            else:
+                return
 
     def remove_stored(self, slot: Slot, axis: int, mask: Array) -> None:
         """The same for a stored constant that `slot` reads."""
@@ -62,14 +75,14 @@ class Slicing(Plan):
                     self.private.pop(slot, None)
                 for axis, mask in masks.items():
                     self._mark(value, axis, mask)
-                self._queue.extend(slot.node for slot in wanted if value not in self._entered)
-                self._entered.add(value)
-            elif value in self._entered:
-                raise Refusal(f"`{value.name}` has lost entries for all its readers, and one of them is to lose more")
+                if value not in self._entered:
+                    self._queue.extend(slot.node for slot in wanted)
+                    self._fresh.add(value)
+                    self._entered.add(value)
             if self._queue:
                 return True
         for value, wanted in self._asked.items():
-            if value in self._entered:
+            if self._alike(value, wanted):
                 continue
             if _stems_from_constants(value):
                 raise Refusal(f"the weight behind `{value.name}` is decoded once for several readers; prune before quantizing")
@@ -80,7 +93,7 @@ class Slicing(Plan):
 
     def _alike(self, value: ir.Value, wanted: dict[Slot, Masks]) -> bool:
         """Every reader of an operand from outside asks for the same removal, and nobody else sees it."""
-        if value.is_graph_output() or (value.is_graph_input() and value.name not in self.resize):
+        if value in self._apart or value.is_graph_output() or (value.is_graph_input() and value.name not in self.resize):
             return False
         masks = list(wanted.values())
         return {Slot(use.node, use.idx) for use in value.uses()} == set(wanted) and all(equal(masks[0], m) for m in masks)
@@ -88,13 +101,13 @@ class Slicing(Plan):
     @contextmanager
     def together(self) -> Iterator[None]:
         """Removals inside this block are all planned, or, where one raises, none of them."""
-        summed = dict(self._summed)
+        summed, apart = dict(self._summed), set(self._apart)
         saved = (_copy(self.removed), _copy(self.private), dict(self.notes), {v: _copy(w) for v, w in self._asked.items()}, set(self._entered))
         try:
             yield
         except BaseException:
             self.removed, self.private, self.notes, self._asked, self._entered = saved
-            self._summed = summed
+            self._summed, self._apart = summed, apart
             self._queue.clear()
             raise
 

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from graphopt.core import Array
 from graphopt.graph import attr, static_dim
 from graphopt.slicing.places import rank, same, union
-from graphopt.slicing.plan import Plan, Refusal, Slot, factor, is_ragged, spread
+from graphopt.slicing.plan import Kind, Plan, Refusal, Slot, factor, is_ragged, spread
 
 
 def attention(node: ir.Node, s: Plan, final: bool) -> None:
@@ -31,12 +31,7 @@ def attention(node: ir.Node, s: Plan, final: bool) -> None:
     for slot in extra:
         if rank(slot) >= 3 and static_dim(slot.value, rank(slot) - 3) != 1:
             gone = union([gone, s.mask(slot, rank(slot) - 3)], heads)
-    group = heads // kv_heads
-    gone |= np.repeat(gone_kv, group)
-    gone_kv = gone_kv | gone.reshape(kv_heads, group).all(axis=1)
-    left = (~gone).reshape(kv_heads, group).sum(axis=1)[~gone_kv]
-    if final and len(set(left.tolist())) > 1:
-        raise Refusal(f"Attention `{node.name}`: {heads} query heads share {kv_heads} key heads; whole groups of {group} must go, or as many of each")
+    gone, gone_kv = (_regrouped if node in s.regrouped else _grouped)(node, gone, gone_kv, final)
     shared, own = union([read[p][1] for p in (q, *keys)]), union([read[p][1] for p in (y, *values)])
     for slot, n in counts.items():
         dims = shared if slot in (q, *keys) else own
@@ -44,6 +39,29 @@ def attention(node: ir.Node, s: Plan, final: bool) -> None:
     for slot in extra:
         if rank(slot) >= 3 and static_dim(slot.value, rank(slot) - 3) != 1:
             s.mark(slot, rank(slot) - 3, gone)
+
+
+def _grouped(node: ir.Node, gone: Array, gone_kv: Array, final: bool) -> tuple[Array, Array]:
+    """Query heads [heads] that lost their key head, and key heads [kv_heads] that no query is left for, go as well."""
+    heads, kv_heads = len(gone), len(gone_kv)
+    group = heads // kv_heads
+    gone = gone | np.repeat(gone_kv, group)
+    gone_kv = gone_kv | gone.reshape(kv_heads, group).all(axis=1)
+    left = (~gone).reshape(kv_heads, group).sum(axis=1)[~gone_kv]
+    if final and len(set(left.tolist())) > 1:
+        text = f"{heads} query heads share {kv_heads} key heads; whole groups of {group} must go, or as many of each"
+        raise Refusal(f"Attention `{node.name}`: {text}", Kind.UNEVEN)
+    return gone, gone_kv
+
+
+def _regrouped(node: ir.Node, gone: Array, gone_kv: Array, final: bool) -> tuple[Array, Array]:
+    """Key heads go alone: more query heads share what is left of them."""
+    if gone.any():
+        raise Refusal(f"Attention `{node.name}`: its query heads would go with their key heads, from which they are not laid out apart")
+    stay = int((~gone_kv).sum())
+    if final and len(gone) % max(stay, 1):
+        raise Refusal(f"Attention `{node.name}`: {len(gone)} query heads cannot share {stay} key heads evenly", Kind.UNEVEN)
+    return gone, gone_kv
 
 
 def _head_dim(slot: Slot, heads: int) -> int:
@@ -61,7 +79,7 @@ def _heads_and_dims(node: ir.Node, s: Plan, slot: Slot, heads: int, final: bool)
         return None, None
     sizes = [heads, _head_dim(slot, heads)]
     if final and is_ragged(mask, sizes):
-        raise Refusal(f"Attention `{node.name}`: its heads would have different sizes")
+        raise Refusal(f"Attention `{node.name}`: its heads would have different sizes", Kind.UNEVEN)
     whole, dims = factor(mask, sizes)
     return whole, dims
 
@@ -93,7 +111,7 @@ def rotary(node: ir.Node, s: Plan, final: bool) -> None:
     if not either.any() and all(s.mask(Slot(node, n), rank(Slot(node, n)) - 1) is None for n in (1, 2)):
         return
     if final and is_ragged(either, [heads, head_dim]):
-        raise Refusal(f"RotaryEmbedding `{node.name}`: its heads would have different sizes")
+        raise Refusal(f"RotaryEmbedding `{node.name}`: its heads would have different sizes", Kind.UNEVEN)
     gone, dims = factor(either, [heads, head_dim])
     size = int(attr(node, "rotary_embedding_dim", 0)) or head_dim
     pairs = dims[:size].reshape(-1, 2).T if attr(node, "interleaved", 0) else dims[:size].reshape(2, -1)

@@ -12,7 +12,7 @@ from graphopt.core import Array
 from graphopt.graph import attr, constant, consumers, static_dim
 from graphopt.shapes import contents
 from graphopt.slicing.places import integers, rank, same
-from graphopt.slicing.plan import Plan, Refusal, Slot, factor, is_ragged, spread
+from graphopt.slicing.plan import Kind, Plan, Refusal, Slot, factor, is_ragged, spread
 
 
 def transpose(node: ir.Node, s: Plan, final: bool) -> None:
@@ -46,7 +46,8 @@ def regrouped(node: ir.Node, s: Plan, final: bool) -> None:
         atoms = _inner(node, group, mask)
         sizes = [_length(a) for a in atoms]
         if final and is_ragged(mask, sizes):
-            raise Refusal(f"{node.op_type} `{node.name}`: what is left of `{'' if slot.value is None else slot.value.name}` would be ragged")
+            what = "" if slot.value is None else slot.value.name
+            raise Refusal(f"{node.op_type} `{node.name}`: what is left of `{what}` would be ragged", Kind.UNEVEN)
         for atom, part in zip(atoms, factor(mask, sizes), strict=True):
             gone[atom] = part if atom not in gone else gone[atom] | part
     for slot, axis, group in sides:

@@ -7,6 +7,7 @@ it is the period with which it repeats.
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections import deque
 from collections.abc import Collection, Sequence
 
@@ -20,8 +21,20 @@ from graphopt.graph import consumers, is_constant, static_dim
 Masks = dict[int, Array]  # axis -> mask
 
 
+class Kind(enum.Enum):
+    """What a caller can do about a refusal."""
+
+    FINAL = "nothing"
+    UNEVEN = "remove more: heads or groups that are left would differ in size"
+    PORT = "ask the user: an input or output of the model would change its size"
+
+
 class Refusal(GraphoptError):
     """Why a removal is not possible: an operator without a rule, heads that would become ragged, an output that belongs to the user."""
+
+    def __init__(self, text: str, kind: Kind = Kind.FINAL) -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,17 +70,24 @@ class Plan:
         self.resize = frozenset(resize)
         self._inside: Collection[ir.Value] | None = None
         self._asked: dict[ir.Value, dict[Slot, Masks]] = {}
-        self._entered: set[ir.Value] = set()
-        self._zeroed: Collection[ir.Value] = ()
+        self._entered: set[ir.Value] = set()  # operands from outside that change for all their readers,
+        self._fresh: set[ir.Value] = set()  # those of them that the removal at hand was the first to change,
+        self._apart: set[ir.Value] = set()  # and those that cannot, and are sliced for each reader
+        self._zeroed: Collection[ir.Value] = ()  # what follows from the value at which a removal starts
+        self._zeros: Collection[ir.Value] = ()  # what of that is zero where that value is
         self._summed: dict[ir.Node, tuple[bytes | None, ...]] = {}
         self.remapped: set[ir.Node] = set()  # lookups whose ids are translated to what is left of the table
+        self.regrouped: set[ir.Node] = set()  # attentions whose key and value heads go without their query heads
         self._queue: deque[ir.Node] = deque()
 
     def mask(self, slot: Slot, axis: int) -> Array | None:
-        """What goes along one axis (counted from the front) of an operand or result."""
-        found = self.private.get(slot, {}).get(axis)
-        value = slot.value
-        return found if found is not None else None if value is None else self.removed.get(value, {}).get(axis)
+        """What goes along one axis (counted from the front) of an operand or result: for all readers, and for this one alone."""
+        own, value = self.private.get(slot, {}).get(axis), slot.value
+        common = None if value is None else self.removed.get(value, {}).get(axis)
+        if own is None or common is None:
+            return common if own is None else own
+        assert value is not None
+        return _joined(own, common, value)
 
     def mark(self, slot: Slot, axis: int, mask: Array | None) -> None:
         """A rule says: this goes too."""
@@ -80,12 +100,23 @@ class Plan:
             if value.is_graph_output():
                 raise Refusal(f"`{value.name}` is a stored output of the model")
             self._keep_private(slot, axis, mask)
+        elif (mask := self._beyond(slot, axis, mask)) is None:
+            return
         elif self._inside is None or value in self._inside:
             self._mark(value, axis, mask)
         else:
             known = self._asked.setdefault(value, {}).setdefault(slot, {})
             if axis not in known or not np.array_equal(known[axis], mask):
                 known[axis] = mask if axis not in known else _joined(known[axis], mask, value)
+
+    def _beyond(self, slot: Slot, axis: int, mask: Array) -> Array | None:
+        """What of `mask` this operand has not lost yet. What it lost alone must not be asked of the value, whose other readers keep it."""
+        lost = self.mask(slot, axis)
+        if lost is None:
+            return mask
+        assert slot.value is not None
+        more: Array = _joined(mask, lost, slot.value) & ~np.resize(lost, max(len(mask), len(lost)))
+        return more if more.any() else None
 
     def contract(self, node: ir.Node, places: Sequence[tuple[Slot, int]]) -> None:
         """A rule says: the results of `node` are sums over these axes. That is right where one factor counts as zero there.
@@ -98,6 +129,8 @@ class Plan:
         if not any(slot.value in self._zeroed for slot, _ in places):
             name = next(slot.value.name for slot, _ in places if slot.value is not None and not is_constant(slot.value))
             raise Refusal(f"{node.op_type} `{node.name}` needs all of `{name}`, which is not only read here")
+        if not any(slot.value in self._zeros for slot, _ in places):
+            self.note(node, "sums removed entries that are not zero: what came to them on the way goes with them")
         self._summed[node] = gone
 
     def note(self, node: ir.Node, text: str) -> None:
@@ -109,11 +142,11 @@ class Plan:
             if size % len(mask):
                 raise Refusal(f"`{value.name}` has {size} entries along axis {axis}, which {len(mask)} do not repeat in")
             mask = np.tile(mask, size // len(mask))
-        if size is not None and mask.all():
-            raise Refusal(f"nothing of axis {axis} of `{value.name}` would be left")
         masks = self.removed.setdefault(value, {})
         before = masks.get(axis)
         after = mask.copy() if before is None else _joined(before, mask, value)
+        if size is not None and after.all():
+            raise Refusal(f"nothing of axis {axis} of `{value.name}` would be left")
         if before is not None and np.array_equal(before, after):
             return
         masks[axis] = after
@@ -127,7 +160,7 @@ class Plan:
         if not (value.is_graph_output() or value.is_graph_input()) or value.name in self.resize:
             return
         what = "an output" if value.is_graph_output() else "an input"
-        raise Refusal(f"`{value.name}` is {what} of the model, and would change its size")
+        raise Refusal(f"`{value.name}` is {what} of the model, and would change its size", Kind.PORT)
 
     def _keep_private(self, slot: Slot, axis: int, mask: Array) -> None:
         masks = self.private.setdefault(slot, {})

@@ -1,0 +1,52 @@
+"""What can be read only once (a generator) is written to disk, to be read again."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+Batch = dict[str, np.ndarray[Any, Any]]
+
+
+class Spool(Sequence[Batch]):
+    """Named arrays in a temporary folder, one .npz file a batch; the folder goes when the spool does."""
+
+    def __init__(self, batches: Iterable[Mapping[str, np.ndarray[Any, Any]]]) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="graphopt-samples-")
+        self._kinds: list[dict[str, np.dtype[Any]]] = []
+        for batch in batches:
+            arrays = [x.astype(str) if x.dtype.kind == "O" else x for x in batch.values()]  # text; objects would need pickle
+            self._kinds.append({name: x.dtype for name, x in batch.items()})
+            np.savez(self._file(len(self._kinds) - 1), *arrays)
+            del arrays, batch  # so that one batch is alive when the next one is made
+
+    def __len__(self) -> int:
+        return len(self._kinds)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | Sequence[Batch]:
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        kinds = self._kinds[index]
+        with np.load(self._file(index % len(self)), allow_pickle=False) as archive:
+            return {name: _as(archive[f"arr_{k}"], kind) for k, (name, kind) in enumerate(kinds.items())}
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[k] for k in range(len(self)))
+
+    def _file(self, number: int) -> Path:
+        return Path(self._folder.name, f"{number}.npz")
+
+
+def _as(array: np.ndarray[Any, Any], kind: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """Types that numpy lacks, such as bfloat16, come back from a file as bytes of their width."""
+    if array.dtype == kind:
+        return array
+    return array.astype(object) if kind.kind == "O" else array.view(kind)
