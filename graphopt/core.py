@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeGuard, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -56,10 +56,18 @@ class Analysis(ABC, Generic[Facts]):
 
 
 class Batches(Protocol):
-    """Batches (name -> array) as often as you iterate: `graphopt.Samples`, a list, a DataLoader that is not shuffled."""
+    """Batches (name -> array) as often as you iterate, always in the same order: `graphopt.Samples`, or a list of dicts."""
 
     def __iter__(self) -> Iterator[Any]: ...
     def __len__(self) -> int: ...
+
+
+def _counts(samples: Iterable[Any]) -> TypeGuard[Batches]:
+    """It has a length, also where the length is asked for (a DataLoader over a stream has none)."""
+    try:
+        return isinstance(samples, Sized) and len(samples) >= 0
+    except TypeError:
+        return False
 
 
 class Context:
@@ -81,7 +89,7 @@ class Context:
         original: ir.Model | None = None,
     ) -> None:
         self.model, self.target, self.budget = model, target, budget
-        self.samples: Batches | None = samples if samples is None or isinstance(samples, Sized) else Spool(samples)
+        self.samples: Batches | None = samples if samples is None or _counts(samples) else Spool(samples)
         self.original = model if original is None else original
         self.remarks = Remarks() if remarks is None else remarks
         self.fuel = Fuel() if fuel is None else fuel

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from graphopt.analysis.padding import Padding, counted
+from graphopt.analysis.padding import Padding
 from graphopt.core import Array, Context, Session, Target
 from graphopt.distance import relative_l2
 from graphopt.errors import GraphoptError, SampleError
@@ -78,7 +78,7 @@ class Loss:
         return (self._score - float(metric(session))) / self._score
 
     def _run(self, session: Session, samples: Samples) -> list[dict[str, Array]]:
-        return [counted(session.run(feed), self._padding.kept(feed)) for feed in samples]
+        return [self._padding.kept(feed).counted(session.run(feed)) for feed in samples]
 
 
 def model_bytes(model: ir.Model) -> int:

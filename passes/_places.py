@@ -129,7 +129,9 @@ class Operator:
         return _size(op, self.node, self.node.inputs[0], -2), _size(op, self.node, self.node.inputs[2], -2)
 
     def masks(self) -> Sequence[Mask] | str:
-        mask = operand(self.node, 3)
+        mask, value = operand(self.node, 3), operand(self.node, 2)
+        if value is None or value.shape is None:
+            return "the shape of its values is not known"
         if mask is None:
             return []
         return [Mask(_narrow(mask), "keep" if mask.dtype == ir.DataType.BOOL else "add")]

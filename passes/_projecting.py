@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.linear import Linear
 from graphopt.analysis.operands import HeadOperand
+from graphopt.analysis.padding import Padding
 from graphopt.core import Array
 from graphopt.graph import Names
 from graphopt.run import Feeds
@@ -78,8 +79,12 @@ class Averages:
     def run(self, model: ir.Model, samples: Iterable[Feeds], rows: int) -> None:
         """Raises SampleError if there was no sample."""
 
+        padding = Padding(model, [str(v.name) for v in self._asked])
+
         def reducer(value: ir.Value) -> Callable[[Array], None]:
             def add(array: Array) -> None:
+                if array.ndim == 3:
+                    array = padding.now.rows(str(value.name), array)[None]
                 for key, reduce in self._asked[value]:
                     total, count = reduce(array)
                     self._sums[value, key] = self._sums.get((value, key), np.zeros(())) + total
@@ -88,7 +93,7 @@ class Averages:
             return add
 
         if self._asked:
-            observe(model, limited(samples, rows), {value: reducer(value) for value in self._asked})
+            observe(model, padding.watch(limited(samples, rows)), {value: reducer(value) for value in self._asked})
 
     def __getitem__(self, handle: tuple[ir.Value, str]) -> Array:
         return self._sums[handle] / max(self._counts[handle], 1)

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Linear, Linears
-from graphopt.analysis.padding import Padding, rows_of
+from graphopt.analysis.padding import Kept, Padding
 from graphopt.core import Array, Context
 from graphopt.graph import Names, consumers, initializer, is_constant, same_shape, used_once
 from graphopt.run import Feeds
@@ -57,7 +57,7 @@ def refit(
     master = _Progress(teacher, [old[name] for name in order])
     pupil.begin(samples, rows)
     master.begin(pupil.feeds, rows)
-    padding, fresh = Padding(teacher), Names(model)
+    padding, fresh = Padding(teacher, [n for x in old.values() for n in (str(x.x.name), _stream(x)) if n is not None]), Names(model)
     kept = [padding.kept(feed) for feed in pupil.feeds]
     return [_fit(model, fresh, new[n], old[n], pupil.until(new[n]), master.until(old[n]), kept) for n in order], refused
 
@@ -122,9 +122,7 @@ class _Sums:
         return float(np.sqrt(max(rest, 0.0) / max(self.squares, 1e-30)))
 
 
-def _fit(
-    model: ir.Model, names: Names, new: Linear, old: Linear, pupil: Sequence[State], master: Sequence[State], kept: Sequence[Sequence[Array]]
-) -> Fitted:
+def _fit(model: ir.Model, names: Names, new: Linear, old: Linear, pupil: Sequence[State], master: Sequence[State], kept: Sequence[Kept]) -> Fitted:
     weight, bias = new.matrix().astype(np.float32), bias_of(new)
     start = (weight if bias is None else np.concatenate([weight, bias[None]])).astype(np.float64)
     fit, held = _Sums(*start.shape), _Sums(*start.shape)
@@ -140,22 +138,20 @@ def _fit(
     return Fitted(str(new.node.name), whole.error(start), whole.error(found))
 
 
-def _rows(
-    new: Linear, old: Linear, pupil: Sequence[State], master: Sequence[State], kept: Sequence[Sequence[Array]]
-) -> Iterator[tuple[Array, Array]]:
+def _rows(new: Linear, old: Linear, pupil: Sequence[State], master: Sequence[State], kept: Sequence[Kept]) -> Iterator[tuple[Array, Array]]:
     """For each batch what the pruned multiply is fed, a one behind it where it has a bias, and what should come out; without padding."""
     target, then = old.matrix().astype(np.float32), bias_of(old)
     stream = _stream(new), _stream(old)
     if None in stream or any(str(stream[0]) not in s for s in pupil) or any(str(stream[1]) not in s for s in master):
         stream = (None, None)
-    for ours, theirs, masks in zip(pupil, master, kept, strict=True):
-        x, y = rows_of(ours[str(new.x.name)], masks), rows_of(theirs[str(old.x.name)], masks) @ target
+    for ours, theirs, batch in zip(pupil, master, kept, strict=True):
+        x, y = batch.rows(str(old.x.name), ours[str(new.x.name)]), batch.rows(str(old.x.name), theirs[str(old.x.name)]) @ target
         if bias_of(new) is not None:
             x = np.concatenate([x, np.ones((len(x), 1), x.dtype)], 1)
         if then is not None:
             y = y + then.astype(np.float32)
         if stream[0] is not None:
-            y = y + rows_of(theirs[str(stream[1])] - ours[str(stream[0])], masks)
+            y = y + batch.rows(str(stream[1]), theirs[str(stream[1])] - ours[str(stream[0])])
         yield x, y
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.padding import Padding, counted
+from graphopt.analysis.padding import Padding
 from graphopt.core import Array, Batches
 from graphopt.distance import relative_l2
 from graphopt.run import ort
@@ -37,7 +37,7 @@ def sensitivities(model: ir.Model, samples: Batches, plans: Sequence[Plan]) -> d
     session, feeds = ort.session(copy), _few(samples, _OPERATIONS / (2 * max(len(plans), 1) * max(sum(p.item.size for p in plans), 1)))
     padding = Padding(model)
     kept = [padding.kept(feed) for feed in feeds]
-    base = [counted(session.run(feed), k) for feed, k in zip(feeds, kept, strict=True)]
+    base = [k.counted(session.run(feed)) for feed, k in zip(feeds, kept, strict=True)]
     found: dict[Item, float] = {}
     for p in fed:
         half = dataclasses.replace(p, rank=max(p.item.largest // 2, 1))
@@ -45,7 +45,7 @@ def sensitivities(model: ir.Model, samples: Batches, plans: Sequence[Plan]) -> d
         if error < _FLOOR:  # nothing is lost at this rank, whatever the outputs make of it
             continue
         changed = _changed(half)
-        moved = relative_l2(base, [counted(session.run({**feed, **changed}), k) for feed, k in zip(feeds, kept, strict=True)])
+        moved = relative_l2(base, [k.counted(session.run({**feed, **changed})) for feed, k in zip(feeds, kept, strict=True)])
         if np.isfinite(moved):
             found[p.item] = moved**2 / error
     usual = float(np.median(list(found.values()))) if found else 1.0

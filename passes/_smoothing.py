@@ -65,7 +65,7 @@ def scales(group: Group, seen: Activation, strength: float | None, rows: bool) -
     plain = np.ones(len(magnitude), np.float32)
     before = _error(seen, weights, bases, plain, rows)
     gain = _GAIN if group.source is not None else _MULTIPLY_GAIN
-    best = (plain, 0.0, before * gain if strength is None else np.inf)
+    best = (plain, 0.0, before * gain if strength is None or group.source is None else np.inf)
     for a in GRID if strength is None else (strength,):
         s = _powers(magnitude, largest, a)
         after = _error(seen, weights, bases, s, rows)

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.maps import observe_maps
-from graphopt.analysis.padding import Padding
+from graphopt.analysis.maps import kept_rows, observe_maps
 from graphopt.core import Array, Context
 
 from ._places import Place
@@ -23,14 +22,12 @@ class Histogram:
         by_head: False: one count for all heads, whose weights have no axis of their own.
     """
 
-    def __init__(self, heads: int, by_head: bool, relative: bool, padding: Padding) -> None:
+    def __init__(self, heads: int, by_head: bool, relative: bool) -> None:
         self.counts, self.relative = np.zeros((heads if by_head else 1, len(_EDGES)), np.int64), relative
-        self._heads, self._padding = heads, padding
+        self._heads = heads
 
-    def __call__(self, p: Array) -> None:
-        p = p.reshape(-1, self._heads, *p.shape[-2:])
-        batch, heads, rows, keys = p.shape
-        p = self._padding.rows(p.transpose(0, 2, 1, 3).reshape(batch, rows, heads * keys)).reshape(-1, heads, keys)
+    def __call__(self, weights: Array, rows: Array | None) -> None:
+        p = kept_rows(weights, self._heads, rows)
         if self.relative:
             p = p / np.maximum(p.max(-1, keepdims=True), np.finfo(np.float32).tiny)
         for head, array in enumerate(np.moveaxis(p, 1, 0) if len(self.counts) > 1 else p[None]):
@@ -55,7 +52,6 @@ def histograms(model: ir.Model, ctx: Context, places: Mapping[ir.Node, Place], r
     """What the samples show, by the node that makes the weights; without those that they do not show."""
     if ctx.samples is None or not places:
         return {}
-    padding = Padding(model)
-    found = {node: Histogram(place.heads, place.by_head, relative, padding) for node, place in places.items()}
-    observe_maps(model, padding.watch(ctx.samples), found)
+    found = {node: Histogram(place.heads, place.by_head, relative) for node, place in places.items()}
+    observe_maps(model, ctx.samples, found)
     return {node: histogram for node, histogram in found.items() if histogram.counts.any()}

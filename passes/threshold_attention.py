@@ -91,8 +91,9 @@ class ThresholdAttention(Pass):
         self._tell_forms(model, ctx, nearest, projections)
         if changes and before is not None and ctx.samples is not None:
             old, new = ort.session(before), ort.session(model)
-            loss = relative_l2((old.run(f) for f in ctx.samples), (new.run(f) for f in ctx.samples))
-            told = [_facts(seen[n], limits[n])["sparsity"] for n in seen]
+            padding = Padding(before)
+            loss = relative_l2(*([padding.kept(f).counted(session.run(f)) for f in ctx.samples] for session in (old, new)))
+            told = [_facts(seen[n], limits[n])["sparsity"] for n in seen] or [0.0]
             ctx.remarks.applied("", f"{np.mean(told):.1%} of the weights become zero; the outputs move by {loss:.4g} (relative L2)", loss=loss)
         return changes
 
@@ -134,15 +135,17 @@ def _nearest(model: ir.Model, ctx: Context, limits: Mapping[ir.Node, Array | Non
     Driver(copy, Context(copy)).round(cut)  # not cleaned: nothing reads what is observed
     for graph in graphs(copy):
         graph.sort()
-    padding, gaps = Padding(model), collections.defaultdict[ir.Node, list[Array]](list)
+    probes, gaps = {v: node for node, v in cut.probes.items() if observable(copy, v)}, collections.defaultdict[ir.Node, list[Array]](list)
+    padding = Padding(copy, [str(v.name) for v in probes], by_size=True)
 
-    def reducer(node: ir.Node) -> Any:
+    def reducer(value: ir.Value) -> Any:
         def add(gap: Array) -> None:
-            gaps[node].append(padding.rows(gap).max(0, initial=0.0))
+            rows = padding.now.rows(str(value.name), gap)
+            gaps[probes[value]] += [rows.max(0)] if len(rows) and gap.shape[1] > 1 else []  # all forms of one position are one
 
         return add
 
-    observe(copy, padding.watch(ctx.require_samples()), {v: reducer(node) for node, v in cut.probes.items() if observable(copy, v)}, optimize=False)
+    observe(copy, padding.watch(ctx.require_samples()), {v: reducer(v) for v in probes}, optimize=False)
     return {twins[node]: Nearest.of(np.max(found, axis=0).reshape(len(FORMS), -1).T) for node, found in gaps.items() if found}
 
 

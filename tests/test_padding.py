@@ -16,7 +16,7 @@ from graphopt.analysis.importance import Importance
 from graphopt.analysis.linear import Linears
 from graphopt.analysis.maps import map_distances
 from graphopt.analysis.moments import input_moments
-from graphopt.analysis.padding import Padding, positions, rows_of
+from graphopt.analysis.padding import Kept, Padding
 from graphopt.analysis.sensitivity import effects, recipes
 from graphopt.analysis.units import Units
 from graphopt.core import Context
@@ -55,7 +55,7 @@ def test_minilm_means_the_same_with_padding_as_without(fused: bool) -> None:
         np.testing.assert_allclose(found, expected, atol=1e-4 * float(np.abs(expected).max()))
 
 
-@pytest.mark.parametrize("criterion", ["obs", "fisher", "taylor", "reconstruction", "attention"])
+@pytest.mark.parametrize("criterion", ["obs", "fisher", "taylor", "reconstruction", "attention", "entropy"])
 def test_heads_and_neurons_are_worth_the_same_with_padding_as_without(criterion: str) -> None:
     """Also by losses on outputs at positions that nobody uses."""
     model = graphopt.load(tiny("bert", "sdpa", "18"))
@@ -107,9 +107,10 @@ def test_holes_and_left_padding_are_padding_too() -> None:
     mask = np.ones((3, 8), np.int64)
     mask[0, 3], mask[1, :4] = 0, 0
     feed = {"input_ids": np.random.default_rng(0).integers(4, 99, (3, 8)), "attention_mask": mask}
-    (kept,) = Padding(model).kept(feed)
+    ((kept, kinds),) = Padding(model).kept(feed).masks
     np.testing.assert_array_equal(kept, mask != 0)
-    assert Padding(model).kept({**feed, "attention_mask": np.ones_like(mask)}) == ()
+    assert list(kinds.values()) == ["positions"]
+    assert Padding(model).kept({**feed, "attention_mask": np.ones_like(mask)}) == Kept()
 
 
 MIX = """<ir_version: 10, opset_import: ["" : 18]>
@@ -138,17 +139,92 @@ def test_what_a_mask_hides_is_seen_by_running_the_model(kind: str, rule: str, hi
     model = graphopt.load(parse(MIX.format(kind=kind, rule=rule)))
     mask = np.array([[1, 1, 0, 1, 0], [0, 0, 0, 1, 0]], bool if kind == "bool" else np.int64)
     feed = {"x": np.random.default_rng(0).standard_normal((2, 5, 4)).astype(np.float32), "mask": mask}
-    kept = Padding(model).kept(feed)
+    masks = Padding(model).kept(feed).masks
     if hides is None:
-        assert kept == ()
+        assert masks == ()
     else:
-        np.testing.assert_array_equal(kept[0], (mask != 0) != hides)
+        np.testing.assert_array_equal(masks[0][0], (mask != 0) != hides)
 
 
-def test_rows_are_left_out_only_where_they_are_positions() -> None:
-    mask = np.array([[True, False, True]])
-    array = np.arange(6, dtype=np.float32).reshape(1, 3, 2)
-    np.testing.assert_array_equal(rows_of(array, [mask]), array[0][[0, 2]])
-    np.testing.assert_array_equal(rows_of(array[0], [mask]), array[0][[0, 2]])  # flattened
-    np.testing.assert_array_equal(rows_of(array[:, :2], [mask]), array[0, :2])  # other positions
-    assert positions(array.shape, [mask, ~mask]) is None  # two masks that fit and differ: which one is not known
+BLANK = """<ir_version: 10, opset_import: ["" : 18]>
+g (float[B, S, 4] x, int64[B, S] mask) => (float[B, S, 4] y) <int64[1] one = {1}, int64[1] two = {2}, float[4] fill = {0, 0, FILL, 0}> {
+    m = ReduceMean<keepdims = 1>(x, one)
+    h = Add(x, m)
+    flag = Cast<to = 1>(mask)
+    row = Unsqueeze(flag, two)
+    z = LAST
+}"""
+
+
+@pytest.mark.parametrize(
+    ("last", "fill", "why"),
+    [
+        ("Mul(h, row)  y = Add(z, fill)", "0", "all positions are read, and what comes out is blanked"),
+        ("Mul(h, row)  y = Add(z, fill)", "-1e9", "a fill is no scale for the others"),
+        ("Where(there, h, fill)  w = Mul(x, row)  n = ReduceMean<keepdims = 1>(z, one)  y = Add(n, z)", "0", "contents that are replaced are read"),
+    ],
+)
+def test_a_mask_that_only_blanks_hides_nothing(last: str, fill: str, why: str) -> None:
+    text = BLANK.replace("FILL", fill).replace("LAST", last.replace("Where(there", "Where(there"))
+    if "there" in last:
+        text = text.replace("z = Where", "there = Cast<to = 9>(row)  z = Where")
+    model = graphopt.load(parse(text))
+    feed = {"x": np.random.default_rng(0).standard_normal((2, 5, 4)).astype(np.float32), "mask": np.array([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])}
+    kept = Padding(model).kept(feed)
+    assert all(not kinds for _, kinds in kept.masks), why
+
+
+def test_rows_in_another_order_keep_their_order() -> None:
+    """Positions before the batch, as torch's MultiheadAttention has them, also flattened: no row is left out that is read."""
+    text = MIX.format(kind="int64", rule="flag = Cast<to = 9>(mask)  seen = Where(flag, zero, minus)")
+    text = text.replace("y = MatMul(p, x)", "c = MatMul(p, x)\n    s = Transpose<perm = [1, 0, 2]>(c)\n    f = Reshape(s, flat)\n    y = Identity(c)")
+    model = graphopt.load(parse(text.replace("int64[1] one", "int64[2] flat = {-1, 4}, int64[1] one")))
+    names = [n.outputs[0].name for n in model.graph]
+    rng = np.random.default_rng(0)
+    for batch, length in ((2, 5), (5, 5)):
+        mask = (np.arange(length) < rng.integers(1, length, (batch, 1))).astype(np.int64)
+        feed = {"x": rng.standard_normal((batch, length, 4)).astype(np.float32), "mask": mask}
+        kept = Padding(model, [*names, "c", "s", "f"]).kept(feed)
+        ((_, kinds),) = kept.masks
+        assert "s" not in kinds
+        assert "f" not in kinds
+
+
+def test_values_of_equal_sizes_that_are_no_positions_count() -> None:
+    """What a decoder makes of an encoder has as many rows by chance."""
+    text = MIX.format(kind="int64", rule="flag = Cast<to = 9>(mask)  seen = Where(flag, zero, minus)")
+    text = text.replace("x, int64", "x, float[B, T, 4] q, int64").replace("MatMul(x, t)", "MatMul(q, t)").replace("[B, S, 4] y", "[B, T, 4] y")
+    model = graphopt.load(parse(text))
+    rng = np.random.default_rng(0)
+    for size in (4, 6):
+        feed = {"x": rng.standard_normal((2, 6, 4)).astype(np.float32), "q": rng.standard_normal((2, size, 4)).astype(np.float32),
+                "mask": np.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]])}  # fmt: skip
+        kept = Padding(model).kept(feed)
+        assert kept.lead("y", (2, size, 4)) is None
+
+
+def test_a_batch_that_says_nothing_decides_nothing() -> None:
+    model = graphopt.load(tiny("bert", "sdpa", "18"))
+    mask = np.array([[1, 1, 1, 0], [1, 1, 0, 0]])
+    same = {"input_ids": np.full((2, 4), 7), "attention_mask": mask}
+    padding = Padding(model)
+    assert padding.kept(same) == Kept()
+    assert len(padding.kept({**same, "input_ids": np.arange(8).reshape(2, 4) + 9}).masks) == 1
+    assert padding.kept({"input_ids": same["input_ids"]}) == Kept()
+
+
+def test_outputs_with_a_number_for_each_position_and_of_a_size_of_their_own() -> None:
+    text = MIX.format(kind="int64", rule="flag = Cast<to = 9>(mask)  seen = Where(flag, zero, minus)").replace(
+        "(float[B, S, 4] y)", "(float[B, S] y, float[N] d)"
+    )
+    text = text.replace(
+        "y = MatMul(p, x)",
+        "c = MatMul(p, x)\n  y = ReduceSum<keepdims = 0>(c, two)\n  at = NonZero(y)\n  at2 = Transpose(at)\n  d = GatherND(y, at2)",
+    )
+    model = graphopt.load(
+        parse(text.replace("int64[1] one", "int64[1] two = {2}, int64[1] one").replace("], int64[B, S] mask", "], int64[B, S] mask"))
+    )
+    feed = {"x": np.random.default_rng(0).standard_normal((2, 5, 4)).astype(np.float32), "mask": np.array([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])}
+    Padding(model).kept(feed)  # `d` may have another size for other contents, and must not break anything
+    target = targets()["cpu"].from_options({"tune": "off"})
+    assert Loss(target, model, Samples([feed]), None).of(session(model)) == 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Linears
+from graphopt.analysis.padding import Padding
 from graphopt.core import Analysis, Array, Context
 from graphopt.run.observe import observable, observe
 
@@ -87,8 +89,14 @@ class LinearInputs(Analysis[Mapping[ir.Value, Activation]]):
         samples = ctx.require_samples()
         found = {x.x: Activation(self.limit) for x in ctx.get(Linears(casts=True)) if observable(model, x.x) and not x.trans_x}
         if found:
-            observe(model, samples, found)
+            padding = Padding(model, [str(v.name) for v in found])
+            watched = padding.watch(samples)
+            observe(model, watched, {v: functools.partial(_rows_to, seen, padding, str(v.name)) for v, seen in found.items()})
         return {value: seen for value, seen in found.items() if seen.seen}
+
+
+def _rows_to(seen: Activation, padding: Padding, name: str, array: Array) -> None:
+    seen(padding.now.rows(name, array))
 
 
 def _spread(rows: Array, count: int) -> Array:

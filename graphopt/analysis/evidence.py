@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.linear import Embeddings
 from graphopt.analysis.moments import input_moments
-from graphopt.analysis.padding import Padding, positions
+from graphopt.analysis.padding import Kept, Padding
 from graphopt.analysis.removable import Candidate
 from graphopt.core import Array, Context
 from graphopt.errors import GraphoptError
@@ -96,10 +96,12 @@ class _Collector:
         from graphopt.run.torch import TorchModel
 
         self.candidates, self.criterion = candidates, criterion
-        self.loss, self.own_loss, self.rows, self.padding = loss_of(model, loss), callable(loss), 0, Padding(model)
+        self.loss, self.own_loss, self.rows = loss_of(model, loss), callable(loss), 0
         self.torch, self.random = torch, torch.Generator().manual_seed(seed)
         self.model = TorchModel(model, trainable=())
         self.linears = [u.output for c in candidates for u in c.units if u.output is not None]
+        shown = [*(str(v.name) for x in self.linears for v in (x.x, x.node.outputs[0])), *(str(v.name) for v in model.graph.outputs)]
+        self.padding = Padding(model, shown)
         self.weights = [torch.from_numpy(np.ascontiguousarray(x.matrix().T, np.float32)) for x in self.linears]
         self.inputs: list[Any] = [0.0] * len(self.linears)
         self.gradients: list[Any] = [0.0] * len(self.linears)
@@ -124,18 +126,19 @@ class _Collector:
         feeds = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feed.items()}
         outputs = self.model(feeds, observe=reads, edit={name: probed(name) for name in results})
         kept = self.padding.kept(feed)
-        wanted = {p.name: outputs[p.name] if self.own_loss else self._counted(outputs[p.name], kept) for p in self.model.outputs}
+        wanted = {p.name: outputs[p.name] if self.own_loss else self._counted(p.name, outputs[p.name], kept) for p in self.model.outputs}
         loss = self.loss(wanted, feeds, self.random)
         if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
             raise GraphoptError("the loss does not depend on any head or neuron: no float output of the model follows from them")
         gradients = torch.autograd.grad(loss, [probes[name] for name in results], allow_unused=True)
         for k, (name, result, gradient) in enumerate(zip(reads, results, gradients, strict=True)):
             self._sum(k, outputs[name].detach(), torch.zeros_like(probes[result]) if gradient is None else gradient, kept)
-        self.rows += len(self._flat(probes[results[0]], kept))
+        self.rows += len(self._flat(results[0], probes[results[0]], kept))
 
-    def _sum(self, k: int, x: torch.Tensor, g: torch.Tensor, kept: Sequence[Array]) -> None:
+    def _sum(self, k: int, x: torch.Tensor, g: torch.Tensor, kept: Kept) -> None:
         if self.criterion == "obs":
-            flat, grad = self._flat(x, kept), self._flat(g, kept)
+            linear = self.linears[k]
+            flat, grad = self._flat(str(linear.x.name), x, kept), self._flat(str(linear.node.outputs[0].name), g, kept)
             self.inputs[k] = self.inputs[k] + (flat.T @ flat).double()
             self.seen[k] += len(flat)
             self.gradients[k] = self.gradients[k] + (grad.T @ grad).double()
@@ -145,15 +148,15 @@ class _Collector:
         on_groups = per_sequence.reshape(len(effect), self.counts[k], -1).sum(-1).double()
         self.masks[k] = self.masks[k] + (on_groups.abs() if self.criterion == "taylor" else on_groups.square()).sum(0)
 
-    def _flat(self, x: torch.Tensor, kept: Sequence[Array]) -> torch.Tensor:
+    def _flat(self, name: str, x: torch.Tensor, kept: Kept) -> torch.Tensor:
         """[..., K] -> [rows, K], without the rows of padding."""
-        flat, mask = x.reshape(-1, x.shape[-1]), positions(x.shape, kept)
-        return flat if mask is None else flat[self.torch.from_numpy(mask.reshape(-1))]
+        flat, lead = x.reshape(-1, x.shape[-1]), kept.lead(name, x.shape)
+        return flat if lead is None else flat[self.torch.from_numpy(lead.reshape(-1).copy())]
 
-    def _counted(self, output: Any, kept: Sequence[Array]) -> Any:
+    def _counted(self, name: str, output: Any, kept: Kept) -> Any:
         """An output without its padding."""
-        hides = isinstance(output, self.torch.Tensor) and output.dim() and positions(output.shape, kept) is not None
-        return self._flat(output, kept) if hides else output
+        hides = isinstance(output, self.torch.Tensor) and output.dim() > 1 and kept.lead(name, output.shape) is not None
+        return self._flat(name, output, kept) if hides else output
 
     def found(self) -> Iterator[tuple[Candidate, Evidence]]:
         place = 0

@@ -16,7 +16,7 @@ from graphopt.graph import all_nodes, attr
 from graphopt.run import Feeds
 from graphopt.run.observe import observable, observe
 
-Reduce = Callable[[Array], None]
+Reduce = Callable[[Array, Array | None], None]
 _AFTER_SOFTMAX = 3  # qk_matmul_output_mode of the operator Attention
 
 
@@ -24,7 +24,7 @@ def observe_maps(model: ir.Model, samples: Iterable[Feeds], reducers: Mapping[ir
     """Hand each batch of attention weights, [batch, heads, rows, keys], to the reducer of its attention.
 
     Args:
-        reducers: by the Softmax or Attention node that makes the weights.
+        reducers: by the Softmax or Attention node that makes the weights; also told which rows are no padding, bool [batch, heads, rows], or None.
 
     Returns:
         the number of samples.
@@ -40,7 +40,19 @@ def observe_maps(model: ir.Model, samples: Iterable[Feeds], reducers: Mapping[ir
         value = _weights(twins[node], facts.get(twins[node]))
         if value is not None and observable(copy, value):
             wanted[value] = reduce
-    return observe(copy, samples, wanted, optimize=False)
+    padding = Padding(copy, [str(v.name) for v in wanted])
+
+    def told(value: ir.Value) -> Callable[[Array], None]:
+        return lambda weights: wanted[value](weights, padding.now.lead(str(value.name), weights.shape))
+
+    return observe(copy, padding.watch(samples), {value: told(value) for value in wanted}, optimize=False)
+
+
+def kept_rows(weights: Array, heads: int, rows: Array | None) -> Array:
+    """[batch, heads, rows, keys] -> [rows, heads, keys], without the rows of padding."""
+    by_row = weights.reshape(-1, heads, *weights.shape[-2:]).transpose(0, 2, 1, 3)
+    flat = by_row.reshape(-1, *by_row.shape[2:])
+    return flat if rows is None else flat[rows[:, 0].reshape(-1)]
 
 
 def _weights(node: ir.Node, facts: AttentionFacts | str | None) -> ir.Value | None:
@@ -65,16 +77,15 @@ def head_scores(model: ir.Model, samples: Iterable[Feeds], candidates: Sequence[
     """For each group of heads the mean over rows that are no padding: `attention`: of the largest weight; `entropy`: of 1 - entropy / log(keys)."""
     heads = {u.node: u.heads for c in candidates for u in c.units if isinstance(u, Heads)}
     means: dict[ir.Node, list[Array]] = {node: [] for node in heads}
-    padding = Padding(model)
 
     def reducer(node: ir.Node) -> Reduce:
-        def add(weights: Array) -> None:
-            rows = padding.rows(_by_row(weights.reshape(-1, heads[node], *weights.shape[-2:]), criterion))
-            means[node] += [rows.mean(0, dtype=np.float64)] if len(rows) else []
+        def add(weights: Array, rows: Array | None) -> None:
+            scores = _by_row(kept_rows(weights, heads[node], rows), criterion)
+            means[node] += [scores.mean(0, dtype=np.float64)] if len(scores) else []
 
         return add
 
-    observe_maps(model, padding.watch(samples), {node: reducer(node) for node in means})
+    observe_maps(model, samples, {node: reducer(node) for node in means})
     found = {}
     for c in candidates:
         scores = [np.mean(means[u.node], axis=0) for u in c.units if means[u.node]]
@@ -86,19 +97,18 @@ def head_scores(model: ir.Model, samples: Iterable[Feeds], candidates: Sequence[
 def map_distances(model: ir.Model, samples: Iterable[Feeds], nodes: Iterable[ir.Node]) -> dict[ir.Node, Array]:
     """How unlike the heads of an attention look: for each node [heads, heads], the mean over rows of the squared distance of their weights."""
     sums: dict[ir.Node, tuple[Array, int]] = {}
-    padding = Padding(model)
 
     def reducer(node: ir.Node) -> Reduce:
-        def add(weights: Array) -> None:
+        def add(weights: Array, rows: Array | None) -> None:
             total, count = sums.get(node, (np.zeros(()), 0))
-            batch, heads, rows, keys = weights.shape
-            flat = padding.rows(weights.transpose(0, 2, 1, 3).reshape(batch, rows, heads * keys))
-            by_head = flat.reshape(-1, heads, keys).transpose(1, 0, 2).reshape(heads, -1)
-            sums[node] = total + (by_head @ by_head.T).astype(np.float64), count + len(flat)
+            heads = weights.shape[1]
+            kept = kept_rows(weights, heads, rows)
+            by_head = kept.transpose(1, 0, 2).reshape(heads, -1)
+            sums[node] = total + (by_head @ by_head.T).astype(np.float64), count + len(kept)
 
         return add
 
-    observe_maps(model, padding.watch(samples), {node: reducer(node) for node in nodes})
+    observe_maps(model, samples, {node: reducer(node) for node in nodes})
     return {node: _squared(total / max(rows, 1)) for node, (total, rows) in sums.items()}
 
 
@@ -109,8 +119,9 @@ def _squared(products: Array) -> Array:
 
 
 def _by_row(weights: Array, criterion: str) -> Array:
-    """[batch, heads, rows, keys] -> [batch, rows, heads]"""
+    """[rows, heads, keys] -> [rows, heads]"""
     if criterion == "attention":
-        return np.asarray(weights.max(-1).transpose(0, 2, 1))
+        return np.asarray(weights.max(-1))
     entropy = -(weights * np.log(np.maximum(weights, 1e-30))).sum(-1)
-    return np.asarray(1 - (entropy / max(np.log(weights.shape[-1]), 1e-9)).transpose(0, 2, 1))
+    seen = np.log(np.maximum((weights > 0).sum(-1), 1))  # of the keys that a row may read
+    return np.asarray(1 - entropy / np.maximum(seen, 1e-9))

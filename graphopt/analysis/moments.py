@@ -32,7 +32,7 @@ def input_moments(model: ir.Model, samples: Iterable[Feeds], values: Sequence[ir
         SampleError: there was no sample.
     """
     group: list[ir.Value] = []
-    size, padding = 0, Padding(model)
+    size, padding = 0, Padding(model, [str(v.name) for v in values])
     for value in values:
         need = 4 * _width(value) ** 2
         if group and size + need > limit:
@@ -73,10 +73,10 @@ def paired_moments(model: ir.Model, other: ir.Model, samples: Iterable[Feeds], v
     shown = [n for n in names if n not in given]
     sessions = [ort.session(exposed(m, shown)) for m in (model, other)] if shown else []
     sums: list[Array] = []
-    count, padding = 0, Padding(other)
+    count, padding = 0, Padding(other, names)
     for feed in padding.watch(samples):
         runs = [session.run(feed) for session in sessions] or [{}, {}]
-        (x, *s), (z, *t) = ([padding.rows(feed[n] if n in given else run[n]) for n in names] for run in runs)
+        (x, *s), (z, *t) = ([padding.now.rows(n, feed[n] if n in given else run[n]) for n in names] for run in runs)
         pairs = [(x, x), (x, z), (z, z), *((x, b - a) for a, b in zip(s, t, strict=True))]
         parts = [(a.T @ b).astype(np.float64) for a, b in pairs]
         sums = [total + part for total, part in zip(sums, parts, strict=True)] if sums else parts
@@ -92,7 +92,7 @@ def _observed(model: ir.Model, samples: Iterable[Feeds], group: Sequence[ir.Valu
 
     def reducer(k: int) -> Reducer:
         def add(array: Array) -> None:
-            rows = padding.rows(array)
+            rows = padding.now.rows(str(group[k].name), array)
             sums[k] += rows.T @ rows
             counts[k] += len(rows)
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.padding import Padding, counted
+from graphopt.analysis.padding import Padding
 from graphopt.distance import Squares
 from graphopt.errors import SampleError
 from graphopt.graph import is_constant, is_graph
@@ -73,13 +73,13 @@ def effects(model: ir.Model, samples: Iterable[Feeds], changes: Mapping[K, Chang
     for feed in samples:
         count += 1
         kept = padding.kept(feed)
-        base = counted(runner.finish(0, runner.begin(feed)), kept)
+        base = kept.counted(runner.finish(0, runner.begin(feed)))
         state, here = runner.begin(feed), 0
         for piece in sorted(by_piece):
             while here < piece:
                 state, here = runner.step(here, state), here + 1
             for key in by_piece[piece]:
-                sums[key].add(base, counted(runner.finish(piece, state, changes[key], key), kept))
+                sums[key].add(base, kept.counted(runner.finish(piece, state, changes[key], key)))
     if not count:
         raise SampleError("the effects of changes need samples, and there were 0: the source is empty, or a generator that was used before")
     return {key: found.relative for key, found in sums.items()}
