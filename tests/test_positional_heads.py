@@ -291,3 +291,11 @@ def test_minilm_without_any_scores(first: str) -> None:
     assert widths == [384, 384, 1536, 384] * 6
     for sizes in ((1, 7), (3, 20)):
         assert np.isfinite(run(model, text_feeds(names, *sizes))["last_hidden_state"]).all()
+
+
+def test_samples_that_tell_no_form_from_another_decide_nothing() -> None:
+    """For one position all forms are one."""
+    one = {"x": np.zeros((3, 1, 8), np.float32), "attention_mask": np.ones((3, 1), np.int64)}
+    found, remarks = made(source(ALL), "threshold-attention{threshold=1e-6 constant=0.001}", [one])
+    assert not [r for r in remarks if "heads" in r.facts]
+    assert [n.op_type for n in found.graph].count("Softmax") == 1

@@ -142,6 +142,16 @@ def test_a_multiplication_is_put_only_where_it_gains_something() -> None:
     assert [n.op_type for n in model.graph].count("Mul") == 1, "the gate"
 
 
+def test_a_multiplication_that_gains_nothing_is_not_put_there_by_a_given_strength() -> None:
+    text = BLOCK.replace("y = Add(d, q)", "e = Add(d, q)\n  y = Add(e, n)")
+    rng = np.random.default_rng(3)
+    even = parse(text, g=np.ones(32, np.float32), bu=np.zeros(64, np.float32), **{
+        name: rng.standard_normal(shape).astype(np.float32) for name, shape in
+        {"wq": (32, 32), "wg": (32, 64), "wu": (32, 64), "wd": (64, 32)}.items()})  # fmt: skip
+    model, _ = compiled(even, "smooth{multiply=true strength=0.0}", feeds())
+    assert [n.op_type for n in model.graph].count("Mul") == 1, "the gate"
+
+
 def test_errors() -> None:
     with pytest.raises(GraphoptError, match="add --samples"):
         compiled(block(), "smooth")
