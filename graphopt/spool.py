@@ -19,10 +19,9 @@ class Spool(Sequence[Batch]):
         self._folder = tempfile.TemporaryDirectory(prefix="graphopt-samples-")
         self._kinds: list[dict[str, np.dtype[Any]]] = []
         for batch in batches:
-            arrays = [x.astype(str) if x.dtype.kind == "O" else x for x in batch.values()]  # text; objects would need pickle
             self._kinds.append({name: x.dtype for name, x in batch.items()})
-            np.savez(self._file(len(self._kinds) - 1), *arrays)
-            del arrays, batch  # so that one batch is alive when the next one is made
+            np.savez(self._file(len(self._kinds) - 1), *batch.values())  # text is pickled: nobody else writes to this folder
+            del batch  # so that one batch is alive when the next one is made
 
     def __len__(self) -> int:
         return len(self._kinds)
@@ -35,7 +34,7 @@ class Spool(Sequence[Batch]):
         if isinstance(index, slice):
             return [self[k] for k in range(*index.indices(len(self)))]
         kinds = self._kinds[index]
-        with np.load(self._file(index % len(self)), allow_pickle=False) as archive:
+        with np.load(self._file(index % len(self)), allow_pickle=True) as archive:
             return {name: _as(archive[f"arr_{k}"], kind) for k, (name, kind) in enumerate(kinds.items())}
 
     def __iter__(self) -> Iterator[Batch]:
@@ -47,6 +46,4 @@ class Spool(Sequence[Batch]):
 
 def _as(array: np.ndarray[Any, Any], kind: np.dtype[Any]) -> np.ndarray[Any, Any]:
     """Types that numpy lacks, such as bfloat16, come back from a file as bytes of their width."""
-    if array.dtype == kind:
-        return array
-    return array.astype(object) if kind.kind == "O" else array.view(kind)
+    return array if array.dtype == kind else array.view(kind)

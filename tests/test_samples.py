@@ -20,6 +20,7 @@ from graphopt.pipeline import parse as steps
 from graphopt.registry import passes
 from graphopt.run import ort, reference
 from graphopt.samples import Samples, default_shapes, random_samples, runnable_samples
+from graphopt.spool import Spool
 
 HEAD = '<ir_version: 10, opset_import: ["": 23]>\n'
 
@@ -351,3 +352,10 @@ def test_no_samples_at_all_are_missed_in_one_line() -> None:
     with pytest.raises(PassError, match="prune-ffn needs samples"):
         PassManager(steps("prune-ffn{ratio=0.25 multiple=1 importance=magnitude}", passes())).run(model, Context(model))
     assert model.graph.initializers["up"].shape == (8, 32), "it says so before it cuts"
+
+
+def test_text_comes_back_from_the_spool_as_it_was() -> None:
+    text = np.array(["a", "b\0", b"caf\xc3\xa9", None], object)
+    spool = Spool(iter([{"text": text, "ids": np.arange(3)}]))
+    assert spool[0]["text"].tolist() == text.tolist()
+    assert spool[0]["ids"].tolist() == [0, 1, 2]
