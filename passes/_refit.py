@@ -57,7 +57,7 @@ def refit(
     master = _Progress(teacher, [old[name] for name in order])
     pupil.begin(samples, rows)
     master.begin(pupil.feeds, rows)
-    padding, fresh = Padding(teacher, [n for x in old.values() for n in (str(x.x.name), _stream(x)) if n is not None]), Names(model)
+    padding, fresh = Padding(teacher, [str(old[name].x.name) for name in order]), Names(model)
     kept = [padding.kept(feed) for feed in pupil.feeds]
     return [_fit(model, fresh, new[n], old[n], pupil.until(new[n]), master.until(old[n]), kept) for n in order], refused
 
@@ -140,18 +140,22 @@ def _fit(model: ir.Model, names: Names, new: Linear, old: Linear, pupil: Sequenc
 
 def _rows(new: Linear, old: Linear, pupil: Sequence[State], master: Sequence[State], kept: Sequence[Kept]) -> Iterator[tuple[Array, Array]]:
     """For each batch what the pruned multiply is fed, a one behind it where it has a bias, and what should come out; without padding."""
-    target, then = old.matrix().astype(np.float32), bias_of(old)
+    target, then, biased = old.matrix().astype(np.float32), bias_of(old), bias_of(new) is not None
     stream = _stream(new), _stream(old)
     if None in stream or any(str(stream[0]) not in s for s in pupil) or any(str(stream[1]) not in s for s in master):
         stream = (None, None)
     for ours, theirs, batch in zip(pupil, master, kept, strict=True):
-        x, y = batch.rows(str(old.x.name), ours[str(new.x.name)]), batch.rows(str(old.x.name), theirs[str(old.x.name)]) @ target
-        if bias_of(new) is not None:
+        fed = theirs[str(old.x.name)]
+        lead = batch.lead(str(old.x.name), fed.shape)
+        counts = slice(None) if lead is None else lead.reshape(-1)
+        x = ours[str(new.x.name)].reshape(-1, new.in_features)[counts]
+        y = fed.reshape(-1, len(target))[counts] @ target
+        if biased:
             x = np.concatenate([x, np.ones((len(x), 1), x.dtype)], 1)
         if then is not None:
             y = y + then.astype(np.float32)
         if stream[0] is not None:
-            y = y + batch.rows(str(stream[1]), theirs[str(stream[1])] - ours[str(stream[0])])
+            y = y + (theirs[str(stream[1])] - ours[str(stream[0])]).reshape(-1, y.shape[-1])[counts]
         yield x, y
 
 

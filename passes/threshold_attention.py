@@ -13,7 +13,7 @@ import onnx_ir as ir
 from graphopt.analysis.linear import Linears
 from graphopt.analysis.padding import Padding
 from graphopt.core import Array, Context, Pass
-from graphopt.distance import relative_l2
+from graphopt.distance import Squares
 from graphopt.graph import all_nodes, graphs
 from graphopt.options import at_option
 from graphopt.rewrite import Builder, Driver, Match, Miss, RewritePass
@@ -91,8 +91,11 @@ class ThresholdAttention(Pass):
         self._tell_forms(model, ctx, nearest, projections)
         if changes and before is not None and ctx.samples is not None:
             old, new = ort.session(before), ort.session(model)
-            padding = Padding(before)
-            loss = relative_l2(*([padding.kept(f).counted(session.run(f)) for f in ctx.samples] for session in (old, new)))
+            padding, moved = Padding(before), Squares()
+            for feed in ctx.samples:
+                kept = padding.kept(feed)
+                moved.add(kept.counted(old.run(feed)), kept.counted(new.run(feed)))
+            loss = moved.relative
             told = [_facts(seen[n], limits[n])["sparsity"] for n in seen] or [0.0]
             ctx.remarks.applied("", f"{np.mean(told):.1%} of the weights become zero; the outputs move by {loss:.4g} (relative L2)", loss=loss)
         return changes

@@ -73,10 +73,10 @@ def paired_moments(model: ir.Model, other: ir.Model, samples: Iterable[Feeds], v
     shown = [n for n in names if n not in given]
     sessions = [ort.session(exposed(m, shown)) for m in (model, other)] if shown else []
     sums: list[Array] = []
-    count, padding = 0, Padding(other, names)
+    count, padding = 0, Padding(other, [value])
     for feed in padding.watch(samples):
         runs = [session.run(feed) for session in sessions] or [{}, {}]
-        (x, *s), (z, *t) = ([padding.now.rows(n, feed[n] if n in given else run[n]) for n in names] for run in runs)
+        (x, *s), (z, *t) = ([padding.now.rows(value, feed[n] if n in given else run[n]) for n in names] for run in runs)
         pairs = [(x, x), (x, z), (z, z), *((x, b - a) for a, b in zip(s, t, strict=True))]
         parts = [(a.T @ b).astype(np.float64) for a, b in pairs]
         sums = [total + part for total, part in zip(sums, parts, strict=True)] if sums else parts

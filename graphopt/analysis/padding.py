@@ -70,7 +70,7 @@ class Padding:
         self._outputs = [str(v.name) for v in model.graph.outputs]
         self._names = list(dict.fromkeys(names)) or self._outputs
         self._masks = [str(v.name) for v in fed_inputs(model) if rank(v) == 2 and v.dtype is not None and role(v, {}).kind == "mask"]
-        self._known: dict[str, tuple[bool, dict[str, str]] | None] = {}  # mask -> what stands for "kept", and the values; None: it hides nothing
+        self._known: dict[str, tuple[bool, dict[str, str]]] = {}  # mask -> what stands for "kept", and the values; none: it hides nothing
         self._shapes = {str(v.name): v.shape for v in model.graph.inputs}
         self._now = Kept()
 
@@ -93,37 +93,37 @@ class Padding:
                 continue
             if name not in self._known:
                 verdict = self._try(name, feed)
-                if verdict == "untried":
+                if verdict is None:
                     continue
-                self._known[name] = verdict  # type: ignore[assignment]
-            known = self._known[name]
-            if known is not None:
-                found.append((mask == known[0], known[1]))
+                self._known[name] = verdict
+            value, kinds = self._known[name]
+            if kinds:
+                found.append((mask == value, kinds))
         return Kept(tuple(found))
 
-    def _try(self, name: str, feed: Feeds) -> tuple[bool, dict[str, str]] | str | None:
-        """The verdict about a mask; "untried" where this batch says nothing."""
+    def _try(self, name: str, feed: Feeds) -> tuple[bool, dict[str, str]] | None:
+        """The verdict about a mask; None where this batch says nothing."""
         whole = {key: np.asarray(array) for key, array in feed.items()}
         for probe in (_two_rows(name, whole), whole):
             try:
                 return self._verdict(name, probe)
             except GraphoptError:  # two rows alone, or such contents, are nothing that it takes
                 continue
-        return None
+        return True, {}
 
-    def _verdict(self, name: str, probe: Feeds) -> tuple[bool, dict[str, str]] | str | None:
+    def _verdict(self, name: str, probe: Feeds) -> tuple[bool, dict[str, str]] | None:
         mask = probe[name] != 0
         contents = {key: array for key, array in probe.items() if key not in self._masks and self._alike(name, key)}
         for value in (True, False):
             kept = mask == value
-            hidden, own = ({**probe, **_exchanged(contents, where, kept)} for where in (~kept, kept))
+            hidden, own = ({**probe, **{key: _replaced(array, where, kept) for key, array in contents.items()}} for where in (~kept, kept))
             if any(all(changed[key] is probe[key] for key in probe) for changed in (hidden, own)):
-                return "untried"
+                return None
             base, other, moved = self._run(probe, hidden, own)
             if all(_unmoved(base[n], other[n], kept) for n in self._outputs) and not all(_unmoved(base[n], moved[n], kept) for n in self._outputs):
                 kinds = {n: kind for n in self._names if n in base and (kind := _kind(base[n], other[n], kept, self._by_size)) is not None}
                 return value, kinds
-        return None
+        return True, {}
 
     def _alike(self, mask: str, name: str) -> bool:
         """False where the model says that the positions of an input are others than those of the mask, whatever their number is now."""
@@ -151,13 +151,11 @@ def _two_rows(name: str, feed: Feeds) -> dict[str, Array]:
     return probe
 
 
-def _exchanged(feed: Feeds, where: Array, kept: Array) -> dict[str, Array]:
-    """`feed` with other contents [batch, positions, ..] at some positions: what stands at a kept position of the row, and differs."""
-    return {key: _replaced(array, where, kept) for key, array in feed.items()}
-
-
 def _replaced(array: Array, where: Array, kept: Array) -> Array:
-    """The same object where nothing was there to exchange."""
+    """[batch, positions, ..] with other contents at some positions: what stands at a kept one of the row, and differs.
+
+    The same object where nothing was there to exchange.
+    """
     if array.shape[:2] != kept.shape:
         return array
     made, changed = array.copy(), False
