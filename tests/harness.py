@@ -38,17 +38,18 @@ import onnx
 import onnx_ir as ir
 
 import graphopt
-from graphopt.core import Context
-from graphopt.distance import compare_outputs
-from graphopt.feeds import random_feed
-from graphopt.graph import all_nodes
-from graphopt.pipeline import PassManager, PassRecord, parse, render
-from graphopt.registry import passes
-from graphopt.remarks import Remark, Remarks
+from graphopt.core.contract import Context
+from graphopt.core.pipeline import PassManager, PassRecord, parse, render
+from graphopt.core.registry import passes
+from graphopt.core.remarks import Remark, Remarks
+from graphopt.graph.dims import symbols
+from graphopt.graph.interface import interface
+from graphopt.graph.questions import all_nodes
+from graphopt.graph.text import diff, graph_text
+from graphopt.graph.verify import verify
+from graphopt.run.distance import compare_outputs
 from graphopt.run.ort import session
-from graphopt.sizes import symbols
-from graphopt.text import diff, graph_text
-from graphopt.verify import interface, verify
+from graphopt.run.roles import random_feed
 
 Array = np.ndarray[Any, Any]
 Weights = Mapping[str, Array]

@@ -13,8 +13,8 @@ import onnx_ir as ir
 import pytest
 
 import graphopt
-from graphopt.api import parse_target
-from graphopt.errors import GraphoptError, LoadError, PassError, PipelineError, SampleError, SaveError, VerifyError
+from graphopt.core.errors import GraphoptError, LoadError, PassError, PipelineError, SampleError, SaveError, VerifyError
+from graphopt.driver.job import parse_target
 from graphopt.run.ort import session
 
 RNG = np.random.default_rng(0)

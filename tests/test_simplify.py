@@ -11,11 +11,11 @@ import pytest
 from harness import build, check  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.core import Context
-from graphopt.errors import PassError
-from graphopt.pipeline import PassManager, parse
-from graphopt.registry import passes
-from graphopt.text import graph_text
+from graphopt.core.contract import Context
+from graphopt.core.errors import PassError
+from graphopt.core.pipeline import PassManager, parse
+from graphopt.core.registry import passes
+from graphopt.graph.text import graph_text
 
 pytest.importorskip("onnxsim", reason="onnxsim is not installed")
 

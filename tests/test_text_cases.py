@@ -11,7 +11,7 @@ import pytest
 from harness import Case, build, check, check_case, compare, read_cases  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.errors import VerifyError
+from graphopt.core.errors import VerifyError
 
 FOLDER = Path(__file__).parent / "passes"
 CASES = [case for path in sorted(FOLDER.glob("*.test")) for case in read_cases(path)]
@@ -67,7 +67,7 @@ def test_a_wrong_expectation_fails(change: dict[str, object], complaint: str) ->
 
 
 def test_a_dishonest_pass_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    from graphopt.registry import passes
+    from graphopt.core.registry import passes
 
     cls = passes()["fuse-activation"]
     run = cls.run
@@ -77,7 +77,7 @@ def test_a_dishonest_pass_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_lost_input_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    from graphopt.registry import passes
+    from graphopt.core.registry import passes
 
     cls = passes()["fuse-activation"]
 
