@@ -20,7 +20,7 @@ the same for the same name.
 
 What is checked for every case: the ONNX checker and the normal form after the pipeline; pipeline text round-trips; the count of changes of
 every pass is honest; a second run of the pipeline changes nothing; inputs and outputs are the same; and the numbers are those of the
-graph before, run without runtime optimizations, at every size: |d| <= 1e-5 * (1 + max |baseline|) for float32 (graphopt.distance.TOLERANCE).
+graph before, run without runtime optimizations, at every size: |d| <= 1e-5 * (1 + max |baseline|) for float32 (graphopt.run.distance.TOLERANCE).
 """
 
 from __future__ import annotations

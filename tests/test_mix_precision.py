@@ -26,7 +26,7 @@ from graphopt.core.remarks import Remark
 from graphopt.graph.interface import interface
 from graphopt.graph.questions import nbytes
 from graphopt.graph.verify import verify
-from graphopt.run.clock import Timings
+from graphopt.run.clock import Timings, latency
 from graphopt.run.distance import relative_l2
 from graphopt.run.samples import Samples
 
@@ -314,7 +314,7 @@ def test_what_is_not_clearly_faster_is_no_choice(monkeypatch: pytest.MonkeyPatch
 
 def test_each_part_is_timed_as_the_target_runs_it_and_equal_parts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
-    kept = graphopt.measure.latency
+    kept = latency
     monkeypatch.setattr("graphopt.compress.mix.cost.latency", lambda sessions, *rest, **more: runs.append(sessions) or kept(sessions, *rest, **more))
     result = graphopt.optimize(source(), "mix-precision{cost=time loss=0.5}", target="cpu{tune=off}", samples=feeds(), promise=False)
     assert [list(sessions) for sessions in runs] == [["", "int4", "int8"]] * 2, "the table with the head, and eight layers of one shape"

@@ -37,7 +37,7 @@ NOTHING = "(float[B,4] x) => (float[B,4] y) { y = Relu(x) }"
 GROWING = "(float[1024,1024] x) => (float[1024,1024] y) <int64[2] s = {1024, 1024}> { c = ConstantOfShape(s)\n y = Add(x, c) }"
 
 
-def run(model: graphopt.core.ir.Model, pipeline: str) -> tuple[int, list[str]]:  # type: ignore[name-defined]
+def run(model: ir.Model, pipeline: str) -> tuple[int, list[str]]:
     context = Context(model)
     records = PassManager(parse(pipeline, passes())).run(model, context)
     return records[0].changes, [str(r) for r in context.remarks]
