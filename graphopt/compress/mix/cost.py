@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import onnx_ir as ir
 
-from graphopt.analysis.linear import StoredOperands
+from graphopt.analysis.linear import Embedding, Linear, StoredOperands
 from graphopt.compress.mix.parts import Part
 from graphopt.core.contract import Array, Context, Session
 from graphopt.core.errors import PipelineError
@@ -32,7 +32,8 @@ def timed(model: ir.Model, feed: Feeds, parts: Sequence[Part], ctx: Context) -> 
     machine = None if ctx.target is None else ctx.target.machine()
     if machine is None:
         raise PipelineError("mix-precision: cost=time needs a target that runs on this machine; use cost=bytes")
-    plain = [_as_it_is(model, part) for part in parts]
+    operands = Context(model).get(StoredOperands(casts=True))
+    plain = [_as_it_is(operands, part) for part in parts]
     reads = {
         name for part, own in zip(parts, plain, strict=True) for change in (own, *part.changes.values()) for r in change.values() for name in r.reads
     }
@@ -70,8 +71,7 @@ def _session(model: ir.Model, change: Change, state: Mapping[str, Array], ctx: C
     return _Fed(ctx.target.session(small), [str(v.name) for v in small.graph.inputs])
 
 
-def _as_it_is(model: ir.Model, part: Part) -> Change:
-    operands = Context(model).get(StoredOperands(casts=True))
+def _as_it_is(operands: Mapping[ir.Node, Linear | Embedding], part: Part) -> Change:
     found = {}
     for node in part.nodes:
         path = operands[node].path if node in operands else ()
