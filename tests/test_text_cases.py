@@ -108,7 +108,7 @@ def test_a_wrong_loss_or_error_fails(change: dict[str, object], complaint: str) 
 
 def test_a_raw_error_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes()["fuse-activation"], "run", lambda self, model, ctx: 1 // 0)
-    with pytest.raises(AssertionError, match="a raw error: .*ZeroDivisionError"):
+    with pytest.raises(AssertionError, match=r"a raw error: .*ZeroDivisionError"):
         check_case(Case("raw", GELU, "error", "division by zero", "fuse-activation"))
 
 
