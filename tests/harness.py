@@ -17,7 +17,7 @@ Options: `pipeline`, `why`, `applied` / `missed` / `warning` (a text that such a
 instead of two default sizes for every symbol), `ort-broken` (the runtime's own optimizer computes this input wrongly, so that only its
 unoptimized numbers are compared), `ir` and `opset` (of the graph before), `samples` (so many seeded batches for passes that ask for samples; the
 first ones are those on which numbers are compared), `target` (`cpu{tune=off}`: the passes of its lowerings and spellings may be named, too, and
-it is in the context), `loss` (see below), `resizes` (names of inputs and outputs whose size changes; the numbers of such an output are not
+it is in the context), `loss` (see below), `resizes` (names of outputs that get another size on purpose; their numbers are not
 compared). A weight that is declared without values gets seeded random ones, the same for the same name.
 
 What is checked for every case: the ONNX checker and the normal form after the pipeline; pipeline text round-trips; the count of changes of
@@ -175,7 +175,7 @@ def check(
         samples: so many batches for the passes; the first are among those that are compared.
         target: its lowerings and spellings may stand in the pipeline, too.
         loss: the bound of the relative L2 distance, instead of rounding.
-        resizes: inputs and outputs that may change their size.
+        resizes: outputs that change their size; their numbers are not compared.
     """
     original = source.SerializeToString() if isinstance(source, onnx.ModelProto) else None
     model, remarks = _load(source)
@@ -192,7 +192,7 @@ def check(
     records = _run(model, pipeline, context(remarks), known)
     verify(model, interface=public)
     resized, exact = model.graph.meta.get(RESIZED, ()), all(step.exact for step in parse(pipeline, known))
-    assert sorted(resized) == sorted(resizes), f"inputs and outputs of another size: {sorted(resized)}, expected {sorted(resizes)}"
+    assert sorted(resized) == sorted(resizes), f"outputs of another size: {sorted(resized)}, expected {sorted(resizes)}"
     assert loss is None or not exact, "every pass is exact: no loss is allowed"
     compare(source, model, batches, broken=broken, loss=loss, without=resizes)
     if again and exact:
