@@ -14,7 +14,8 @@ from typing import Any
 import _models
 import numpy as np
 
-from graphopt import bench, demo
+from graphopt.cli import demo_race as demo
+from graphopt.run import race as bench
 from graphopt.run.ort import session as ort_session
 
 Array = np.ndarray[Any, Any]

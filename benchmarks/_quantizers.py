@@ -41,7 +41,7 @@ def _even(samples: Samples) -> Samples:
 
 def dynamic(source: Path, out: Path, samples: Samples) -> None:
     """onnxruntime quantize_dynamic, per channel, tables too."""
-    from graphopt.demo import quantize_dynamic
+    from graphopt.cli.demo_race import quantize_dynamic
 
     quantize_dynamic(source, out)
 

@@ -19,16 +19,17 @@ import numpy as np
 from _perplexity import feed_of, perplexity
 
 import graphopt
-from graphopt import bench
-from graphopt.analysis.importance import Importance, Ranking
-from graphopt.analysis.removable import Removable
-from graphopt.core import Context
-from graphopt.measure import flops, latency, size, steady_clock
-from graphopt.pipeline import PassManager, parse
-from graphopt.registry import passes, targets
+from graphopt.compress.prune.importance import Importance, Ranking
+from graphopt.compress.prune.removable import Removable
+from graphopt.core.contract import Context
+from graphopt.core.pipeline import PassManager, parse
+from graphopt.core.registry import passes, targets
+from graphopt.graph.size import flops, size
+from graphopt.io.save import save
+from graphopt.run import race as bench
+from graphopt.run.clock import latency, steady_clock
 from graphopt.run.ort import session
-from graphopt.samples import Samples
-from graphopt.save import save
+from graphopt.run.samples import Samples
 
 Rows = Iterable[tuple[str, str, str]]  # name, pipeline, and what it shares its rankings of heads and neurons with
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)

@@ -23,7 +23,7 @@ def main() -> None:
     from transformers import AutoModel
 
     import graphopt
-    from graphopt.run.torch import TorchModel
+    from graphopt.run.torch.model import TorchModel
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)

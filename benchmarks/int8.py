@@ -21,7 +21,8 @@ from _perplexity import feed_of, perplexity
 from _ratio import speedup
 
 import graphopt
-from graphopt import bench, demo
+from graphopt.cli import demo_race as demo
+from graphopt.run import race as bench
 from graphopt.run.ort import session
 
 EXACT = "canonicalize, simplify, simplify-masks, canonicalize, fuse-norm, fuse-activation, fuse-rotary, fuse-attention"

@@ -38,7 +38,7 @@ _CLOSE = 1e-3
 def measure(path: Path, shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """One model: what each tool makes of it, whether that is right, and how fast it is."""
     import graphopt
-    from graphopt import bench
+    from graphopt.run import race as bench
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -67,7 +67,7 @@ def _sessions(files: Mapping[str, Any], feeds: dict[str, Any], failed: dict[str,
     """Those that run and are right, and the feeds that the input takes."""
     import numpy as np
 
-    from graphopt import bench
+    from graphopt.run import race as bench
     from graphopt.run.ort import session
 
     sessions: dict[str, Any] = {}
@@ -100,7 +100,7 @@ def _sessions(files: Mapping[str, Any], feeds: dict[str, Any], failed: dict[str,
 
 def race(sessions: Mapping[str, Any], feeds: Mapping[str, Any]) -> Any:
     """Interleaved warm blocks in processor time; the longer a run, the fewer."""
-    from graphopt.measure import Timings, latency, steady_clock
+    from graphopt.run.clock import Timings, latency, steady_clock
 
     base, seconds = next(iter(sessions.values())), {name: [] for name in sessions}
     for label, feed in feeds.items():
@@ -132,8 +132,9 @@ def mean(values: Sequence[float]) -> float:
 def int8(path: Path) -> dict[str, Any]:
     """MiniLM: plain float32, quantize_dynamic per channel, graphopt -O2 for `quantized`, timed in one run; with quality."""
     import graphopt
-    from graphopt import bench, demo
-    from graphopt.measure import size
+    from graphopt.cli import demo_race as demo
+    from graphopt.graph.size import size
+    from graphopt.run import race as bench
     from graphopt.run.ort import session
 
     texts, human = demo._lee()
@@ -207,7 +208,7 @@ def int8_table(found: Mapping[str, Any]) -> list[str]:
 def section(found: Mapping[str, Any]) -> str:
     import onnxruntime
 
-    from graphopt.machine import processor
+    from graphopt.core.machine import processor
 
     lines = [
         "## Measured lowering: -O1 against its input and the other tools",

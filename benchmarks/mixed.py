@@ -23,7 +23,8 @@ from int8 import EXACT, speedup
 from weight_only import tokens
 
 import graphopt
-from graphopt import bench, demo
+from graphopt.cli import demo_race as demo
+from graphopt.run import race as bench
 from graphopt.run.ort import session
 
 PLAIN = "float32"

@@ -65,7 +65,7 @@ def embed(session: Any, tokens: Any) -> Any:
 
 def judge(sessions: dict[str, Any], folder: Path) -> dict[str, tuple[float, float]]:
     """(mean cosine to the embeddings of the first row, Pearson's correlation with people) of each row."""
-    from graphopt.demo import pearson
+    from graphopt.cli.demo_race import pearson
 
     with np.load(folder / "judge.npz") as tokens:
         rows = {name: embed(session, tokens) for name, session in sessions.items()}
@@ -75,8 +75,8 @@ def judge(sessions: dict[str, Any], folder: Path) -> dict[str, tuple[float, floa
 
 def measure(path: Path, threads: int, folder: Path | None) -> dict[str, Any]:
     import graphopt
-    from graphopt import bench
-    from graphopt.api import parse_target
+    from graphopt.driver.job import parse_target
+    from graphopt.run import race as bench
     from graphopt.run.ort import session
 
     cpu, openvino = (
@@ -122,7 +122,7 @@ def measure(path: Path, threads: int, folder: Path | None) -> dict[str, Any]:
 
 def _plain(path: Path, openvino: Any) -> Any:
     """The given file through the provider; the reason where it refuses it."""
-    from graphopt.errors import TargetError
+    from graphopt.core.errors import TargetError
     from graphopt.run.ort import session
 
     try:

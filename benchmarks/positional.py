@@ -17,11 +17,11 @@ import numpy as np
 from _structure import calibration
 
 import graphopt
-from graphopt.core import Context
-from graphopt.pipeline import PassManager, parse
-from graphopt.registry import passes
+from graphopt.core.contract import Context
+from graphopt.core.pipeline import PassManager, parse
+from graphopt.core.registry import passes
 from graphopt.run.ort import session
-from graphopt.samples import Samples
+from graphopt.run.samples import Samples
 
 CUTS = {"none": "threshold=1e-30"} | {f"{x} of the row's largest": f"threshold={x} relative=true" for x in (0.1, 0.5, 0.9)}
 TOLERANCES = (0.1, 0.5, 0.9)

@@ -13,10 +13,10 @@ import numpy as np
 import onnx
 
 import graphopt
-from graphopt import demo
-from graphopt.bench import Picky
-from graphopt.measure import latency, steady_clock
+from graphopt.cli import demo_race as demo
+from graphopt.run.clock import latency, steady_clock
 from graphopt.run.ort import session
+from graphopt.run.race import Picky
 
 CODES = ("", "bits=8", "codes=log bits=4", "codes=log bits=3", "bits=4")
 AFTER = {"float32": "", "int8 weights": ", fuse-norm, fuse-activation, quantize{mode=dynamic}"}

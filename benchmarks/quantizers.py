@@ -31,8 +31,9 @@ from _quantizers import EXACT, Quantizer, quantizers
 from weight_only import TABLE, tokens
 
 import graphopt
-from graphopt import bench, demo
-from graphopt.samples import Samples
+from graphopt.cli import demo_race as demo
+from graphopt.run import race as bench
+from graphopt.run.samples import Samples
 
 BACKGROUND = slice(40, 140)
 FOUR = "quantize{mode=weight-only bits=4 block=32 method=gptq}"

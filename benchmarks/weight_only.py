@@ -20,11 +20,11 @@ from _perplexity import feed_of, perplexity
 from _ratio import speedup
 
 import graphopt
-from graphopt.core import Context
-from graphopt.pipeline import PassManager, parse
-from graphopt.registry import passes, targets
+from graphopt.core.contract import Context
+from graphopt.core.pipeline import PassManager, parse
+from graphopt.core.registry import passes, targets
+from graphopt.io.save import save
 from graphopt.run.ort import session
-from graphopt.save import save
 
 TABLE = "quantize{mode=weight-only block=64 include=node_embedding+node_linear_210}"  # the table, and the multiply that shares it
 VARIANTS = {"8 bit": "block=64", "8 bit per channel": "block=0"}  # name: options of all weights

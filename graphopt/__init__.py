@@ -6,29 +6,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from graphopt.api import optimize
-    from graphopt.comparison import Comparison, compare
-    from graphopt.core import Analysis, Artifact, Budget, Context, Pass, Target
-    from graphopt.errors import GraphoptError, PassError
-    from graphopt.frontend import load
-    from graphopt.pipeline import PassManager
-    from graphopt.result import Result
-    from graphopt.rewrite import Builder, Match, Miss, RewritePass
-    from graphopt.samples import Samples
-
-_HOME = {
-    "compare": "comparison", "Comparison": "comparison",
-    "optimize": "api", "Result": "result", "load": "frontend", "PassManager": "pipeline", "Samples": "samples",
-    "Pass": "core", "Context": "core", "Target": "core", "Analysis": "core", "Artifact": "core", "Budget": "core",
-    "RewritePass": "rewrite", "Match": "rewrite", "Miss": "rewrite", "Builder": "rewrite",
-    "GraphoptError": "errors", "PassError": "errors",
-}  # fmt: skip
+    from graphopt.core.contract import Analysis, Artifact, Budget, Context, Pass, Target
+    from graphopt.core.errors import GraphoptError, PassError
+    from graphopt.core.pipeline import PassManager
+    from graphopt.driver.optimize import optimize
+    from graphopt.driver.result import Result
+    from graphopt.io.load import load
+    from graphopt.report.comparison import Comparison, compare
+    from graphopt.rewrite.builder import Builder
+    from graphopt.rewrite.match import Match, Miss
+    from graphopt.rewrite.rules import RewritePass
+    from graphopt.run.samples import Samples
 
 __all__ = [
     "Analysis", "Artifact", "Budget", "Builder", "Comparison", "Context", "GraphoptError", "Match", "Miss", "Pass", "PassError", "PassManager",
     "Result", "RewritePass", "Samples", "Target", "compare", "load", "optimize",
 ]  # fmt: skip
 __version__ = "0.1.0"
+
+
+_HOME = {
+    "compare": "report.comparison", "Comparison": "report.comparison",
+    "optimize": "driver.optimize", "Result": "driver.result", "load": "io.load", "PassManager": "core.pipeline", "Samples": "run.samples",
+    "Pass": "core.contract", "Context": "core.contract", "Target": "core.contract", "Analysis": "core.contract", "Artifact": "core.contract",
+    "Budget": "core.contract", "GraphoptError": "core.errors", "PassError": "core.errors",
+    "RewritePass": "rewrite.rules", "Match": "rewrite.match", "Miss": "rewrite.match", "Builder": "rewrite.builder",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

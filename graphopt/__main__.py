@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphopt.cli import main
+from graphopt.cli.root import main
 
 if __name__ == "__main__":
     main()

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.core import Array
-from graphopt.graph import constant, is_constant, producer, rank, same_shape, scalar, used_once
-from graphopt.rewrite import Builder
+from graphopt.core.contract import Array
+from graphopt.graph.questions import constant, is_constant, producer, rank, same_shape, scalar, used_once
+from graphopt.rewrite.builder import Builder
 
 Rewritten = ir.Value | Sequence[ir.Value | None] | None
 _LARGEST = 1 << 16  # elements of a constant that are read to see whether they are all 0 or 1

@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.core import Context
-from graphopt.graph import attr, constant, is_constant, producer
-from graphopt.rewrite import Builder, Match, RewritePass
+from graphopt.core.contract import Context
+from graphopt.graph.questions import attr, constant, is_constant, producer
+from graphopt.rewrite.builder import Builder
+from graphopt.rewrite.match import Match
+from graphopt.rewrite.rules import RewritePass
 
 _CODES = (ir.DataType.INT8, ir.DataType.UINT8)
 

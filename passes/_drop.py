@@ -10,9 +10,11 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.stream import Branch, Step, StreamLayer
-from graphopt.core import Array, Context
-from graphopt.graph import all_nodes, consumers
-from graphopt.rewrite import Builder, Match, Miss, RewritePass
+from graphopt.core.contract import Array, Context
+from graphopt.graph.questions import all_nodes, consumers
+from graphopt.rewrite.builder import Builder
+from graphopt.rewrite.match import Match, Miss
+from graphopt.rewrite.rules import RewritePass
 
 KINDS = {"layer": ("attention", "cross", "ffn"), "attention": ("attention", "cross"), "ffn": ("ffn",)}
 

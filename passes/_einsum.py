@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graphopt.graph import attr, rank, same_dim
-from graphopt.rewrite import Builder
+from graphopt.graph.questions import attr, rank, same_dim
+from graphopt.rewrite.builder import Builder
 
 from ._algebra import Rewritten
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.fold import is_random
-from graphopt.graph import attr, constant, producer, rank, same_dim, same_shape, static_dim
-from graphopt.rewrite import Builder
-from graphopt.shapes import contents
+from graphopt.graph.fold import is_random
+from graphopt.graph.questions import attr, constant, producer, rank, same_dim, same_shape, static_dim
+from graphopt.graph.shapes import contents
+from graphopt.rewrite.builder import Builder
 
 from ._algebra import Rewritten, stand_in
 

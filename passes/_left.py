@@ -12,11 +12,13 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.core import Array, Context
-from graphopt.graph import attr, constant, is_constant, rank, used_once
-from graphopt.rewrite import Builder, Match, RewritePass
-
-from ._eligible import not_finite, numbers, passed_over
+from graphopt.compress.select import passed_over
+from graphopt.compress.weights import not_finite, numbers
+from graphopt.core.contract import Array, Context
+from graphopt.graph.questions import attr, constant, is_constant, rank, used_once
+from graphopt.rewrite.builder import Builder
+from graphopt.rewrite.match import Match
+from graphopt.rewrite.rules import RewritePass
 
 
 @dataclasses.dataclass(frozen=True)

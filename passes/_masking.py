@@ -10,10 +10,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.attention import AttentionFacts, Choice
-from graphopt.analysis.fills import LOWEST, fills, is_too_low, may_be_too_low
 from graphopt.analysis.scores import MaskTerm
-from graphopt.graph import producer, same_dim, scalar
-from graphopt.rewrite import Builder
+from graphopt.graph.mask_floor import LOWEST, fills, is_too_low, may_be_too_low
+from graphopt.graph.questions import producer, same_dim, scalar
+from graphopt.rewrite.builder import Builder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,10 @@ from collections.abc import Hashable, Iterator
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.core import Array
-from graphopt.fold import is_pure
-from graphopt.graph import is_constant
-from graphopt.shapes import contents
+from graphopt.core.contract import Array
+from graphopt.graph.fold import is_pure
+from graphopt.graph.questions import is_constant
+from graphopt.graph.shapes import contents
 
 _SAMPLE = 512  # bytes at each end that decide whether two initializers are compared in full
 _COMMUTATIVE = frozenset({"Add", "Mul", "And", "Or", "Xor", "Equal"})

@@ -9,10 +9,9 @@ from typing import Any, Self
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.core import Array
-from graphopt.rewrite import Builder
-
-from ._places import Place
+from graphopt.compress.attention_weights import Place
+from graphopt.core.contract import Array
+from graphopt.rewrite.builder import Builder
 
 FORMS = ("self", "previous", "next", "first", "uniform")
 

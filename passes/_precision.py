@@ -15,8 +15,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from graphopt.graph import all_nodes, constant, consumers, producer, scalar
-from graphopt.spelling import schema
+from graphopt.graph.opset.node_form import schema
+from graphopt.graph.questions import all_nodes, constant, consumers, producer, scalar
 
 FLOAT = ir.DataType.FLOAT
 _WORKING = 23

@@ -10,9 +10,11 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Linear, Linears
-from graphopt.core import Context
-from graphopt.graph import attr, constant, producer, rank, static_dim, used_once
-from graphopt.rewrite import Builder, Match, RewritePass
+from graphopt.core.contract import Context
+from graphopt.graph.questions import attr, constant, producer, rank, static_dim, used_once
+from graphopt.rewrite.builder import Builder
+from graphopt.rewrite.match import Match
+from graphopt.rewrite.rules import RewritePass
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.maps import kept_rows, observe_maps
-from graphopt.core import Array, Context
-
-from ._places import Place
+from graphopt.calibration.attention_maps import kept_rows, observe_maps
+from graphopt.compress.attention_weights import Place
+from graphopt.core.contract import Array, Context
 
 _EDGES = np.append(np.geomspace(1e-7, 1, 281), np.inf)  # of the histogram of weights: 40 steps for each factor of ten
 

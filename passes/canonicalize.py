@@ -8,12 +8,15 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.core import Context, Pass
-from graphopt.fold import Folder, known_integers
-from graphopt.graph import all_nodes, graphs, is_constant
-from graphopt.inline import decided_ifs
-from graphopt.rewrite import Builder, Driver, Match, Miss, remove_dead
-from graphopt.shapes import infer_shapes
+from graphopt.core.contract import Context, Pass
+from graphopt.graph.fold import Folder, known_integers
+from graphopt.graph.questions import all_nodes, graphs, is_constant
+from graphopt.graph.shapes import infer_shapes
+from graphopt.io.inline import decided_ifs
+from graphopt.rewrite.builder import Builder
+from graphopt.rewrite.dead import remove_dead
+from graphopt.rewrite.engine import Driver
+from graphopt.rewrite.match import Match, Miss
 
 from . import _algebra, _einsum, _layout, _merge
 from ._algebra import Rewritten

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal, Self
 import onnx_ir as ir
 
 from graphopt.analysis.stream import StreamLayer, Streams
-from graphopt.core import Array, Context, Pass
-from graphopt.options import at_option
+from graphopt.core.contract import Array, Context, Pass
+from graphopt.core.options import at_option
 from graphopt.run.observe import observable, observe
 
 from ._drop import DropSteps, Unit, cosines, inside, left_over, units

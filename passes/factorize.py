@@ -9,20 +9,20 @@ from typing import ClassVar, Literal, Self
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Embeddings, Linear
-from graphopt.analysis.moments import input_moments
-from graphopt.core import Array, Context, Pass
-from graphopt.graph import static_dim
-from graphopt.options import at_option
+from graphopt.calibration.moments import input_moments
+from graphopt.compress.lowrank.by_budget import by_budget
+from graphopt.compress.lowrank.cut import Plan, plan
+from graphopt.compress.lowrank.factorable import Item, Whole, by_node, items, joined, table_reason
+from graphopt.compress.lowrank.factors import PutFactors, TableCut
+from graphopt.compress.lowrank.faster import Stopwatch
+from graphopt.compress.lowrank.sequential import refit
+from graphopt.compress.lowrank.spectrum import Spectrum, factors, spectrum
+from graphopt.compress.select import check_patterns
+from graphopt.compress.weights import numbers
+from graphopt.core.contract import Array, Context, Pass
+from graphopt.core.options import at_option
+from graphopt.graph.questions import static_dim
 from graphopt.run.observe import observable
-
-from ._budget import by_budget
-from ._cut_plan import Plan, plan
-from ._eligible import check_patterns, numbers
-from ._factorable import Item, Whole, by_node, items, joined, table_reason
-from ._factors import PutFactors, TableCut
-from ._faster import Stopwatch
-from ._lowrank import Spectrum, factors, spectrum
-from ._sequential import refit
 
 _ENERGY = 0.95
 _LEAST = 0.02  # a milder setting than this is not worth trying

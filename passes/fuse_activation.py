@@ -10,9 +10,11 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from graphopt.analysis.polynomial import Polynomial, close, polynomial, roots
-from graphopt.core import Context
-from graphopt.graph import consumers, enclosed, producer, scalar
-from graphopt.rewrite import Builder, Match, Miss, RewritePass
+from graphopt.core.contract import Context
+from graphopt.graph.questions import consumers, enclosed, producer, scalar
+from graphopt.rewrite.builder import Builder
+from graphopt.rewrite.match import Match, Miss
+from graphopt.rewrite.rules import RewritePass
 
 _SINCE = 20  # the opset that has Gelu
 _SQRT_2_PI = math.sqrt(2 / math.pi)
@@ -37,7 +39,7 @@ class GeluMatch(Match):
 class FuseActivation(RewritePass[GeluMatch]):
     """x/2 * (1 + erf(x / sqrt 2)) -> Gelu; x/2 * (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) -> Gelu, approximate="tanh".
 
-    Hendrycks and Gimpel, Gaussian Error Linear Units (2016). x * sigmoid(a x) is another function and stays (see analysis/gates.py).
+    Hendrycks and Gimpel, Gaussian Error Linear Units (2016). x * sigmoid(a x) is another function and stays (see analysis/polynomial.py).
     """
 
     anchors: ClassVar[frozenset[str]] = frozenset(_INNER)

@@ -9,14 +9,16 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from graphopt import shapes
 from graphopt.analysis.attention import AttentionFacts, Attentions, Choice
-from graphopt.analysis.layout import Group, Tracer, merged
 from graphopt.analysis.masks import MaskReader, Masks
 from graphopt.analysis.scores import MaskTerm
-from graphopt.core import Context
-from graphopt.graph import consumers, producer, rank, scalar
-from graphopt.rewrite import Builder, Match, Miss, RewritePass
+from graphopt.core.contract import Context
+from graphopt.graph import dims
+from graphopt.graph.layout import Group, Tracer, merged
+from graphopt.graph.questions import consumers, producer, rank, scalar
+from graphopt.rewrite.builder import Builder
+from graphopt.rewrite.match import Match, Miss
+from graphopt.rewrite.rules import RewritePass
 
 from ._masking import Rows, additive_mask
 
@@ -209,7 +211,7 @@ def _output_groups(f: AttentionFacts, tracer: Tracer) -> tuple[Group, Group, Gro
     if f.heads == 1:
         return lead[0], (), rows, dim
     atom = lead[0][0]  # [batch * heads, rows, dim]
-    outer = shapes.divide(atom.size, f.heads)
+    outer = dims.divide(atom.size, f.heads)
     if outer is None:
         return None
     inner = dataclasses.replace(atom, size=f.heads)

@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.core import Context
-from graphopt.graph import attr, constant, enclosed, is_constant, producer, rank, scalar
-from graphopt.rewrite import Builder, Match, Miss, RewritePass
-from graphopt.shapes import contents
+from graphopt.core.contract import Context
+from graphopt.graph.questions import attr, constant, enclosed, is_constant, producer, rank, scalar
+from graphopt.graph.shapes import contents
+from graphopt.rewrite.builder import Builder
+from graphopt.rewrite.match import Match, Miss
+from graphopt.rewrite.rules import RewritePass
 
 _SINCE = {"LayerNormalization": 17, "RMSNormalization": 23}
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -38,7 +40,7 @@ class FuseNorm(RewritePass[NormMatch]):
     """(x - mean) / sqrt(var + eps) * gamma + beta -> LayerNormalization; x / sqrt(mean(x^2) + eps) * gamma -> RMSNormalization.
 
     Ba et al., Layer Normalization (2016); Zhang and Sennrich, Root Mean Square Layer Normalization (2019). A residual sum before the norm
-    stays an Add: it is a fact (analysis/residual.py) that targets spell.
+    stays an Add: it is a fact (analysis/analysis/stream.py) that targets spell.
     """
 
     anchors: ClassVar[frozenset[str]] = frozenset({"ReduceMean"})

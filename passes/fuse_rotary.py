@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.layout import Tracer, merged
 from graphopt.analysis.rotary import RotaryFacts, rotary_of
-from graphopt.core import Context
-from graphopt.graph import rank, same_dim, static_dim
-from graphopt.rewrite import Builder, Match, Miss, RewritePass
-from graphopt.shapes import is_opaque
+from graphopt.core.contract import Context
+from graphopt.graph.dims import is_opaque
+from graphopt.graph.layout import Tracer, merged
+from graphopt.graph.questions import rank, same_dim, static_dim
+from graphopt.rewrite.builder import Builder
+from graphopt.rewrite.match import Match, Miss
+from graphopt.rewrite.rules import RewritePass
 
 
 @dataclasses.dataclass(frozen=True)

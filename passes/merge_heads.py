@@ -9,19 +9,20 @@ from typing import ClassVar, Self
 
 import onnx_ir as ir
 
-from graphopt.analysis.maps import map_distances
-from graphopt.analysis.operands import HeadOperands
-from graphopt.analysis.units import Heads, Units
-from graphopt.core import Context, Pass
-from graphopt.options import option_error
+from graphopt.analysis.head_columns import HeadOperands
+from graphopt.analysis.heads import Heads, Units
+from graphopt.calibration.attention_maps import map_distances
+from graphopt.calibration.averages import Averages
+from graphopt.compress.prune.merge import Asked, Merging, unmergeable
+from graphopt.compress.prune.pool import pool
+from graphopt.compress.prune.refit import fit_behind
+from graphopt.compress.prune.units import OutOfFuel, carry_out, planned, weaker
+from graphopt.compress.weights import Editor
+from graphopt.core.contract import Context, Pass
+from graphopt.core.options import option_error
+from graphopt.rewrite.slicing.close import Slicing
+from graphopt.rewrite.slicing.plan import Refusal
 from graphopt.run.observe import limited, observable
-from graphopt.slicing import Refusal, Slicing
-
-from ._merging import Asked, Merging, unmergeable
-from ._pooling import pool
-from ._projecting import Averages, Editor
-from ._pruning import OutOfFuel, carry_out, planned, weaker
-from ._refit import fit_behind
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,23 +9,22 @@ from typing import Any, ClassVar, Literal, Self
 
 import onnx_ir as ir
 
-from graphopt import registry
-from graphopt.analysis.heads import HeadBlock, HeadBlocks
+from graphopt.analysis.head_columns import HeadBlock, HeadBlocks
 from graphopt.analysis.linear import StoredOperands
-from graphopt.analysis.sensitivity import effects
-from graphopt.core import Batches, Context, Pass
-from graphopt.errors import PipelineError
-from graphopt.options import option_error
-from graphopt.pipeline import PassManager, parse
-from graphopt.remarks import Remarks
+from graphopt.calibration.effects import effects
+from graphopt.compress.mix.cost import timed
+from graphopt.compress.mix.parts import Assemble, Part, merged, parts_of
+from graphopt.compress.mix.plan import Effects, Plan, choose, joined
+from graphopt.compress.mix.split_heads import SplitHeads
+from graphopt.compress.select import check_patterns, passed_over
+from graphopt.core import registry
+from graphopt.core.contract import Batches, Context, Pass
+from graphopt.core.errors import PipelineError
+from graphopt.core.options import option_error
+from graphopt.core.pipeline import PassManager, parse
+from graphopt.core.remarks import Remarks
 from graphopt.run import Feeds
-from graphopt.samples import Samples
-
-from ._cost import timed
-from ._eligible import check_patterns, passed_over
-from ._mixture import Assemble, Part, merged, parts_of
-from ._plan import Effects, Plan, choose, joined
-from ._split_heads import SplitHeads
+from graphopt.run.samples import Samples
 
 KNOWN = {
     "int4": "quantize{mode=weight-only bits=4}",

@@ -7,10 +7,9 @@ from typing import ClassVar, Self
 
 import onnx_ir as ir
 
-from graphopt.core import Context, Pass
-from graphopt.options import option_error
-
-from ._pruning import Settings, check, prune, weaker
+from graphopt.compress.prune.units import Settings, check, prune, weaker
+from graphopt.core.contract import Context, Pass
+from graphopt.core.options import option_error
 
 
 @dataclasses.dataclass(frozen=True)

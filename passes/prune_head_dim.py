@@ -8,18 +8,19 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.operands import HeadOperand, HeadOperands
-from graphopt.analysis.units import Heads, Units
-from graphopt.core import Array, Context, Pass
-from graphopt.graph import static_dim
-from graphopt.options import option_error
+from graphopt.analysis.head_columns import HeadOperand, HeadOperands
+from graphopt.analysis.heads import Heads, Units
+from graphopt.calibration.averages import Averages
+from graphopt.compress.prune.narrow import Part, keys_of, values_of
+from graphopt.compress.prune.refit import fit_behind
+from graphopt.compress.prune.units import carry_out, weaker
+from graphopt.compress.weights import Editor
+from graphopt.core.contract import Array, Context, Pass
+from graphopt.core.options import option_error
+from graphopt.graph.questions import static_dim
+from graphopt.rewrite.slicing.close import Slicing
+from graphopt.rewrite.slicing.plan import Refusal, kept
 from graphopt.run.observe import observable
-from graphopt.slicing import Refusal, Slicing, kept
-
-from ._narrow import Part, keys_of, values_of
-from ._projecting import Averages, Editor
-from ._pruning import carry_out, weaker
-from ._refit import fit_behind
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,16 +8,16 @@ from typing import ClassVar, Self
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.analysis.heads import Units
 from graphopt.analysis.linear import Linear, Linears
-from graphopt.analysis.moments import input_moments
-from graphopt.analysis.units import Units
-from graphopt.core import Array, Context, Pass
-from graphopt.graph import static_dim
-from graphopt.options import option_error
+from graphopt.calibration.moments import input_moments
+from graphopt.compress.prune.units import carry_out, weaker
+from graphopt.core.contract import Array, Context, Pass
+from graphopt.core.options import option_error
+from graphopt.graph.questions import static_dim
+from graphopt.rewrite.slicing.close import Slicing
+from graphopt.rewrite.slicing.plan import Refusal
 from graphopt.run.observe import observable
-from graphopt.slicing import Refusal, Slicing
-
-from ._pruning import carry_out, weaker
 
 
 @dataclasses.dataclass(frozen=True)

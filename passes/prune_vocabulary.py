@@ -12,14 +12,15 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Embeddings, Linear, Linears
-from graphopt.core import Array, Context, Pass
-from graphopt.errors import PipelineError
-from graphopt.graph import Names, consumers, initializer, is_constant, producer
-from graphopt.options import option_error
-from graphopt.remove import apply
+from graphopt.core.contract import Array, Context, Pass
+from graphopt.core.errors import PipelineError
+from graphopt.core.options import option_error
+from graphopt.graph.questions import Names, consumers, initializer, is_constant, producer
+from graphopt.graph.shapes import infer_nodes
+from graphopt.rewrite.slicing.apply import apply
+from graphopt.rewrite.slicing.close import Slicing
+from graphopt.rewrite.slicing.plan import Refusal, Slot
 from graphopt.run import Feeds
-from graphopt.shapes import infer_nodes
-from graphopt.slicing import Refusal, Slicing, Slot
 
 KEPT = "graphopt.vocabulary"  # model metadata: the old ids that stay, in the order of the new ones, as JSON
 

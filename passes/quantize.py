@@ -10,32 +10,24 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Linear, StoredOperands
-from graphopt.analysis.ranges import Ranges
-from graphopt.core import Context
-from graphopt.graph import attr, constant, producer
-from graphopt.options import option_error
-from graphopt.rewrite import Builder, Match, Miss, RewritePass
+from graphopt.calibration.ranges import Ranges
+from graphopt.compress.quantize.activation_grid import METHODS, ActivationGrid, calibrated, even_rows, on_grid, row_scale, wants_rows
+from graphopt.compress.quantize.bias import CorrectBias
+from graphopt.compress.quantize.eligible import LONGEST_SUM, quantized_before, say_nothing_to_do, unfit_linear, unfit_table
+from graphopt.compress.quantize.forms import decoded
+from graphopt.compress.quantize.int8 import REDUCED, Coded, encode
+from graphopt.compress.quantize.weight_only import WeightOnly
+from graphopt.compress.select import check_patterns, passed_over
+from graphopt.compress.weights import numbers, tied_table, why_no_linear
+from graphopt.core.contract import Context
+from graphopt.core.options import option_error
+from graphopt.graph.questions import attr, constant, producer
+from graphopt.rewrite.builder import Builder
+from graphopt.rewrite.match import Match, Miss
+from graphopt.rewrite.rules import RewritePass
 
-from ._bias import CorrectBias
-from ._coding import REDUCED, Coded, encode
 from ._decode import DecodeWeights
-from ._decoded import decoded
-from ._eligible import (
-    LONGEST_SUM,
-    check_patterns,
-    numbers,
-    passed_over,
-    quantized_before,
-    say_nothing_to_do,
-    tied_table,
-    unfit_linear,
-    unfit_table,
-    why_no_linear,
-)
 from ._left import TurnLeftWeights
-from ._rows import even_rows, row_scale, wants_rows
-from ._static import METHODS, ActivationGrid, calibrated, on_grid
-from ._weight_only import WeightOnly
 
 _MODES = ("dynamic", "static", "weight-only")
 _CODES = {"linear": (8, 4), "nf4": (4,), "kmeans": (4, 8)}
@@ -106,7 +98,7 @@ class Quantize(RewritePass[QuantizeMatch]):
         reduce_range: codes of multiplied weights in [-64, 64]: safe on CPUs that add two products in 16 bits (no VNNI), one bit less exact.
         rows: dynamic: a scale for each row of an activation, so that one large token does not coarsen the others: `false`, `true`, or `auto`,
             where the samples show that it is needed. It costs four elementwise nodes.
-        bias_correction: what a product is off by on the average of the samples joins its bias (Nagel et al. 2019; passes/_bias.py).
+        bias_correction: what a product is off by on the average of the samples joins its bias (Nagel et al. 2019; compress/quantize/bias.py).
         embeddings: also the tables that Gather reads rows of.
         include: only the nodes whose name (here or in the input model) fits one of these patterns (`*`, `?`, `[abc]`).
         exclude: not the nodes whose name fits one of these.

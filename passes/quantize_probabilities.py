@@ -11,10 +11,12 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.attention import Attentions
-from graphopt.core import Context
-from graphopt.graph import producer
-from graphopt.options import option_error
-from graphopt.rewrite import Builder, Match, Miss, RewritePass
+from graphopt.core.contract import Context
+from graphopt.core.options import option_error
+from graphopt.graph.questions import producer
+from graphopt.rewrite.builder import Builder
+from graphopt.rewrite.match import Match, Miss
+from graphopt.rewrite.rules import RewritePass
 
 _BITS = {"linear": (4, 8), "log": (3, 4)}
 

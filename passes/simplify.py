@@ -12,12 +12,12 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from graphopt.core import Context, Pass
-from graphopt.errors import GraphoptError
-from graphopt.graph import all_nodes, is_constant, nbytes
-from graphopt.normalize import normalize
-from graphopt.remarks import Remarks
-from graphopt.shapes import declared_shape, infer_shapes
+from graphopt.core.contract import Context, Pass
+from graphopt.core.errors import GraphoptError
+from graphopt.core.remarks import Remarks
+from graphopt.graph.questions import all_nodes, is_constant, nbytes
+from graphopt.graph.shapes import declared_shape, infer_shapes
+from graphopt.io.normal_form import normalize
 
 _SMALL = 4096  # bytes; larger weights stay here: what onnxsim is given is the structure, small whatever the model weighs
 # onnxsim has crashed on valid graphs: it runs in a process of its own. What it uses torch for is not needed here, and costs seconds.

@@ -10,9 +10,11 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.masks import MaskFacts, MaskReader
-from graphopt.core import Context
-from graphopt.graph import is_constant, producer, rank, same_dim, scalar
-from graphopt.rewrite import Builder, Match, Miss, RewritePass
+from graphopt.core.contract import Context
+from graphopt.graph.questions import is_constant, producer, rank, same_dim, scalar
+from graphopt.rewrite.builder import Builder
+from graphopt.rewrite.match import Match, Miss
+from graphopt.rewrite.rules import RewritePass
 
 _LOW = -1e4  # a constant that masks: below any ordinary score
 

@@ -6,14 +6,13 @@ import dataclasses
 
 import onnx_ir as ir
 
-from graphopt.analysis.activations import LinearInputs
 from graphopt.analysis.linear import Linears
-from graphopt.core import Context, Pass
-from graphopt.graph import Names
-from graphopt.options import option_error
-
-from ._folding import fold
-from ._smoothing import groups, scales
+from graphopt.calibration.activations import LinearInputs
+from graphopt.compress.quantize.folding import fold
+from graphopt.compress.quantize.smoothing import groups, scales
+from graphopt.core.contract import Context, Pass
+from graphopt.core.options import option_error
+from graphopt.graph.questions import Names
 
 
 @dataclasses.dataclass(frozen=True)

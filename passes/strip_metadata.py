@@ -7,8 +7,8 @@ import dataclasses
 
 import onnx_ir as ir
 
-from graphopt.core import Context, Pass
-from graphopt.graph import annotated
+from graphopt.core.contract import Context, Pass
+from graphopt.graph.questions import annotated
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,16 +11,19 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Linears
-from graphopt.analysis.padding import Padding
-from graphopt.core import Array, Context, Pass
-from graphopt.distance import Squares
-from graphopt.graph import all_nodes, graphs
-from graphopt.options import at_option
-from graphopt.rewrite import Builder, Driver, Match, Miss, RewritePass
+from graphopt.calibration.padding import Padding
+from graphopt.compress.attention_weights import Place, place_of
+from graphopt.core.contract import Array, Context, Pass
+from graphopt.core.options import at_option
+from graphopt.graph.questions import all_nodes, graphs
+from graphopt.rewrite.builder import Builder
+from graphopt.rewrite.engine import Driver
+from graphopt.rewrite.match import Match, Miss
+from graphopt.rewrite.rules import RewritePass
 from graphopt.run import ort
+from graphopt.run.distance import Squares
 from graphopt.run.observe import observable, observe
 
-from ._places import Place, place_of
 from ._positional import FORMS, Nearest, Patterns, sentence
 from ._unread import DropUnread
 from ._weights_seen import Histogram, histograms

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from graphopt import shapes
-from graphopt.core import Array, Context, Pass
-from graphopt.graph import Names, all_nodes, constant, graphs, initializer
+from graphopt.core.contract import Array, Context, Pass
+from graphopt.graph import shapes
+from graphopt.graph.questions import Names, all_nodes, constant, graphs, initializer
 
 from ._precision import FLOAT, Hidden, Precision, largest, tensor_attributes
 

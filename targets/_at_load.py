@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Linear
-from graphopt.run import fits_protobuf, to_proto, write
+from graphopt.graph.serialize import fits_protobuf, to_proto, write
 
 INTEGER = ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")  # the weight is their second input
 ROUNDED = (

@@ -8,9 +8,11 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from graphopt.core import Context
-from graphopt.rewrite import Builder, Match, Miss, RewritePass
-from graphopt.unfused import Sizes, sizes_of, unfused
+from graphopt.core.contract import Context
+from graphopt.rewrite.attention import Sizes, sizes_of, unfused
+from graphopt.rewrite.builder import Builder
+from graphopt.rewrite.match import Match, Miss
+from graphopt.rewrite.rules import RewritePass
 
 
 @dataclasses.dataclass(frozen=True)

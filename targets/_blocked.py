@@ -14,9 +14,11 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Grid, Linear, StoredOperands
-from graphopt.core import Context
-from graphopt.graph import constant, producer
-from graphopt.rewrite import Builder, Match, Miss, RewritePass
+from graphopt.core.contract import Context
+from graphopt.graph.questions import constant, producer
+from graphopt.rewrite.builder import Builder
+from graphopt.rewrite.match import Match, Miss
+from graphopt.rewrite.rules import RewritePass
 
 _VENDOR = "com.microsoft"
 _BITS = {ir.DataType.INT4: 4, ir.DataType.UINT4: 4, ir.DataType.INT8: 8, ir.DataType.UINT8: 8}

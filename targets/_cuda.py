@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.core import Array, Context
-from graphopt.graph import attr, constant, is_constant, producer, rank, scalar, static_dim
-from graphopt.rewrite import Builder, Match, Miss, RewritePass
+from graphopt.core.contract import Array, Context
+from graphopt.graph.questions import attr, constant, is_constant, producer, rank, scalar, static_dim
+from graphopt.rewrite.builder import Builder
+from graphopt.rewrite.match import Match, Miss
+from graphopt.rewrite.rules import RewritePass
 
 from ._limits import VENDOR
 

@@ -13,9 +13,11 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.core import Context, Pass
-from graphopt.graph import attr, rank, static_dim
-from graphopt.rewrite import Builder, Match, Miss, RewritePass
+from graphopt.core.contract import Context, Pass
+from graphopt.graph.questions import attr, rank, static_dim
+from graphopt.rewrite.builder import Builder
+from graphopt.rewrite.match import Match, Miss
+from graphopt.rewrite.rules import RewritePass
 
 from ._attention import DecomposeAttention
 from ._limits import KeepWithin

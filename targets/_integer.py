@@ -16,9 +16,11 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Linear, StoredOperands, stored
-from graphopt.core import Context
-from graphopt.graph import all_nodes, constant, consumers, is_constant, producer, rank
-from graphopt.rewrite import Builder, Match, Miss, RewritePass
+from graphopt.core.contract import Context
+from graphopt.graph.questions import all_nodes, constant, consumers, is_constant, producer, rank
+from graphopt.rewrite.builder import Builder
+from graphopt.rewrite.match import Match, Miss
+from graphopt.rewrite.rules import RewritePass
 
 from ._at_load import INTEGER, ROUNDED, multiplied_at_load
 from ._vendored import blocked_weights

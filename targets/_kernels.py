@@ -8,12 +8,14 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from graphopt.analysis.residual import Residual, Residuals
-from graphopt.core import Context
-from graphopt.extract import whole
-from graphopt.graph import attr, is_constant, producer, rank, used_once
-from graphopt.rewrite import Builder, Match, Miss, RewritePass
-from graphopt.unfused import may_hide_rows
+from graphopt.analysis.stream import Residual, Residuals
+from graphopt.core.contract import Context
+from graphopt.driver.lowering.extract import whole
+from graphopt.graph.questions import attr, is_constant, producer, rank, used_once
+from graphopt.rewrite.attention import may_hide_rows
+from graphopt.rewrite.builder import Builder
+from graphopt.rewrite.match import Match, Miss
+from graphopt.rewrite.rules import RewritePass
 
 _VENDOR = "com.microsoft"
 

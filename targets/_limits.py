@@ -8,10 +8,10 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graphopt import opset as versions
-from graphopt.core import Artifact, Context, Pass
-from graphopt.errors import TargetError
-from graphopt.graph import all_nodes
+from graphopt.core.contract import Artifact, Context, Pass
+from graphopt.core.errors import TargetError
+from graphopt.graph.opset import versions
+from graphopt.graph.questions import all_nodes
 
 VENDOR = "com.microsoft"
 
@@ -52,7 +52,7 @@ def save_within(model: ir.Model, path: Path, opset: int | None, *, vendor: bool)
         TargetError: a node needs more; it is named.
         SaveError: the file cannot be written.
     """
-    from graphopt.save import save
+    from graphopt.io.save import save
 
     found = None if vendor else foreign_node(model)
     if found is not None:

@@ -16,9 +16,11 @@ import onnx_ir as ir
 
 from graphopt.analysis.codebook import NF4, Codebook
 from graphopt.analysis.linear import Embedding, Linear, StoredOperands
-from graphopt.core import Array, Context
-from graphopt.graph import constant, rank
-from graphopt.rewrite import Builder, Match, Miss, RewritePass
+from graphopt.core.contract import Array, Context
+from graphopt.graph.questions import constant, rank
+from graphopt.rewrite.builder import Builder
+from graphopt.rewrite.match import Match, Miss
+from graphopt.rewrite.rules import RewritePass
 
 from ._blocked import PACKED, weight_only, with_rest
 

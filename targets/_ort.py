@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from graphopt.choices import Machine, Spelling, table_passes
-from graphopt.core import Artifact, Pass, Session, Target
-from graphopt.errors import TargetError
-from graphopt.machine import processor
-from graphopt.tuning import ChooseSpellings
+from graphopt.core.contract import Artifact, Pass, Session, Spelling, Target
+from graphopt.core.errors import TargetError
+from graphopt.core.machine import Machine, processor
+from graphopt.driver.lowering.choose import ChooseSpellings
+from graphopt.rewrite.choices import table_passes
 
 from ._decompose import portable
 from ._integer import integer_report

@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import onnx
 import onnx_ir as ir
 
-from graphopt.core import Artifact, Pass, Session, Target
-from graphopt.errors import TargetError
-from graphopt.graph import all_nodes
-from graphopt.opset import OLDEST
-from graphopt.spelling import WORKING
+from graphopt.core.contract import Artifact, Pass, Session, Target
+from graphopt.core.errors import TargetError
+from graphopt.graph.opset.node_form import WORKING
+from graphopt.graph.opset.versions import OLDEST
+from graphopt.graph.questions import all_nodes
 
 from ._cuda_table import Kernel
 from ._decompose import portable
@@ -97,7 +97,7 @@ class OrtProvider(Target):
 
     def report(self, model: ir.Model) -> dict[str, Any]:
         """`falls_back`: [{node, op, reason}] of the artifact's nodes that would run on the CPU; `known_from`; `vendor_ops`."""
-        from graphopt.save import finish
+        from graphopt.io.save import finish
 
         finished, _ = finish(model, self.opset)
         refused = [(n, self.refusal(n, finished.opset_imports[""])) for n in all_nodes(finished)]

@@ -10,9 +10,11 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Linear, StoredOperands
-from graphopt.core import Context
-from graphopt.graph import constant, producer
-from graphopt.rewrite import Builder, Match, Miss, RewritePass
+from graphopt.core.contract import Context
+from graphopt.graph.questions import constant, producer
+from graphopt.rewrite.builder import Builder
+from graphopt.rewrite.match import Match, Miss
+from graphopt.rewrite.rules import RewritePass
 
 from ._integer import why_float
 

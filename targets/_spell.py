@@ -12,9 +12,11 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from graphopt.core import Context
-from graphopt.graph import is_constant, producer, used_once
-from graphopt.rewrite import Builder, Match, RewritePass
+from graphopt.core.contract import Context
+from graphopt.graph.questions import is_constant, producer, used_once
+from graphopt.rewrite.builder import Builder
+from graphopt.rewrite.match import Match
+from graphopt.rewrite.rules import RewritePass
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from graphopt import registry
 from graphopt.analysis.pieces import Activation, AttentionCore, BlockedMatmul, IntegerMatmul, Lookup, Projections, ResidualNorm
-from graphopt.choices import Spelling
-from graphopt.core import Pass
+from graphopt.core import registry
+from graphopt.core.contract import Pass, Spelling
 
 from ._attention import DecomposeAttention
 from ._blocked import SpellBlockedMatmul, SpellBlockedTable

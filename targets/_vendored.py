@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graphopt.graph import is_constant, producer
+from graphopt.graph.questions import is_constant, producer
 
 _VENDOR = "com.microsoft"
 _MULTIPLIES, _LOOKS_UP = ("MatMulNBits", "MatMulBnb4"), "GatherBlockQuantized"

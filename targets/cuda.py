@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-from graphopt.core import Pass
-from graphopt.errors import TargetError
+from graphopt.core.contract import Pass
+from graphopt.core.errors import TargetError
 
 from ._attention import DecomposeAttention
 from ._cuda import SpellGroupQuery, SpellNBits, SpellQuickGelu

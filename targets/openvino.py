@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from graphopt.core import Pass
+from graphopt.core.contract import Pass
 
 from ._attention import DecomposeAttention
 from ._decompose import DecomposeRms, DecomposeRotary

@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graphopt.core import Pass
+from graphopt.core.contract import Pass
 
 from ._ort import EXACT, LEVELS, CpuProvider, level_text
 from ._saturation import EVERYWHERE, WITH_VNNI, GuardRange, exceeding

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
-from graphopt.core import Pass
-from graphopt.graph import attr, constant
+from graphopt.core.contract import Pass
+from graphopt.graph.questions import attr, constant
 
 from ._attention import DecomposeAttention
 from ._decompose import DecomposeRms, DecomposeRotary

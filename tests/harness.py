@@ -23,7 +23,7 @@ compared). A weight that is declared without values gets seeded random ones, the
 What is checked for every case: the ONNX checker and the normal form after the pipeline; pipeline text round-trips; the count of changes of
 every pass is honest; a second run of the pipeline changes nothing, if its passes are exact; inputs and outputs are the same; and the numbers are
 those of the graph before, run without runtime optimizations, at every size: |d| <= 1e-5 * (1 + max |baseline|) for float32
-(graphopt.distance.TOLERANCE). With `loss: 0.01`, for passes that are not exact: the relative L2 distance over all batches is at most that, and
+(graphopt.run.distance.TOLERANCE). With `loss: 0.01`, for passes that are not exact: the relative L2 distance over all batches is at most that, and
 more than a tenth of it, so that no bound is a blank cheque.
 """
 
@@ -44,19 +44,19 @@ import onnx_ir as ir
 import pytest
 
 import graphopt
-from graphopt.core import Context, Pass, Target
-from graphopt.distance import Squares, compare_outputs
-from graphopt.errors import GraphoptError, PassError
-from graphopt.feeds import random_feed
-from graphopt.graph import all_nodes
-from graphopt.interface import RESIZED
-from graphopt.pipeline import PassManager, PassRecord, parse, render
-from graphopt.registry import passes, targets
-from graphopt.remarks import Remark, Remarks
+from graphopt.core.contract import Context, Pass, Target
+from graphopt.core.errors import GraphoptError, PassError
+from graphopt.core.pipeline import PassManager, PassRecord, parse, render
+from graphopt.core.registry import passes, targets
+from graphopt.core.remarks import Remark, Remarks
+from graphopt.graph.dims import symbols
+from graphopt.graph.interface import RESIZED, interface
+from graphopt.graph.questions import all_nodes
+from graphopt.graph.text import diff, graph_text
+from graphopt.graph.verify import verify
+from graphopt.run.distance import Squares, compare_outputs
 from graphopt.run.ort import session
-from graphopt.sizes import symbols
-from graphopt.text import diff, graph_text
-from graphopt.verify import interface, verify
+from graphopt.run.roles import random_feed
 
 Array = np.ndarray[Any, Any]
 Weights = Mapping[str, Array]

@@ -9,14 +9,14 @@ import numpy as np
 import onnx_ir as ir
 from models import assert_same, run  # type: ignore[import-not-found]
 
-from graphopt.analysis.units import Unit, Units
-from graphopt.core import Context
-from graphopt.graph import all_nodes, consumers
-from graphopt.pipeline import PassManager, PassRecord
-from graphopt.pipeline import parse as steps
-from graphopt.registry import passes
-from graphopt.remarks import Remark
-from graphopt.verify import verify
+from graphopt.analysis.heads import Unit, Units
+from graphopt.core.contract import Context
+from graphopt.core.pipeline import PassManager, PassRecord
+from graphopt.core.pipeline import parse as steps
+from graphopt.core.registry import passes
+from graphopt.core.remarks import Remark
+from graphopt.graph.questions import all_nodes, consumers
+from graphopt.graph.verify import verify
 
 Array = np.ndarray[Any, Any]
 Feeds = dict[str, Array]

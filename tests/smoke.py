@@ -36,7 +36,7 @@ def graphopt(*arguments: str) -> str:
 
 def main() -> None:
     import graphopt as package
-    from graphopt.registry import passes, targets
+    from graphopt.core.registry import passes, targets
 
     home = Path(package.__file__).resolve().parent
     assert "site-packages" in home.parts, f"expected the installed package, found {home}"

@@ -13,8 +13,8 @@ import onnx_ir as ir
 import pytest
 
 import graphopt
-from graphopt.api import parse_target
-from graphopt.errors import GraphoptError, LoadError, PassError, PipelineError, SampleError, SaveError, VerifyError
+from graphopt.core.errors import GraphoptError, LoadError, PassError, PipelineError, SampleError, SaveError, TargetError, VerifyError
+from graphopt.driver.job import parse_target
 from graphopt.run.ort import session
 
 RNG = np.random.default_rng(0)
@@ -450,7 +450,7 @@ def test_a_target_that_cannot_run_here_leaves_the_reason(block: onnx.ModelProto,
     result = graphopt.optimize(block)
 
     def absent(self: object, graph: object) -> None:
-        raise graphopt.errors.TargetError("the runtime is not on this machine")
+        raise TargetError("the runtime is not on this machine")
 
     monkeypatch.setattr(type(result.target), "session", absent)
     report = result.measure("1x4", quick=True)

@@ -11,9 +11,9 @@ from onnx.reference import ReferenceEvaluator
 
 import graphopt
 from graphopt.analysis.attention import AttentionFacts, Attentions
-from graphopt.core import Context
-from graphopt.pipeline import PassManager, parse
-from graphopt.registry import passes
+from graphopt.core.contract import Context
+from graphopt.core.pipeline import PassManager, parse
+from graphopt.core.registry import passes
 from graphopt.run.ort import session
 
 HEAD = '< ir_version: 10, opset_import: ["" : 20] >\n'

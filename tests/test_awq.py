@@ -10,14 +10,14 @@ import pytest
 from test_weight_only import Quantized, node, proto, rng, stored_bytes
 
 import graphopt
-from graphopt.core import Context
-from graphopt.errors import PassError, PipelineError
-from graphopt.pipeline import parse
-from graphopt.registry import passes
+from graphopt.compress.quantize.awq import channel_scale, scale_inputs
+from graphopt.compress.quantize.grids import steps
+from graphopt.core.contract import Context
+from graphopt.core.errors import PassError, PipelineError
+from graphopt.core.pipeline import parse
+from graphopt.core.registry import passes
 from graphopt.run.ort import session
-from graphopt.samples import Samples
-from passes._awq import channel_scale, scale_inputs
-from passes._blocks import steps
+from graphopt.run.samples import Samples
 
 Array = np.ndarray[Any, Any]
 K, N = 128, 64

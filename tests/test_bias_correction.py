@@ -12,10 +12,10 @@ from test_quantize import columns, node, ops, proto, reasons, run  # type: ignor
 from test_weight_only import Quantized  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.analysis.activations import LinearInputs
-from graphopt.core import Context
-from graphopt.errors import PassError
-from graphopt.samples import Samples
+from graphopt.calibration.activations import LinearInputs
+from graphopt.core.contract import Context
+from graphopt.core.errors import PassError
+from graphopt.run.samples import Samples
 
 Array = np.ndarray[Any, Any]
 W = np.random.default_rng(2).standard_normal((64, 16)).astype(np.float32)

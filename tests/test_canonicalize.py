@@ -14,11 +14,11 @@ from harness import Outcome, build, check, compare  # type: ignore[import-not-fo
 from models import FOREIGN, MINILM_ROUTES, foreign, minilm, text_feeds  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.core import Context
-from graphopt.fuel import Fuel
-from graphopt.pipeline import PassManager, parse
-from graphopt.registry import passes
-from graphopt.text import graph_text
+from graphopt.core.contract import Context
+from graphopt.core.fuel import Fuel
+from graphopt.core.pipeline import PassManager, parse
+from graphopt.core.registry import passes
+from graphopt.graph.text import graph_text
 
 # ---- D05: no fold makes the file grow -----------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import pytest
 from models import foreign, minilm  # type: ignore[import-not-found]
 from tiny import tiny  # type: ignore[import-not-found]
 
-from graphopt.inspect import inspect
+from graphopt.report.inspection import inspect
 
 
 @pytest.mark.parametrize("route", ["sdpa_18", "sdpa_23", "eager_ts17"])

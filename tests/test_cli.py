@@ -17,7 +17,7 @@ import pytest
 from test_api import BLOCK, DECLINED, FEEDS, LOSSY, RELU, model
 from typer.testing import CliRunner, Result
 
-from graphopt.cli import app
+from graphopt.cli.root import app
 
 runner = CliRunner()
 
@@ -296,10 +296,10 @@ def test_output_and_report_are_written_together(block: Path, tmp_path: Path, mon
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("graphopt.report.Report._text", fail)
+        patched.setattr("graphopt.report.report.Report._text", fail)
         assert "No space left" in refused(tmp_path, block, "-o", tmp_path / "out.onnx", *report)
     with monkeypatch.context() as patched:
-        patched.setattr("graphopt.save.serialize", fail)
+        patched.setattr("graphopt.io.save.serialize", fail)
         assert "No space left" in refused(tmp_path, block, "-o", tmp_path / "out.onnx", *report)
 
 
@@ -391,7 +391,7 @@ def test_a_defect_is_one_line_too(block: Path, tmp_path: Path, monkeypatch: pyte
     def defect(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError("first line\nsecond line")
 
-    monkeypatch.setattr("graphopt.api.optimize", defect)
+    monkeypatch.setattr("graphopt.driver.optimize.optimize", defect)
     error = fails(tmp_path, "optimize", block, "-o", tmp_path / "out.onnx")
     assert error.startswith("error: internal: ZeroDivisionError: first line (GRAPHOPT_TRACEBACK=1")
 

@@ -20,13 +20,13 @@ from test_weight_only import BIAS, LAYOUTS, TABLE, K, N, Quantized, W, calibrati
 import graphopt
 from graphopt.analysis.codebook import NF4
 from graphopt.analysis.linear import Embedding, Embeddings, Linears, StoredOperands
-from graphopt.core import Context
-from graphopt.errors import PipelineError
-from graphopt.pipeline import PassManager, parse
-from graphopt.registry import passes, targets
+from graphopt.compress.quantize.codebooks import kmeans
+from graphopt.core.contract import Context
+from graphopt.core.errors import PipelineError
+from graphopt.core.pipeline import PassManager, parse
+from graphopt.core.registry import passes, targets
+from graphopt.io.save import save
 from graphopt.run.ort import session
-from graphopt.save import save
-from passes._codebooks import kmeans
 
 BOUNDS = {"bits=4 codes=nf4": 0.115, "bits=4 codes=nf4 block=16": 0.105, "bits=4 codes=nf4 block=0": 0.14, "bits=4 codes=kmeans": 0.085,
           "bits=4 codes=kmeans block=32": 0.1, "bits=8 codes=kmeans": 0.0075}  # fmt: skip

@@ -16,9 +16,9 @@ from tiny import tiny  # type: ignore[import-not-found]
 from typer.testing import CliRunner
 
 import graphopt
-from graphopt.cli import app
-from graphopt.distance import Running
-from graphopt.errors import GraphoptError
+from graphopt.cli.root import app
+from graphopt.core.errors import GraphoptError
+from graphopt.run.distance import Running
 
 ORDER = ["embeddings", *(f"layer {k} {part}" for k in range(6) for part in ("attention", "ffn"))]
 PLAIN = """<ir_version: 10, opset_import: ["": 20]>

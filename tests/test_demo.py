@@ -7,9 +7,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from graphopt import demo
-from graphopt.cli import app
-from graphopt.errors import GraphoptError
+from graphopt.cli import demo_race as demo
+from graphopt.cli.root import app
+from graphopt.core.errors import GraphoptError
 
 
 @pytest.mark.slow

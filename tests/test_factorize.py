@@ -16,16 +16,17 @@ import pytest
 from models import minilm, minilm_folder, parse, run, text_feeds  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.choices import Machine
-from graphopt.core import Context
-from graphopt.errors import PassError, PipelineError
-from graphopt.graph import all_nodes, nbytes, parameters
-from graphopt.measure import flops
-from graphopt.pipeline import PassManager
-from graphopt.pipeline import parse as pipeline
-from graphopt.registry import passes
-from graphopt.samples import Samples
-from graphopt.verify import interface, verify
+from graphopt.core.contract import Context
+from graphopt.core.errors import PassError, PipelineError
+from graphopt.core.machine import Machine
+from graphopt.core.pipeline import PassManager
+from graphopt.core.pipeline import parse as pipeline
+from graphopt.core.registry import passes
+from graphopt.graph.interface import interface
+from graphopt.graph.questions import all_nodes, nbytes, parameters
+from graphopt.graph.size import flops
+from graphopt.graph.verify import verify
+from graphopt.run.samples import Samples
 
 ROOT = Path(__file__).resolve().parent.parent
 Array = np.ndarray[Any, Any]

@@ -10,9 +10,9 @@ import pytest
 from harness import build, check, compare  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.analysis.gates import Gates
-from graphopt.core import Context
-from graphopt.distance import distance
+from graphopt.analysis.polynomial import Gates
+from graphopt.core.contract import Context
+from graphopt.run.distance import distance
 from graphopt.run.ort import session
 
 INNER = {

@@ -9,8 +9,8 @@ import pytest
 from harness import build, check  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.analysis.residual import Residual, Residuals
-from graphopt.core import Context
+from graphopt.analysis.stream import Residual, Residuals
+from graphopt.core.contract import Context
 
 SQUARES = ("p = Pow(d, two)", "p = Mul(d, d)")
 ROOTS = {

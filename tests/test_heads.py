@@ -13,14 +13,15 @@ from models import parse as model_of  # type: ignore[import-not-found]
 from models import run
 
 import graphopt
-from graphopt.analysis.heads import HeadBlock, HeadBlocks
-from graphopt.core import Context
-from graphopt.distance import relative_l2
-from graphopt.pipeline import PassManager, parse
-from graphopt.registry import passes
-from graphopt.remarks import Remark
-from graphopt.samples import Samples
-from graphopt.verify import interface, verify
+from graphopt.analysis.head_columns import HeadBlock, HeadBlocks
+from graphopt.core.contract import Context
+from graphopt.core.pipeline import PassManager, parse
+from graphopt.core.registry import passes
+from graphopt.core.remarks import Remark
+from graphopt.graph.interface import interface
+from graphopt.graph.verify import verify
+from graphopt.run.distance import relative_l2
+from graphopt.run.samples import Samples
 
 Array = np.ndarray[Any, Any]
 WIDTH, HEADS, GROUPS, DIM = 96, 6, 3, 16

@@ -12,13 +12,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graphopt import shapes
-from graphopt.core import Context, Pass
-from graphopt.errors import PassError, SampleError, VerifyError
-from graphopt.instruments import CheckNumerics, Dump, PrintChanged, Time, VerifyEach
-from graphopt.pipeline import Instrument, PassManager
+from graphopt.core.contract import Context, Pass
+from graphopt.core.errors import PassError, SampleError, VerifyError
+from graphopt.core.pipeline import Instrument, PassManager
+from graphopt.driver.instruments import CheckNumerics, Dump, PrintChanged, Time, VerifyEach
+from graphopt.graph import shapes
 from graphopt.run import ort
-from graphopt.samples import Samples
+from graphopt.run.samples import Samples
 
 TEXT = """<ir_version: 10, opset_import: ["": 23]>
 g (int64[b,s] ids, int64[b,s] mask, float gain) => (float[b,s,4] y) <float[9,4] table, float[4,4] w, int64[1] last = {2}, float one = {1}> {

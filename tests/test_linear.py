@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import graphopt
 from graphopt.analysis.linear import Embeddings, Linear, Linears
-from graphopt.core import Context
+from graphopt.core.contract import Context
 
 RNG = np.random.default_rng(0)
 W = RNG.standard_normal((6, 4)).astype(np.float32)

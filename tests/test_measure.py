@@ -12,9 +12,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graphopt import measure, shapes
-from graphopt.errors import LoadError
-from graphopt.measure import compare_outputs, distance
+from graphopt.core.errors import LoadError
+from graphopt.graph import questions, shapes, size
+from graphopt.run import clock as measure
+from graphopt.run.distance import Distance, compare_outputs, distance, relative_l2
 
 Array = np.ndarray[Any, Any]
 
@@ -24,7 +25,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr("graphopt.measure.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("graphopt.run.clock.time.perf_counter", lambda: self.now)
 
 
 class Fake:
@@ -71,21 +72,21 @@ def test_size_counts_external_data_once(tmp_path: Path) -> None:
     )
     ir.save(model, tmp_path / "in.onnx")
     ir.save(model, tmp_path / "out.onnx", external_data="out.data")
-    assert measure.size(tmp_path / "in.onnx") == (tmp_path / "in.onnx").stat().st_size
+    assert size.size(tmp_path / "in.onnx") == (tmp_path / "in.onnx").stat().st_size
     together = (tmp_path / "out.onnx").stat().st_size + (tmp_path / "out.data").stat().st_size
-    assert measure.size(tmp_path / "out.onnx") == together > 2 * 64 * 64 * 4
+    assert size.size(tmp_path / "out.onnx") == together > 2 * 64 * 64 * 4
     (tmp_path / "out.data").unlink()
     with pytest.raises(LoadError, match=r"out.data, which does not exist"):
-        measure.size(tmp_path / "out.onnx")
+        size.size(tmp_path / "out.onnx")
     with pytest.raises(LoadError, match="does not exist"):
-        measure.size(tmp_path / "absent.onnx")
-    assert measure.parameters(model) == 2 * 64 * 64
+        size.size(tmp_path / "absent.onnx")
+    assert questions.parameters(model) == 2 * 64 * 64
 
 
-def flops(text: str, **sizes: int) -> measure.Flops:
+def flops(text: str, **sizes: int) -> size.Flops:
     model = ir.from_onnx_text('<ir_version: 10, opset_import: ["": 23]>\n' + text)
     shapes.infer_shapes(model)
-    return measure.flops(model, sizes)
+    return size.flops(model, sizes)
 
 
 def test_flops() -> None:
@@ -102,7 +103,7 @@ def test_flops_name_the_nodes_that_they_cannot_count() -> None:
     model = ir.from_onnx_text('<ir_version: 10, opset_import: ["": 23]> g (float[b,4] x, float[4,6] w) => (float[b,6] y) { y = MatMul(x, w) }')
     shapes.infer_shapes(model)
     model.graph.node(0).name = "project"
-    assert measure.flops(model, {}) == measure.Flops(0, ("project",))
+    assert size.flops(model, {}) == size.Flops(0, ("project",))
 
 
 def test_distance() -> None:
@@ -114,7 +115,7 @@ def test_distance() -> None:
     assert found.l2 == pytest.approx(0.5 / math.sqrt(26))
     assert found.cosine_min == pytest.approx((9 + 18) / (5 * math.hypot(3, 4.5)))
     assert found.cosine == pytest.approx((1 + found.cosine_min) / 2)
-    assert distance(base, base) == measure.Distance(0.0, 0.0, 0.0, 1.0, 1.0)
+    assert distance(base, base) == Distance(0.0, 0.0, 0.0, 1.0, 1.0)
     assert distance(base, base.astype(np.float64)).max_abs == math.inf
     assert distance(base, base[:1]).relative == math.inf
     assert distance(np.array(2.0), np.array(3.0)).max_abs == 1.0
@@ -137,8 +138,8 @@ def test_nan_equals_nan_only_where_the_baseline_has_it() -> None:
 def test_relative_l2_takes_the_worst_output_over_all_batches() -> None:
     base = [{"a": np.array([3.0]), "b": np.array([1.0])}, {"a": np.array([4.0]), "b": np.array([1.0])}]
     other = [{"a": np.array([3.0]), "b": np.array([1.0])}, {"a": np.array([4.5]), "b": np.array([1.0])}]
-    assert measure.relative_l2(base, other) == pytest.approx(0.1)
-    assert measure.relative_l2(base, [{"a": np.zeros(2)}] * 2) == math.inf
+    assert relative_l2(base, other) == pytest.approx(0.1)
+    assert relative_l2(base, [{"a": np.zeros(2)}] * 2) == math.inf
 
 
 def test_compare_outputs_names_the_worst_element() -> None:

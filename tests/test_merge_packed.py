@@ -13,9 +13,9 @@ from test_pruning import FUSE, feeds  # type: ignore[import-not-found]
 from tiny import tiny  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.analysis.operands import HeadOperands
-from graphopt.core import Context
-from graphopt.remarks import Remark
+from graphopt.analysis.head_columns import HeadOperands
+from graphopt.core.contract import Context
+from graphopt.core.remarks import Remark
 
 Array = np.ndarray[Any, Any]
 HEAD = '<ir_version: 10, opset_import: ["": 23]> g (float[B,S,32] x, bool[B,1,S,S] mask) => (float[B,S,32] y) {'
@@ -185,10 +185,10 @@ def test_heads_between_the_three_are_refused_with_the_reason() -> None:
 
 
 def test_out_of_fuel_one_layer_is_pooled_and_told() -> None:
-    from graphopt.fuel import Fuel
-    from graphopt.pipeline import PassManager
-    from graphopt.pipeline import parse as steps
-    from graphopt.registry import passes
+    from graphopt.core.fuel import Fuel
+    from graphopt.core.pipeline import PassManager
+    from graphopt.core.pipeline import parse as steps
+    from graphopt.core.registry import passes
 
     model = graphopt.load(tiny("gpt2", "sdpa", "18"))
     prune(model, FUSE)

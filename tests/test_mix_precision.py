@@ -17,17 +17,18 @@ from models import parse as model_of  # type: ignore[import-not-found]
 from models import run
 
 import graphopt
-from graphopt.core import Budget, Context
-from graphopt.distance import relative_l2
-from graphopt.errors import PassError, PipelineError
-from graphopt.graph import nbytes
-from graphopt.knapsack import Option, cheapest, predicted, settle
-from graphopt.measure import Timings
-from graphopt.pipeline import PassManager, parse
-from graphopt.registry import passes
-from graphopt.remarks import Remark
-from graphopt.samples import Samples
-from graphopt.verify import interface, verify
+from graphopt.compress.budget import Option, cheapest, predicted, settle
+from graphopt.core.contract import Budget, Context
+from graphopt.core.errors import PassError, PipelineError
+from graphopt.core.pipeline import PassManager, parse
+from graphopt.core.registry import passes
+from graphopt.core.remarks import Remark
+from graphopt.graph.interface import interface
+from graphopt.graph.questions import nbytes
+from graphopt.graph.verify import verify
+from graphopt.run.clock import Timings, latency
+from graphopt.run.distance import relative_l2
+from graphopt.run.samples import Samples
 
 Array = np.ndarray[Any, Any]
 WIDTH = 64
@@ -297,7 +298,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, seconds: Mapping[str, float], text: s
             assert all(np.isfinite(y).all() for y in runner.run(given[""]).values())
         return Timings(("",), {label: (seconds[label],) for label in sessions})
 
-    monkeypatch.setattr("graphopt.passes._cost.latency", latency)
+    monkeypatch.setattr("graphopt.compress.mix.cost.latency", latency)
     result = graphopt.optimize(source(), text, target="quantized{tune=off}", samples=feeds(), promise=False)
     return [r for r in result.report.remarks("applied") + result.report.remarks("missed") if r.pass_name == "mix-precision"]
 
@@ -313,8 +314,8 @@ def test_what_is_not_clearly_faster_is_no_choice(monkeypatch: pytest.MonkeyPatch
 
 def test_each_part_is_timed_as_the_target_runs_it_and_equal_parts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
-    kept = graphopt.measure.latency
-    monkeypatch.setattr("graphopt.passes._cost.latency", lambda sessions, *rest, **more: runs.append(sessions) or kept(sessions, *rest, **more))
+    kept = latency
+    monkeypatch.setattr("graphopt.compress.mix.cost.latency", lambda sessions, *rest, **more: runs.append(sessions) or kept(sessions, *rest, **more))
     result = graphopt.optimize(source(), "mix-precision{cost=time loss=0.5}", target="cpu{tune=off}", samples=feeds(), promise=False)
     assert [list(sessions) for sessions in runs] == [["", "int4", "int8"]] * 2, "the table with the head, and eight layers of one shape"
     assert result.report.remarks("applied") or result.report.remarks("missed")

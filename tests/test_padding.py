@@ -12,18 +12,18 @@ from pruning import prune  # type: ignore[import-not-found]
 from tiny import tiny  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.analysis.importance import Importance
+from graphopt.analysis.heads import Units
 from graphopt.analysis.linear import Linears
-from graphopt.analysis.maps import map_distances
-from graphopt.analysis.moments import input_moments
-from graphopt.analysis.padding import Kept, Padding
-from graphopt.analysis.sensitivity import effects, recipes
-from graphopt.analysis.units import Units
-from graphopt.core import Context
-from graphopt.loss import Loss
-from graphopt.registry import targets
+from graphopt.calibration.attention_maps import map_distances
+from graphopt.calibration.effects import effects, recipes
+from graphopt.calibration.moments import input_moments
+from graphopt.calibration.padding import Kept, Padding
+from graphopt.compress.prune.importance import Importance
+from graphopt.core.contract import Context
+from graphopt.core.registry import targets
+from graphopt.driver.loss import Loss
 from graphopt.run.ort import session
-from graphopt.samples import Samples
+from graphopt.run.samples import Samples
 
 Array = np.ndarray[Any, Any]
 Feed = dict[str, Array]

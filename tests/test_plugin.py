@@ -14,8 +14,8 @@ import pytest
 from test_api import RELU, model
 
 import graphopt
-from graphopt import registry
-from graphopt.errors import PipelineError
+from graphopt.core import registry
+from graphopt.core.errors import PipelineError
 
 HERE = Path(__file__).resolve().parent
 TWICE = '<ir_version: 8, opset_import: ["" : 17]> g (float[n] x) => (float[n] y) { a = Neg(x) b = Neg(a) y = Relu(b) }'

@@ -12,11 +12,11 @@ import pytest
 from models import Array, assert_same, minilm, parse, run, text_feeds  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.core import Context
-from graphopt.errors import TargetError
-from graphopt.pipeline import PassManager
-from graphopt.pipeline import parse as parse_pipeline
-from graphopt.registry import targets
+from graphopt.core.contract import Context
+from graphopt.core.errors import TargetError
+from graphopt.core.pipeline import PassManager
+from graphopt.core.pipeline import parse as parse_pipeline
+from graphopt.core.registry import targets
 from graphopt.run.ort import session
 
 LOWEST = float(np.finfo(np.float32).min)

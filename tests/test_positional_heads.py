@@ -11,13 +11,14 @@ import pytest
 from models import assert_same, minilm, parse, run, text_feeds  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.core import Context
-from graphopt.errors import PassError, PipelineError
-from graphopt.pipeline import PassManager
-from graphopt.pipeline import parse as pipeline
-from graphopt.registry import passes
-from graphopt.samples import Samples
-from graphopt.verify import interface, verify
+from graphopt.core.contract import Context
+from graphopt.core.errors import PassError, PipelineError
+from graphopt.core.pipeline import PassManager
+from graphopt.core.pipeline import parse as pipeline
+from graphopt.core.registry import passes
+from graphopt.graph.interface import interface
+from graphopt.graph.verify import verify
+from graphopt.run.samples import Samples
 
 Array = np.ndarray[Any, Any]
 ALL = ("self", "previous", "next", "first", "uniform")

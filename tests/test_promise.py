@@ -12,9 +12,9 @@ from test_tuning import ATTENTION, BLOCKS, SlowGelu, model, ops, planted
 
 import graphopt
 from graphopt.analysis.pieces import Activation
-from graphopt.choices import Spelling
-from graphopt.errors import TargetError
-from graphopt.promise import not_slower
+from graphopt.core.contract import Spelling
+from graphopt.core.errors import TargetError
+from graphopt.driver.promise import not_slower
 
 PLUGIN = '''
 import dataclasses

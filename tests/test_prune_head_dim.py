@@ -13,13 +13,13 @@ from test_pruning import FUSE, feeds  # type: ignore[import-not-found]
 from tiny import tiny  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.analysis.operands import HeadOperands
-from graphopt.core import Context
-from graphopt.errors import PassError, PipelineError
-from graphopt.graph import parameters
-from graphopt.pipeline import parse as steps
-from graphopt.registry import passes
-from graphopt.remarks import Remark
+from graphopt.analysis.head_columns import HeadOperands
+from graphopt.core.contract import Context
+from graphopt.core.errors import PassError, PipelineError
+from graphopt.core.pipeline import parse as steps
+from graphopt.core.registry import passes
+from graphopt.core.remarks import Remark
+from graphopt.graph.questions import parameters
 from graphopt.run.observe import exposed
 
 Array = np.ndarray[Any, Any]

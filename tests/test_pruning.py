@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -13,17 +12,19 @@ from pruning import masked, prune, same, shapes, units  # type: ignore[import-no
 from tiny import tiny  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.analysis.importance import CRITERIA, Importance, Ranking
-from graphopt.analysis.removable import Removable
-from graphopt.core import Context
-from graphopt.errors import PassError, PipelineError
-from graphopt.fuel import Fuel
-from graphopt.graph import downstream, parameters
-from graphopt.pipeline import PassManager
-from graphopt.pipeline import parse as steps
-from graphopt.registry import passes, targets
-from graphopt.remove import apply
-from graphopt.slicing import Refusal, Slicing
+from graphopt.compress.budget import cheapest_cut
+from graphopt.compress.prune.importance import CRITERIA, Importance, Ranking
+from graphopt.compress.prune.removable import Removable
+from graphopt.core.contract import Context
+from graphopt.core.errors import PassError, PipelineError
+from graphopt.core.fuel import Fuel
+from graphopt.core.pipeline import PassManager
+from graphopt.core.pipeline import parse as steps
+from graphopt.core.registry import passes, targets
+from graphopt.graph.questions import downstream, parameters
+from graphopt.rewrite.slicing.apply import apply
+from graphopt.rewrite.slicing.close import Slicing
+from graphopt.rewrite.slicing.plan import Refusal
 
 Array = np.ndarray[Any, Any]
 FUSE = "canonicalize, fuse-norm, fuse-activation, simplify-masks, fuse-rotary, fuse-attention"
@@ -287,12 +288,11 @@ def test_what_reads_all_neurons_forbids_to_remove_some(between: str) -> None:
 
 def test_the_search_takes_no_more_than_it_must() -> None:
     cost = np.arange(13.0)
-    names = [object() for _ in range(12)]
+    names: list[Any] = [object() for _ in range(12)]
     rankings = {name: Ranking(tuple(np.array([k]) for k in range(12)), cost) for name in names}
     savings = {name: list(map(float, range(13))) for name in names}
-    cheapest: Any = vars(import_module(passes()["prune"].__module__.rpartition(".")[0] + "._search"))["cheapest"]
     for budget, wanted in ((36.0, 36), (132.0, 132), (35.5, 36)):
-        found = cheapest(rankings, savings, budget)
+        found = cheapest_cut(rankings, savings, budget)
         assert found is not None
         assert sum(found.values()) == wanted
-    assert cheapest(rankings, savings, 145.0) is None
+    assert cheapest_cut(rankings, savings, 145.0) is None

@@ -16,13 +16,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import graphopt
-from graphopt.core import Context
-from graphopt.errors import PassError, PipelineError
-from graphopt.pipeline import PassManager, parse
-from graphopt.registry import passes
-from graphopt.remarks import Remark
+from graphopt.core.contract import Context
+from graphopt.core.errors import PassError, PipelineError
+from graphopt.core.pipeline import PassManager, parse
+from graphopt.core.registry import passes
+from graphopt.core.remarks import Remark
+from graphopt.graph.interface import interface
+from graphopt.graph.verify import verify
 from graphopt.run.ort import session
-from graphopt.verify import interface, verify
 
 Array = np.ndarray[Any, Any]
 K, N, ROWS = 64, 16, 256

@@ -9,7 +9,7 @@ import pytest
 from models import minilm, parse, run, text_feeds  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.errors import PipelineError
+from graphopt.core.errors import PipelineError
 
 BLOCK = """<ir_version: 10, opset_import: ["": 23]>
 g (float[B,2,S,4] q, float[B,2,S,4] k, float[B,2,S,4] v) => (float[B,2,S,4] y) {

@@ -52,8 +52,8 @@ def page(name: str, folder: Path, pipelines: str, least: int) -> str:
     """The text of a page whose pipelines (at least so many) parse; a real model and its tokenizer lie in `folder` for its examples."""
     from models import minilm, minilm_folder  # type: ignore[import-not-found]
 
-    from graphopt import registry
-    from graphopt.pipeline import parse
+    from graphopt.core import registry
+    from graphopt.core.pipeline import parse
 
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     found = re.findall(pipelines, text)
@@ -68,7 +68,7 @@ def page(name: str, folder: Path, pipelines: str, least: int) -> str:
 @pytest.mark.slow
 def test_the_page_on_quantization(tmp_path: Path) -> None:
     """Its pipelines and targets parse, and its shell example runs on a real model."""
-    from graphopt.api import parse_target
+    from graphopt.driver.job import parse_target
 
     text = page("quantization.md", tmp_path, r"`((?:quantize|smooth|mix-precision)\b[^`]*)`", 7)
     assert [parse_target(found) for found in re.findall(r'`--target "([^"]+)"`', text)]
@@ -84,7 +84,7 @@ def test_the_page_on_quantization(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_page_on_pruning(tmp_path: Path) -> None:
     """Its pipelines parse, and its shell example runs on a real model."""
-    from graphopt.analysis.importance import CRITERIA
+    from graphopt.compress.prune.importance import CRITERIA
 
     text = page("pruning.md", tmp_path, r"`((?:prune|merge-heads)[\w-]*\{[^`]*)`", 10)
     assert all(f"`{criterion}`" in text for criterion in CRITERIA)
@@ -116,7 +116,7 @@ def test_links_lead_somewhere(page: str) -> None:
 def test_every_command_and_flag_is_documented() -> None:
     import typer
 
-    from graphopt.cli import app
+    from graphopt.cli.root import app
 
     manual = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]

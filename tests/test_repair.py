@@ -7,8 +7,8 @@ import onnx_ir as ir
 from models import assert_same, parse, run  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.graph import nbytes
-from graphopt.remarks import Remarks
+from graphopt.core.remarks import Remarks
+from graphopt.graph.questions import nbytes
 
 TIED = """
    <ir_version: 8, opset_import: ["" : 17]>

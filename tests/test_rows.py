@@ -9,14 +9,14 @@ import pytest
 from models import assert_same, minilm, parse, run, text_feeds  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.core import Context
-from graphopt.errors import GraphoptError
-from graphopt.pipeline import PassManager
-from graphopt.pipeline import parse as pipeline
-from graphopt.registry import passes
-from graphopt.remarks import Remarks
+from graphopt.core.contract import Context
+from graphopt.core.errors import GraphoptError
+from graphopt.core.pipeline import PassManager
+from graphopt.core.pipeline import parse as pipeline
+from graphopt.core.registry import passes
+from graphopt.core.remarks import Remarks
 from graphopt.run.ort import session
-from graphopt.samples import Samples
+from graphopt.run.samples import Samples
 
 Array = np.ndarray[Any, Any]
 RNG = np.random.default_rng(5)

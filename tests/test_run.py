@@ -9,8 +9,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from graphopt.errors import GraphoptError, TargetError
-from graphopt.run import ort, reference, to_proto, write
+from graphopt.core.errors import GraphoptError, TargetError
+from graphopt.graph.serialize import to_proto, write
+from graphopt.run import ort, reference
 
 TEXT = """<ir_version: 10, opset_import: ["": 23]>
 g (float[b,4] x, float[4] bias) => (float[b,4] y, int64[2] shape) <float[4,4] w, float[4] bias = {1, 1, 1, 1}> {
@@ -55,7 +56,7 @@ def test_weights_in_external_files(load: object, tmp_path: Path) -> None:
 
 
 def test_above_the_protobuf_limit_goes_through_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("graphopt.run.PROTOBUF_LIMIT", 16)
+    monkeypatch.setattr("graphopt.graph.serialize.PROTOBUF_LIMIT", 16)
     with pytest.raises(TargetError, match="do not fit into one protobuf message"):
         to_proto(model())
     session = ort.session(model())

@@ -11,16 +11,19 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graphopt import feeds, shapes, sizes
-from graphopt.core import Context
-from graphopt.errors import PassError, SampleError
-from graphopt.instruments import CheckNumerics
-from graphopt.pipeline import PassManager
-from graphopt.pipeline import parse as steps
-from graphopt.registry import passes
+from graphopt.core.contract import Context
+from graphopt.core.errors import PassError, SampleError
+from graphopt.core.pipeline import PassManager
+from graphopt.core.pipeline import parse as steps
+from graphopt.core.registry import passes
+from graphopt.core.replay import Spool
+from graphopt.driver.instruments import CheckNumerics
+from graphopt.graph import dims as sizes
+from graphopt.graph import shapes
 from graphopt.run import ort, reference
-from graphopt.samples import Samples, default_shapes, random_samples, runnable_samples
-from graphopt.spool import Spool
+from graphopt.run import roles as feeds
+from graphopt.run.race import default_shapes
+from graphopt.run.samples import Samples, random_samples, runnable_samples
 
 HEAD = '<ir_version: 10, opset_import: ["": 23]>\n'
 

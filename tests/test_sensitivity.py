@@ -11,11 +11,11 @@ import pytest
 from models import parse, run  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt import pipeline, registry
-from graphopt.analysis.sensitivity import effects, recipes
-from graphopt.core import Context
-from graphopt.distance import relative_l2
-from graphopt.errors import GraphoptError, SampleError
+from graphopt.calibration.effects import effects, recipes
+from graphopt.core import pipeline, registry
+from graphopt.core.contract import Context
+from graphopt.core.errors import GraphoptError, SampleError
+from graphopt.run.distance import relative_l2
 from graphopt.run.ort import OrtSession
 from graphopt.run.segments import Segments
 

@@ -12,8 +12,8 @@ import pytest
 from harness import build, check  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.dims import extent
-from graphopt.graph import all_nodes
+from graphopt.graph.dims import extent
+from graphopt.graph.questions import all_nodes
 
 _END = 2**63 - 1
 

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from harness import build, check  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.core import Context
-from graphopt.errors import PassError
-from graphopt.pipeline import PassManager, parse
-from graphopt.registry import passes
-from graphopt.text import graph_text
+from graphopt.core.contract import Context
+from graphopt.core.errors import PassError
+from graphopt.core.pipeline import PassManager, parse
+from graphopt.core.registry import passes
+from graphopt.graph.text import graph_text
 
 pytest.importorskip("onnxsim", reason="onnxsim is not installed")
 
@@ -37,7 +38,7 @@ NOTHING = "(float[B,4] x) => (float[B,4] y) { y = Relu(x) }"
 GROWING = "(float[1024,1024] x) => (float[1024,1024] y) <int64[2] s = {1024, 1024}> { c = ConstantOfShape(s)\n y = Add(x, c) }"
 
 
-def run(model: graphopt.core.ir.Model, pipeline: str) -> tuple[int, list[str]]:  # type: ignore[name-defined]
+def run(model: ir.Model, pipeline: str) -> tuple[int, list[str]]:
     context = Context(model)
     records = PassManager(parse(pipeline, passes())).run(model, context)
     return records[0].changes, [str(r) for r in context.remarks]

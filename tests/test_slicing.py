@@ -12,10 +12,11 @@ from models import assert_same, parse, run  # type: ignore[import-not-found]
 from pruning import masked, units  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.graph import downstream
-from graphopt.remove import apply
-from graphopt.slicing import Refusal, Slicing
-from graphopt.verify import verify
+from graphopt.graph.questions import downstream
+from graphopt.graph.verify import verify
+from graphopt.rewrite.slicing.apply import apply
+from graphopt.rewrite.slicing.close import Slicing
+from graphopt.rewrite.slicing.plan import Refusal
 
 Array = np.ndarray[Any, Any]
 RNG = np.random.default_rng(0)

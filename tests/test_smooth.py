@@ -10,13 +10,13 @@ import pytest
 from models import minilm, parse, run, text_feeds  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.core import Context
-from graphopt.errors import GraphoptError, PipelineError
-from graphopt.pipeline import PassManager
-from graphopt.pipeline import parse as pipeline
-from graphopt.registry import passes
-from graphopt.samples import Samples
-from graphopt.verify import verify
+from graphopt.core.contract import Context
+from graphopt.core.errors import GraphoptError, PipelineError
+from graphopt.core.pipeline import PassManager
+from graphopt.core.pipeline import parse as pipeline
+from graphopt.core.registry import passes
+from graphopt.graph.verify import verify
+from graphopt.run.samples import Samples
 
 Array = np.ndarray[Any, Any]
 BLOCK = """<ir_version: 10, opset_import: ["": 23]>

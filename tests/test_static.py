@@ -19,17 +19,18 @@ from typer.testing import CliRunner
 
 import graphopt
 from graphopt.analysis.pieces import IntegerMatmul
-from graphopt.analysis.ranges import Histogram, Ranges
-from graphopt.api import parse_target
-from graphopt.cli import app
-from graphopt.core import Context, Target
-from graphopt.errors import PassError, PipelineError
-from graphopt.pipeline import PassManager, parse
-from graphopt.registry import passes
-from graphopt.remarks import Remark
+from graphopt.calibration.ranges import Histogram, Ranges
+from graphopt.cli.root import app
+from graphopt.core.contract import Context, Target
+from graphopt.core.errors import PassError, PipelineError
+from graphopt.core.pipeline import PassManager, parse
+from graphopt.core.registry import passes
+from graphopt.core.remarks import Remark
+from graphopt.driver.job import parse_target
+from graphopt.graph.interface import interface
+from graphopt.graph.verify import verify
 from graphopt.run.ort import session
-from graphopt.samples import Samples
-from graphopt.verify import interface, verify
+from graphopt.run.samples import Samples
 
 Array = np.ndarray[Any, Any]
 METHODS = ("minmax", "percentile", "mse", "entropy")

@@ -18,15 +18,16 @@ from models import Array, assert_same, minilm, parse, run, text_feeds  # type: i
 from test_portable import llama  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.core import Context, Target
-from graphopt.errors import PipelineError, TargetError
-from graphopt.pipeline import PassManager
-from graphopt.pipeline import parse as parse_pipeline
-from graphopt.registry import targets
-from graphopt.remarks import Remark
+from graphopt.core.contract import Context, Target
+from graphopt.core.errors import PipelineError, TargetError
+from graphopt.core.pipeline import PassManager
+from graphopt.core.pipeline import parse as parse_pipeline
+from graphopt.core.registry import targets
+from graphopt.core.remarks import Remark
+from graphopt.graph.interface import interface
+from graphopt.graph.verify import verify
 from graphopt.run.ort import session
 from graphopt.run.reference import session as reference
-from graphopt.verify import interface, verify
 
 HEADER = '<ir_version: 10, opset_import: ["": 23]>\n'
 NAMES = ["input_ids", "attention_mask"]

@@ -15,13 +15,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 import graphopt
 from graphopt.analysis.linear import Linears
-from graphopt.core import Context, Target
-from graphopt.errors import TargetError
-from graphopt.pipeline import PassManager, parse
-from graphopt.registry import passes, targets
-from graphopt.remarks import Remark
+from graphopt.core.contract import Context, Target
+from graphopt.core.errors import TargetError
+from graphopt.core.pipeline import PassManager, parse
+from graphopt.core.registry import passes, targets
+from graphopt.core.remarks import Remark
+from graphopt.graph.interface import interface
+from graphopt.graph.verify import verify
 from graphopt.run.ort import session
-from graphopt.verify import interface, verify
 
 Array = np.ndarray[Any, Any]
 VENDOR = ("DynamicQuantizeMatMul", "MatMulIntegerToFloat")

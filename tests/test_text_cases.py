@@ -11,9 +11,9 @@ import pytest
 from harness import Case, build, check, check_case, compare, read_cases  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.errors import VerifyError
-from graphopt.pipeline import parse
-from graphopt.registry import passes, targets
+from graphopt.core.errors import VerifyError
+from graphopt.core.pipeline import parse
+from graphopt.core.registry import passes, targets
 
 FILES = sorted(path for folder in ("passes", "lowerings") for path in (Path(__file__).parent / folder).glob("*.test"))
 CASES = [case for path in FILES for case in read_cases(path)]

@@ -13,15 +13,16 @@ import pytest
 from models import Array, minilm, parse, run, text_feeds  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.core import Context
-from graphopt.graph import constant
-from graphopt.pipeline import PassManager
-from graphopt.pipeline import parse as parse_pipeline
-from graphopt.registry import passes
-from graphopt.remarks import Remark
+from graphopt.core.contract import Context
+from graphopt.core.pipeline import PassManager
+from graphopt.core.pipeline import parse as parse_pipeline
+from graphopt.core.registry import passes
+from graphopt.core.remarks import Remark
+from graphopt.graph.interface import interface
+from graphopt.graph.questions import constant
+from graphopt.graph.verify import verify
 from graphopt.run.ort import session
 from graphopt.run.reference import session as reference
-from graphopt.verify import interface, verify
 
 HEADER = '<ir_version: 10, opset_import: ["": 23]>\n'
 LOWEST = float(np.finfo(np.float32).min)

@@ -20,8 +20,9 @@ from models import assert_same, minilm, parse, run, text_feeds  # type: ignore[i
 from tiny import MODELS, tiny  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.errors import GraphoptError, TargetError
-from graphopt.run.torch import MissingOp, TorchModel, session
+from graphopt.core.errors import GraphoptError, TargetError
+from graphopt.run.torch.model import TorchModel, session
+from graphopt.run.torch.table import MissingOp
 
 Array = np.ndarray[Any, Any]
 RNG = np.random.default_rng(0)

@@ -15,8 +15,9 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed")
 
 import graphopt
-from graphopt.errors import GraphoptError
-from graphopt.run.torch import TABLE, MissingOp, TorchModel
+from graphopt.core.errors import GraphoptError
+from graphopt.run.torch.model import TorchModel
+from graphopt.run.torch.table import TABLE, MissingOp
 
 FLOOR = 1400  # cases that ran and passed; onnx 1.23 has 1,513 of them
 HALF = {"float16": 4e-3, "bfloat16": 3e-2}  # relative, a few places of the type: the cases ask for 1e-3, which bfloat16 does not even hold

@@ -20,15 +20,15 @@ from models import parse
 import graphopt
 from graphopt import Match, RewritePass, Target
 from graphopt.analysis.pieces import Activation, AttentionCore, IntegerMatmul, Projections, ResidualNorm
-from graphopt.api import parse_target
-from graphopt.choices import Machine, Spelling
-from graphopt.core import Context, Pass
-from graphopt.errors import GraphoptError, TargetError
-from graphopt.extract import cost, extract, signature
-from graphopt.registry import targets
-from graphopt.remarks import Remark
-from graphopt.tunecache import Cache, Timed
-from graphopt.tuning import ChooseSpellings
+from graphopt.core.contract import Context, Pass, Spelling
+from graphopt.core.errors import GraphoptError, TargetError
+from graphopt.core.machine import Machine
+from graphopt.core.registry import targets
+from graphopt.core.remarks import Remark
+from graphopt.driver.job import parse_target
+from graphopt.driver.lowering.cache import Cache, Timed
+from graphopt.driver.lowering.choose import ChooseSpellings
+from graphopt.driver.lowering.extract import cost, extract, signature
 
 HEADER = '<ir_version: 10, opset_import: ["" : 23]>'
 # Two equal residual blocks around a feed-forward part; wide enough that a kernel, not a call, is what the clock sees.
@@ -69,7 +69,7 @@ class SlowGelu(RewritePass[Match]):
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         """One round: the Gelu that it writes is an anchor too."""
-        from graphopt.rewrite import Driver
+        from graphopt.rewrite.engine import Driver
 
         applied, _ = Driver(model, ctx).round(self)
         return applied
@@ -235,7 +235,7 @@ ROW = Timed("piece", "kind: name (Op)", "8x64", 0.001, "Op of float[8,64]")
 
 def test_what_was_timed_is_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     first = lowered(planted(*SLOW))
-    monkeypatch.setattr("graphopt.tuning.latency", None)  # whoever calls the clock now fails
+    monkeypatch.setattr("graphopt.driver.lowering.choose.latency", None)  # whoever calls the clock now fails
     second = lowered(planted(*SLOW))
     assert told(first, "applied")[0].facts == told(second, "applied")[0].facts
     assert lowered(planted(*SLOW, tune="cache")).report.changes == 0
@@ -295,7 +295,7 @@ def test_a_corrupt_cache_is_a_warning(empty_cache: Path) -> None:
 
 
 def test_a_locked_cache_is_a_warning(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphopt.tunecache._PATIENCE", 0.05)
+    monkeypatch.setattr("graphopt.driver.lowering.cache._PATIENCE", 0.05)
     Cache().add(HERE, [ROW])
     holder = sqlite3.connect(empty_cache)
     holder.execute("begin exclusive")

@@ -8,10 +8,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graphopt import shapes
-from graphopt.errors import VerifyError
-from graphopt.text import diff, graph_text, neighbourhood, node_text
-from graphopt.verify import RULES, check_interface, interface, verify
+from graphopt.core.errors import VerifyError
+from graphopt.graph import shapes
+from graphopt.graph.interface import check_interface, interface
+from graphopt.graph.text import diff, graph_text, neighbourhood, node_text
+from graphopt.graph.verify import RULES, verify
 
 TEXT = """<ir_version: 10, opset_import: ["": 23, "com.microsoft": 1]>
 g (float[b,s,4] x, bool c, float[4] bias) => (float[b,s,4] y, float[b,s,4] z) <float[4,4] w, float[4] bias = {1, 2, 3, 4}> {
@@ -183,7 +184,7 @@ def test_a_good_graph_passes_and_is_not_changed() -> None:
 
 def test_a_heavy_weight_is_left_out_of_the_checked_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     model = good()
-    monkeypatch.setattr("graphopt.verify._HEAVY", 0)
+    monkeypatch.setattr("graphopt.graph.verify._HEAVY", 0)
     verify(model, interface=interface(model))
     assert model.graph.initializers["w"].const_value is not None
 

@@ -18,15 +18,16 @@ from onnx import TensorProto, helper, numpy_helper
 
 import graphopt
 from graphopt.analysis.linear import Linears
-from graphopt.analysis.moments import input_moments
-from graphopt.core import Context
-from graphopt.errors import PassError, PipelineError
-from graphopt.pipeline import PassManager, parse
-from graphopt.registry import passes, targets
-from graphopt.remarks import Remark
+from graphopt.calibration.moments import input_moments
+from graphopt.core.contract import Context
+from graphopt.core.errors import PassError, PipelineError
+from graphopt.core.pipeline import PassManager, parse
+from graphopt.core.registry import passes, targets
+from graphopt.core.remarks import Remark
+from graphopt.graph.interface import interface
+from graphopt.graph.verify import verify
 from graphopt.run.ort import session
-from graphopt.samples import Samples
-from graphopt.verify import interface, verify
+from graphopt.run.samples import Samples
 
 Array = np.ndarray[Any, Any]
 K, N = 96, 24

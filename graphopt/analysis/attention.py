@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from graphopt.analysis.layout import Dim, Group, Step, Tracer, View, merged, size_of
 from graphopt.analysis.scores import MaskTerm, probabilities_of, scores_of
-from graphopt.core import Analysis, Context
-from graphopt.graph import all_nodes, attr, static_dim
+from graphopt.core.contract import Analysis, Context
+from graphopt.graph.layout import Dim, Group, Step, Tracer, View, merged, size_of
+from graphopt.graph.questions import all_nodes, attr, static_dim
 
 
 @dataclasses.dataclass(frozen=True)

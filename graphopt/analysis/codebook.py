@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.core import Array
-from graphopt.graph import attr, constant, is_constant, producer
+from graphopt.core.contract import Array
+from graphopt.graph.questions import attr, constant, is_constant, producer
 
 # The quantiles of a normal distribution, with a zero of its own, in [-1, 1] (Dettmers et al. 2023, "QLoRA", appendix E).
 NF4 = np.array(

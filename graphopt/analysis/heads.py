@@ -1,186 +1,219 @@
-"""Which columns of the query, key and value projections, and which rows of the output projection, belong to which head.
+"""What can be removed from a model, piece by piece: the heads of every attention and the neurons of every feed-forward block.
 
-Read off fused graphs (Attention nodes). A block is one only if it is proved that its heads can be taken apart and reordered: everything between
-the projections and the attention treats all heads alike, and nothing else reads what lies between.
+Read off the graph before or after fusion. Blocks are numbered in graph order, attentions and feed-forward blocks apart, from 0.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable
 
+import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.layout import Group, Tracer, View, merged
+from graphopt.analysis.attention import AttentionFacts, Attentions
 from graphopt.analysis.linear import Linear, Linears
-from graphopt.core import Analysis, Context
-from graphopt.graph import all_nodes, attr, consumers, rank, static_dim, used_once
+from graphopt.analysis.structure import Structure
+from graphopt.core.contract import Analysis, Array, Context
+from graphopt.graph.questions import all_nodes, attr, consumers, downstream, producer, static_dim
 
-_NORMS = ("RMSNormalization", "LayerNormalization")
-_LAYOUT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten")
-_DEPTH = 12
+_LAYOUT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Cast", "Dropout")
+_FAR = 200  # nodes between an operand of attention and its projection, at most
 
 
-@dataclasses.dataclass(frozen=True)
-class HeadBlock:
-    """An Attention node with its four projections. A group is one key/value head with the query heads that share it, `heads // kv_heads`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Heads:
+    """The heads of one attention.
 
     Attributes:
-        head_dim: columns of a head in the query and key projections; `value_dim`: in the value projection.
+        index: its number, as in LAYER:HEAD.
+        value: the result of attention, before the output projection; `axis` runs over heads, or over heads * value_dim.
+        group: query heads that share one key and value head.
+        inside: the values that belong to this block and what follows it; what enters from elsewhere is not changed for others.
+        output: the output projection, whose input has heads * value_dim features; None where there is none.
+        projections: those of query, key and value.
     """
 
+    index: int
     node: ir.Node
-    q: Linear
-    k: Linear
-    v: Linear
-    o: Linear
+    value: ir.Value
+    axis: int
     heads: int
     kv_heads: int
     head_dim: int
     value_dim: int
+    inside: Collection[ir.Value]
+    output: Linear | None
+    projections: tuple[Linear, ...]
 
     @property
-    def inputs(self) -> tuple[tuple[Linear, int], ...]:
-        """Query, key and value projections, and how many columns of each belong to a group."""
-        shared = self.heads // self.kv_heads
-        return (self.q, shared * self.head_dim), (self.k, self.head_dim), (self.v, self.value_dim)
+    def group(self) -> int:
+        return self.heads // self.kv_heads
 
     @property
-    def rows(self) -> int:
-        """Rows of the output projection that belong to a group."""
-        return self.heads // self.kv_heads * self.value_dim
+    def count(self) -> int:
+        return self.heads
+
+    @property
+    def width(self) -> int:
+        """Input features of the output projection for each head."""
+        return self.value_dim
+
+    def mask(self, gone: Iterable[int]) -> Array:
+        """The removal of these heads along `axis` of `value`."""
+        size = static_dim(self.value, self.axis) or self.heads
+        mask = _removal(gone, self.heads)
+        return np.tile(mask, size // self.heads) if self.axis == 0 else np.repeat(mask, size // self.heads)  # axis 0: batch * heads
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Neurons:
+    """The inner features of one feed-forward block, gated or not: `value` [.., neurons] enters the projection `output`."""
+
+    index: int
+    node: ir.Node
+    value: ir.Value
+    axis: int
+    neurons: int
+    inside: Collection[ir.Value]
+    output: Linear
+    projections: tuple[Linear, ...]
+
+    group = 1
+    width = 1
+
+    @property
+    def count(self) -> int:
+        return self.neurons
+
+    def mask(self, gone: Iterable[int]) -> Array:
+        return _removal(gone, self.neurons)
+
+
+Unit = Heads | Neurons
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadBlocks(Analysis[Mapping[ir.Node, "HeadBlock | str"]]):
-    """Attention node -> its block, or why its heads cannot be taken apart."""
+class Blocks:
+    attention: tuple[Heads, ...]
+    ffn: tuple[Neurons, ...]
+    refused: tuple[tuple[ir.Node, str], ...]
 
-    def compute(self, model: ir.Model, ctx: Context) -> Mapping[ir.Node, HeadBlock | str]:
-        made = {x.output: x for x in ctx.get(Linears())}
-        readers = {x.node: x for x in made.values()}
-        tracer = Tracer()
-        found: dict[ir.Node, HeadBlock | str] = {}
+
+@dataclasses.dataclass(frozen=True)
+class Units(Analysis[Blocks]):
+    """Heads and neurons, and the attentions whose heads are not known, with the reason."""
+
+    def compute(self, model: ir.Model, ctx: Context) -> Blocks:
+        made = {v: x for x in ctx.get(Linears(casts=True)) for v in (x.output, x.node.outputs[0])}
+        facts = ctx.get(Attentions())
+        found: list[Heads] = []
+        refused: list[tuple[ir.Node, str]] = []
         for node in all_nodes(model):
-            if node.op_type == "Attention" and node.domain == "":
-                try:
-                    found[node] = _block(node, made, readers, tracer)
-                except _Apart as reason:
-                    found[node] = str(reason)
-        return found
+            if node.domain or node.op_type not in ("Softmax", "Attention"):
+                continue
+            known = facts.get(node)
+            place = _operator(node, known) if node.op_type == "Attention" else _primitive(known)
+            if place is None:
+                if node.op_type == "Attention" or isinstance(known, AttentionFacts):
+                    refused.append((node, "its heads are not known" if not isinstance(known, str) else known))
+                continue
+            found.append(_heads(len(found), node, place, made))
+        owned = {x.node for h in found for x in (*h.projections, *([h.output] if h.output else []))}
+        ffn = [f for layer in ctx.get(Structure()).layers for f in layer.ffn if not owned & set(f.nodes)]
+        neurons = [
+            Neurons(k, f.down.node, f.down.x, -1, f.down.in_features, downstream([x.node.outputs[0] for x in f.up]), f.down, f.up)
+            for k, f in enumerate(ffn)
+            if not f.down.batch and not f.down.trans_x
+        ]
+        return Blocks(tuple(found), tuple(neurons), tuple(refused))
 
 
-class _Apart(Exception):
-    """Why the heads stay together."""
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    value: ir.Value
+    axis: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    operands: tuple[ir.Value, ...]
 
 
-def _block(node: ir.Node, made: Mapping[ir.Value, Linear], readers: Mapping[ir.Node, Linear], tracer: Tracer) -> HeadBlock:
-    inputs = [*node.inputs, *(None,) * 6]
-    if any(v is not None for v in inputs[4:6]) or any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
-        raise _Apart("it has a key/value cache, or its probabilities are read")
-    mask = inputs[3]
-    if mask is not None and (rank(mask) is None or ((rank(mask) or 0) > 2 and static_dim(mask, -3) != 1)):
-        raise _Apart(f"its mask `{mask.name}` may differ from head to head")
-    packed = rank(inputs[0]) == 3
-    heads = attr(node, "q_num_heads") or static_dim(inputs[0], 1)
-    kv_heads = attr(node, "kv_num_heads") or static_dim(inputs[1], 1)
-    if not heads or not kv_heads or heads % kv_heads:
-        raise _Apart("the number of its heads is not known")
-    axes = (2,) if packed else (1, 3)
-    sources, widths = [], []
-    for name, value, count in zip(("query", "key", "value"), inputs[:3], (heads, kv_heads, kv_heads), strict=True):
-        assert value is not None
-        width = static_dim(value, -1)
-        if width is None:
-            raise _Apart(f"the width of its {name} is not known")
-        widths.append(width // count if packed else width)
-        sources.append(_projection(name, value, axes, count, made, tracer))
-    out = _ahead(node.outputs[0], axes, readers, tracer)
-    if len({x.node for x in (*sources, out)}) < 4:
-        raise _Apart("its projections are one product")
-    block = HeadBlock(node, sources[0], sources[1], sources[2], out, heads, kv_heads, widths[0], widths[2])
-    sizes = [(x.out_features, width * kv_heads) for x, width in block.inputs]
-    if any(a != b for a, b in (*sizes, (out.in_features, block.rows * kv_heads))):
-        raise _Apart("its projections have columns that belong to no head")
-    return block
+def _operator(node: ir.Node, facts: AttentionFacts | str | None) -> _Place | None:
+    q, k, v, out = *node.inputs[:3], node.outputs[0]
+    if q is None or k is None or v is None or q.shape is None:
+        return None
+    flat = len(q.shape) == 3
+    heads = attr(node, "q_num_heads") or (static_dim(q, 1) if not flat else None)
+    kv_heads = attr(node, "kv_num_heads") or (static_dim(k, 1) if not flat else None)
+    widths = [static_dim(x, -1) for x in (q, v)]
+    if not heads or not kv_heads or None in widths:
+        return None
+    if isinstance(facts, AttentionFacts):
+        kv_heads = facts.kv_heads  # fewer than the operator sees where the graph repeats them in front of it
+    head_dim, value_dim = (int(w or 0) // (n if flat else 1) for w, n in zip(widths, (heads, kv_heads), strict=True))
+    return _Place(out, 2 if flat else 1, heads, kv_heads, head_dim, value_dim, (q, k, v))
 
 
-def _projection(name: str, value: ir.Value, axes: tuple[int, ...], heads: int, made: Mapping[ir.Value, Linear], tracer: Tracer) -> Linear:
-    """The Linear behind an input of attention. `axes`: where its heads and features lie, one axis for both or one for each."""
-    for _ in range(_DEPTH):
-        if _reader(value) is None:
-            raise _Apart(f"something else reads its {name}, `{value.name}`")
-        if value in made:
-            if len(axes) > 1:
-                raise _Apart(f"the {name} is projected with an axis of heads")
-            return _fit(name, made[value])
+def _primitive(facts: AttentionFacts | str | None) -> _Place | None:
+    """The axis of the product with the value that has its heads; they may be spread over two (groups, and heads of a group)."""
+    if facts is None or isinstance(facts, str) or facts.output.shape is None:
+        return None
+    operands = (facts.q.view.steps[-1].value, facts.k.view.steps[-1].value, facts.v.view.steps[-1].value)
+    lead = list(facts.output.shape)[:-2]
+    sizes = [n for n in lead[1:] if isinstance(n, int)] if len(lead) > 1 else []
+    if len(lead) == 1 or (sizes and len(sizes) == len(lead) - 1 and int(np.prod(sizes)) == facts.heads):
+        axis = 0 if len(lead) == 1 else next((k for k, n in enumerate(lead) if k and n != 1), 1)
+        if len(lead) <= 2 or lead[axis] == facts.heads:
+            return _Place(facts.output, axis, facts.heads, facts.kv_heads, facts.head_dim, facts.value_dim, operands)
+    return None
+
+
+def _heads(index: int, node: ir.Node, p: _Place, made: dict[ir.Value, Linear]) -> Heads:
+    projections = _behind(p.operands, made)
+    output = _ahead(p.value, made)
+    if output is not None and (output.in_features != p.heads * p.value_dim or output.batch or output.trans_x):
+        output = None
+    within = downstream([x.node.outputs[0] for x in projections] or list(p.operands))
+    return Heads(index, node, p.value, p.axis, p.heads, p.kv_heads, p.head_dim, p.value_dim, within, output, projections)
+
+
+def _behind(operands: Iterable[ir.Value], made: dict[ir.Value, Linear]) -> tuple[Linear, ...]:
+    """The projections that the operands of an attention are computed from, with no other in between."""
+    found: dict[Linear, None] = {}
+    todo, seen = list(operands), set[ir.Value]()
+    while todo and len(seen) < _FAR:
+        value = todo.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        linear = made.get(value)
+        if linear is not None and linear.in_features > 1:
+            found[linear] = None
+            continue
         node = value.producer()
-        if node is None or node.domain:
-            break
-        if _alike(node, value, axes, heads):
-            value = _first(node)
-        else:
-            view = tracer.view(value)
-            if view is None or view.root is value:
-                break
-            axes, value = _at_root(name, view, axes), view.root
-    raise _Apart(f"no projection with a stored weight makes its {name}")
+        todo += [v for v in (node.inputs if node is not None else ()) if v is not None]
+    return tuple(found)
 
 
-def _at_root(name: str, view: View, axes: tuple[int, ...]) -> tuple[int, ...]:
-    """Where the heads and features of a traced value lie in its root: in one axis, or each in one of its own."""
-    step, root = view.steps[-1], view.root
-    if any(step.offset) or any(_reader(s.value) is None for s in view.steps[:-1]):
-        raise _Apart(f"its {name} is only a part of `{root.name}`, or something else reads that")
-    group: Group = merged(tuple(a for k in axes for a in step.axes[k]))
-    if any(not isinstance(a.size, int) or a.axis < 0 or a.stride != 1 or a.size != static_dim(root, a.axis) for a in group) or len(group) > 2:
-        raise _Apart(f"its {name} is only a part of `{root.name}`")
-    return tuple(a.axis for a in group)
-
-
-def _ahead(value: ir.Value, axes: tuple[int, ...], readers: Mapping[ir.Node, Linear], tracer: Tracer) -> Linear:
-    """The output projection, whose input is the result of attention with heads and features in one last axis."""
-    start = value
-    for _ in range(_DEPTH):
-        node = _reader(value)
-        if node is None:
-            raise _Apart(f"something else reads its result, `{value.name}`")
-        if node in readers and readers[node].x is value:
-            view = tracer.view(value)
-            step = None if view is None or view.root is not start else view.steps[-1]
-            wanted = merged(tuple(a for k in axes for a in tracer.view(start).steps[-1].axes[k]))  # type: ignore[union-attr]
-            if step is None or merged(step.axes[-1]) != wanted:
-                raise _Apart("its result is not laid out head by head where it is projected")
-            return _fit("output", readers[node])
-        if node.domain or node.op_type not in _LAYOUT:
-            break
+def _ahead(value: ir.Value, made: dict[ir.Value, Linear]) -> Linear | None:
+    """The projection that alone reads the result of an attention, re-laid."""
+    for _ in range(_FAR):
+        readers = consumers(value)
+        if len(readers) != 1 or value.is_graph_output():
+            return None
+        node = readers[0]
+        linear = made.get(node.outputs[0])
+        if linear is not None and linear.node is node:
+            return linear if linear.x is value else None
+        if producer(node.outputs[0], *_LAYOUT) is None:
+            return None
         value = node.outputs[0]
-    raise _Apart("no projection with a stored weight reads its result")
+    return None
 
 
-def _fit(name: str, linear: Linear) -> Linear:
-    if linear.node.op_type != "MatMul" or linear.quantized or linear.batch or not used_once(linear.weight):
-        raise _Apart(f"its {name} projection is not a MatMul with a float matrix of its own")
-    bias: Sequence[int] = () if linear.bias is None or linear.bias.const_value is None else tuple(linear.bias.const_value.shape.numpy())
-    if linear.bias is not None and not bias:
-        raise _Apart(f"the bias of its {name} projection is one number")
-    return linear
-
-
-def _reader(value: ir.Value) -> ir.Node | None:
-    """The one node that reads a value, but for its shape."""
-    readers = [node for node in consumers(value) if node.op_type != "Shape"]
-    return readers[0] if len(readers) == 1 and not value.is_graph_output() and sum(v is value for v in readers[0].inputs) == 1 else None
-
-
-def _alike(node: ir.Node, value: ir.Value, axes: tuple[int, ...], heads: int) -> bool:
-    """Whether a node does the same to every head: a rotary embedding, or a norm over the features of each head."""
-    if node.op_type == "RotaryEmbedding":
-        return len(axes) > 1 or attr(node, "num_heads") == heads
-    last = len(value.shape or ()) - 1
-    return node.op_type in _NORMS and len(axes) > 1 and axes[1] == last and attr(node, "axis", -1) in (-1, last)
-
-
-def _first(node: ir.Node) -> ir.Value:
-    value = node.inputs[0]
-    assert value is not None
-    return value
+def _removal(gone: Iterable[int], units: int) -> Array:
+    mask = np.zeros(units, bool)
+    mask[list(gone)] = True
+    return mask

@@ -14,8 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.codebook import Codebook, read_codebook
-from graphopt.core import Analysis, Context
-from graphopt.graph import all_nodes, attr, constant, is_constant, producer, static_dim, used_once
+from graphopt.core.contract import Analysis, Context
+from graphopt.graph.questions import all_nodes, attr, constant, is_constant, producer, static_dim, used_once
 
 Array = np.ndarray[Any, Any]
 
@@ -287,3 +287,10 @@ def _embedding(node: ir.Node, casts: bool) -> Embedding | None:
     if rows is None or width is None or table.value.shape is None or len(table.value.shape) != 2 or not _is_float(node.outputs[0]):
         return None
     return Embedding(node, ids, table.value, table.path, rows, width, table.grid, table.codebook)
+
+
+def bias_of(linear: Linear) -> Array | None:
+    """[out], float64; a copy."""
+    if linear.bias is None or linear.bias.const_value is None:
+        return None
+    return np.broadcast_to(linear.bias.const_value.numpy().reshape(-1), (linear.out_features,)).astype(np.float64)

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graphopt import shapes
-from graphopt.analysis.layout import Dim, Group, Tracer
-from graphopt.core import Analysis, Context
-from graphopt.graph import attr, constant, producer, rank
+from graphopt.core.contract import Analysis, Context
+from graphopt.graph import dims, shapes
+from graphopt.graph.layout import Dim, Group, Tracer
+from graphopt.graph.questions import attr, constant, producer, rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +184,7 @@ class Masks:
             for index, factor in ((a, node.inputs[1]), (b, node.inputs[0])):
                 known = shapes.contents(factor)
                 if isinstance(index, Index) and known is not None and len(known) == 1 and index.const == 0:
-                    return Index(tuple((axis, shapes.multiply(c, known[0])) for axis, c in index.terms))
+                    return Index(tuple((axis, dims.multiply(c, known[0])) for axis, c in index.terms))
             return None
         if not isinstance(a, Index) or not isinstance(b, Index) or node.outputs[0].dtype not in _SIGNED:
             return None
@@ -228,7 +228,7 @@ class Masks:
             return None
         strides: list[Dim] = [1]
         for atom in atoms[:0:-1]:
-            strides.insert(0, shapes.multiply(strides[0], atom.size))
+            strides.insert(0, dims.multiply(strides[0], atom.size))
         by_stride = {str(c): axis for axis, c in index.terms}
         picks = [Index(((by_stride[str(s)], 1),)) if str(s) in by_stride else None for s in strides]
         return _picked(below, picks) if len(index.terms) == len(strides) else None

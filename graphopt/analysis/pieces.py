@@ -11,10 +11,9 @@ from collections.abc import Iterable, Iterator
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Linear, Linears, StoredOperands
-from graphopt.analysis.residual import Residuals
-from graphopt.choices import Piece
-from graphopt.core import Analysis, Context
-from graphopt.graph import all_nodes, consumers, graphs, is_constant, producer, used_once
+from graphopt.analysis.stream import Residuals
+from graphopt.core.contract import Analysis, Context, Piece
+from graphopt.graph.questions import all_nodes, consumers, graphs, is_constant, producer, used_once
 
 _ELEMENTWISE = ("Gelu", "Relu", "Sigmoid", "Tanh", "Elu", "Softplus", "HardSwish", "HardSigmoid", "Mish", "LeakyRelu", "Identity", "Mul")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from graphopt.graph import producer, scalar
+from graphopt.core.contract import Analysis, Context
+from graphopt.graph.questions import all_nodes, consumers, enclosed, producer, scalar
 
 Polynomial = dict[int, float]  # power -> coefficient
 _OPS = ("Add", "Sub", "Mul", "Div", "Pow", "Neg")
@@ -76,3 +78,37 @@ def _product(a: Polynomial, b: Polynomial) -> Polynomial | None:
 def close(found: Polynomial, wanted: Polynomial, tolerance: float) -> bool:
     """True if every coefficient agrees within the relative tolerance."""
     return all(math.isclose(found.get(k, 0.0), wanted.get(k, 0.0), rel_tol=tolerance, abs_tol=1e-12) for k in {*found, *wanted})
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """`output` = x * sigmoid(alpha * x). `nodes`: what computes it and nothing else, the last one makes `output`."""
+
+    x: ir.Value
+    alpha: float
+    output: ir.Value
+    nodes: tuple[ir.Node, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gates(Analysis[tuple[Gate, ...]]):
+    """Every gate whose alpha is a constant number, in graph order."""
+
+    def compute(self, model: ir.Model, ctx: Context) -> tuple[Gate, ...]:
+        found = (_gate(node) for node in all_nodes(model) if node.op_type == "Sigmoid" and node.domain == "")
+        return tuple(gate for gate in found if gate is not None)
+
+
+def _gate(node: ir.Node) -> Gate | None:
+    gated = node.outputs[0]
+    readers = consumers(gated)
+    if len(readers) != 1 or gated.is_graph_output() or readers[0].graph is not node.graph or producer(readers[0].outputs[0], "Mul") is None:
+        return None
+    product, argument = readers[0], node.inputs[0]
+    x = product.inputs[1] if product.inputs[0] is gated else product.inputs[0]
+    if argument is None or x is None or x is gated or x not in roots(argument):
+        return None
+    read = polynomial(argument, x)
+    if read is None or {k for k, c in read[0].items() if c} != {1}:
+        return None
+    return Gate(x, read[0][1], product.outputs[0], enclosed((node, product), read[1]))

@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from graphopt import shapes
-from graphopt.graph import attr, constant, is_constant, producer, rank, scalar, static_dim
+from graphopt.graph import shapes
+from graphopt.graph.questions import attr, constant, is_constant, producer, rank, scalar, static_dim
 
 Pairing = Literal["half", "interleaved"]
 _ELEMENTWISE = ("Cos", "Sin", "Cast", "Neg", "Identity")

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.graph import attr, constant, consumers, is_constant, producer, rank, same_dim, scalar, static_dim
+from graphopt.graph.questions import attr, constant, consumers, is_constant, producer, rank, same_dim, scalar, static_dim
 
 _REGROUPING = ("Reshape", "Squeeze", "Unsqueeze", "Identity")
 _DEPTH = 24

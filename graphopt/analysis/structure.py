@@ -13,8 +13,8 @@ import onnx_ir as ir
 
 from graphopt.analysis.linear import Embeddings, Linear, Linears
 from graphopt.analysis.masks import MaskReader, Masks
-from graphopt.core import Analysis, Context
-from graphopt.graph import all_nodes, attr, consumers, is_constant, producer, scalar, static_dim
+from graphopt.core.contract import Analysis, Context
+from graphopt.graph.questions import all_nodes, attr, consumers, is_constant, producer, scalar, static_dim
 
 _LAYOUT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Split", "Slice", "Gather", "Expand", "Flatten", "Cast")
 _ON_THE_WAY = (*_LAYOUT, "RotaryEmbedding", "RMSNormalization", "LayerNormalization", "LpNormalization", "Concat", "Mul", "Div", "Add", "Clip")

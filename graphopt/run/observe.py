@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import onnx_ir as ir
 
-from graphopt.core import Array
-from graphopt.errors import GraphoptError, SampleError
+from graphopt.core.contract import Array
+from graphopt.core.errors import GraphoptError, SampleError
 from graphopt.run import Feeds
 
 Reducer = Callable[[Array], None]

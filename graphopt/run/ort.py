@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.core import Array
-from graphopt.errors import TargetError
-from graphopt.run import Dim, Feeds, Port, check_feeds, fits_protobuf, one_line, to_proto, write
+from graphopt.core.contract import Array
+from graphopt.core.errors import TargetError
+from graphopt.graph.serialize import fits_protobuf, to_proto, write
+from graphopt.run import Dim, Feeds, Port, check_feeds, one_line
 
 if TYPE_CHECKING:
     import onnx

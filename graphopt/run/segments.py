@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import onnx
 import onnx_ir as ir
 
-from graphopt.core import Array
-from graphopt.errors import GraphoptError
-from graphopt.graph import bodies, is_constant
+from graphopt.core.contract import Array
+from graphopt.core.errors import GraphoptError
+from graphopt.graph.questions import bodies, is_constant
 from graphopt.run import Feeds, ort
 
 State = dict[str, Array]  # the values that cross a cut, by name

@@ -14,11 +14,11 @@ from models import parse, run  # type: ignore[import-not-found]
 from onnx import TensorProto, helper
 
 import graphopt
-from graphopt.core import Context, Target
-from graphopt.graph import constant
-from graphopt.pipeline import PassManager
-from graphopt.pipeline import parse as steps
-from graphopt.registry import passes, targets
+from graphopt.core.contract import Context, Target
+from graphopt.core.pipeline import PassManager
+from graphopt.core.pipeline import parse as steps
+from graphopt.core.registry import passes, targets
+from graphopt.graph.questions import constant
 
 Array = np.ndarray[Any, Any]
 OPSET = '<ir_version: 10, opset_import: ["": 21]>'

@@ -10,8 +10,8 @@ import onnx
 import pytest
 from models import assert_same, parse, run  # type: ignore[import-not-found]
 
-from graphopt.frontend import load
-from graphopt.save import save
+from graphopt.io.load import load
+from graphopt.io.save import save
 
 FEEDS = {"x": np.arange(6, dtype=np.float32).reshape(2, 3)}
 

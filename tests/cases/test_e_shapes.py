@@ -10,11 +10,12 @@ import onnx_ir as ir
 import pytest
 from models import Array, assert_same, parse, run  # type: ignore[import-not-found]
 
-from graphopt.errors import LoadError
-from graphopt.frontend import load, parse_shape
-from graphopt.graph import all_nodes
-from graphopt.remarks import Remarks
-from graphopt.save import to_proto
+from graphopt.core.errors import LoadError
+from graphopt.core.remarks import Remarks
+from graphopt.graph.questions import all_nodes
+from graphopt.io.bind_shapes import parse_shape
+from graphopt.io.load import load
+from graphopt.io.save import to_proto
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17]> '
 RNG = np.random.default_rng(0)

@@ -9,9 +9,9 @@ import onnx
 import pytest
 from models import MINILM_ROUTES, Array, assert_same, minilm, parse, run  # type: ignore[import-not-found]
 
-from graphopt.frontend import load
-from graphopt.graph import is_constant
-from graphopt.save import save, to_proto
+from graphopt.graph.questions import is_constant
+from graphopt.io.load import load
+from graphopt.io.save import save, to_proto
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17]> '
 RNG = np.random.default_rng(0)

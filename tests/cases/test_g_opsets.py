@@ -8,10 +8,10 @@ import onnx_ir as ir
 import pytest
 from models import assert_same, parse, run  # type: ignore[import-not-found]
 
-from graphopt.errors import TargetError
-from graphopt.frontend import load
-from graphopt.graph import all_nodes
-from graphopt.save import finish, to_proto
+from graphopt.core.errors import TargetError
+from graphopt.graph.questions import all_nodes
+from graphopt.io.load import load
+from graphopt.io.save import finish, to_proto
 
 
 def imports(proto: onnx.ModelProto) -> list[tuple[str, int]]:

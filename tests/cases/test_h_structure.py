@@ -13,7 +13,7 @@ from models import parse, run  # type: ignore[import-not-found]
 from pruning import masked, prune, same, shapes, units  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.errors import PassError, TargetError
+from graphopt.core.errors import PassError, TargetError
 
 Array = np.ndarray[Any, Any]
 HEAD = '<ir_version: 10, opset_import: ["": 21]>'

@@ -14,7 +14,7 @@ from tiny import tiny  # type: ignore[import-not-found]
 from typer.testing import CliRunner, Result
 
 import graphopt
-from graphopt.cli import app
+from graphopt.cli.root import app
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17]> '
 FLIP = '''

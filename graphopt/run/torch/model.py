@@ -10,9 +10,9 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from graphopt.core import Array
-from graphopt.errors import GraphoptError, TargetError
-from graphopt.graph import all_nodes
+from graphopt.core.contract import Array
+from graphopt.core.errors import GraphoptError, TargetError
+from graphopt.graph.questions import all_nodes
 from graphopt.run import Feeds, Port, check_feeds
 from graphopt.run.torch.program import Program
 from graphopt.run.torch.table import Function

@@ -8,10 +8,10 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from graphopt.errors import GraphoptError, TargetError
-from graphopt.graph import bodies
+from graphopt.core.errors import GraphoptError, TargetError
+from graphopt.graph.questions import bodies
 from graphopt.run import one_line
-from graphopt.run.torch import attention, control, gather, index, math, norm, quantized, resize, window
+from graphopt.run.torch.ops import attention, control, gather, index, math, norm, quantized, resize, window
 from graphopt.run.torch.table import Function, function_of
 
 _FILL = (attention, control, gather, index, math, norm, quantized, resize, window)  # the table

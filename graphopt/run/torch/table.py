@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import onnx_ir as ir
 import torch
 
-from graphopt.errors import TargetError
+from graphopt.core.errors import TargetError
+from graphopt.graph.opset.node_form import schema
 from graphopt.run.torch.types import DTYPES, to_tensor
-from graphopt.spelling import schema
 
 Function = Callable[..., Any]
 F = TypeVar("F", bound=Function)

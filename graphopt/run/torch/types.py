@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from graphopt.core import Array
-from graphopt.errors import TargetError
+from graphopt.core.contract import Array
+from graphopt.core.errors import TargetError
 
 Tensor: TypeAlias = torch.Tensor
 

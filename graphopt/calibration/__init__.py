@@ -1,0 +1,1 @@
+"""Facts seen on samples."""

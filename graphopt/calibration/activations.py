@@ -1,0 +1,107 @@
+"""What flows into the multiplies with stored weights, observed on samples: ranges, and a bounded sample of rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analysis.linear import Linears
+from graphopt.calibration.padding import Padding
+from graphopt.core.contract import Analysis, Array, Context
+from graphopt.run.observe import observable, observe
+
+
+@dataclasses.dataclass
+class Activation:
+    """One tensor [..., features] over all samples, streamed: memory does not grow with their number.
+
+    Attributes:
+        high, low: the largest and smallest number of each feature, float64 [features]; 0 always counts.
+        total: the sum over all rows, float64 [features].
+        rows: float32 [n, features], n <= `limit`, spread evenly over every batch and over the batches.
+        seen: the rows that there were.
+        whole, each: sums over the rows of (step of the rounding / norm of the row) squared, for one 8-bit grid for the batch and for a
+            symmetric one for each row.
+    """
+
+    limit: int
+    high: Array = dataclasses.field(default_factory=lambda: np.zeros(0))
+    low: Array = dataclasses.field(default_factory=lambda: np.zeros(0))
+    total: Array = dataclasses.field(default_factory=lambda: np.zeros(0))
+    rows: Array = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    seen: int = 0
+    whole: float = 0.0
+    each: float = 0.0
+
+    def __call__(self, x: Array) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        rows = rows[np.isfinite(rows).all(1)]
+        if not rows.size:
+            return
+        if not self.seen:
+            self.high, self.low, self.total = (np.zeros(rows.shape[1]) for _ in range(3))
+            self.rows = np.zeros((0, rows.shape[1]), np.float32)
+        self.high, self.low = np.maximum(self.high, rows.max(0)), np.minimum(self.low, rows.min(0))
+        self.total += rows.sum(0, dtype=np.float64)
+        norms = np.square(rows.astype(np.float64)).sum(1)
+        step = (max(float(rows.max()), 0) - min(float(rows.min()), 0)) / 255
+        steps = 2 * np.abs(rows).max(1).astype(np.float64) / 255
+        kept = norms > 0
+        self.whole += float((step**2 / norms[kept]).sum())
+        self.each += float((steps[kept] ** 2 / norms[kept]).sum())
+        self._keep(rows)
+
+    @property
+    def mean(self) -> Array:
+        """Of each feature over all rows, float64 [features]."""
+        return self.total / max(self.seen, 1)
+
+    @property
+    def unevenness(self) -> float:
+        """How many times larger the rounding error (root mean square, relative to each row) is with one grid for all than with one for each row."""
+        return float(np.sqrt(self.whole / self.each)) if self.each else 1.0
+
+    def _keep(self, rows: Array) -> None:
+        """Each batch gets the share of the sample that its rows are of all rows so far."""
+        self.seen += len(rows)
+        share = max(1, round(self.limit * len(rows) / self.seen))
+        stay = min(len(self.rows), self.limit - min(share, len(rows)))
+        self.rows = np.concatenate([_spread(self.rows, stay), _spread(rows, share).astype(np.float32)])
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearInputs(Analysis[Mapping[ir.Value, Activation]]):
+    """The activation of every Linear of the main graph, by value.
+
+    Needs samples; it runs the graph once over all of them.
+
+    Args:
+        limit: rows kept of each.
+    """
+
+    limit: int = 256
+
+    def compute(self, model: ir.Model, ctx: Context) -> Mapping[ir.Value, Activation]:
+        samples = ctx.require_samples()
+        found = {x.x: Activation(self.limit) for x in ctx.get(Linears(casts=True)) if observable(model, x.x) and not x.trans_x}
+        if found:
+            padding = Padding(model, [str(v.name) for v in found])
+            watched = padding.watch(samples)
+            observe(model, watched, {v: functools.partial(_rows_to, seen, padding, str(v.name)) for v, seen in found.items()})
+        return {value: seen for value, seen in found.items() if seen.seen}
+
+
+def _rows_to(seen: Activation, padding: Padding, name: str, array: Array) -> None:
+    seen(padding.now.rows(name, array))
+
+
+def _spread(rows: Array, count: int) -> Array:
+    """`count` of the rows at most, evenly."""
+    if len(rows) <= count:
+        return rows
+    picked: Array = rows[np.linspace(0, len(rows) - 1, count).astype(int)]
+    return picked

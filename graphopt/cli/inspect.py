@@ -1,0 +1,22 @@
+"""`graphopt inspect`."""
+
+from __future__ import annotations
+
+import json
+
+from graphopt.cli.shell import Json, Model, Plugins, Task, WithPast, console, progress
+
+
+def inspect(model: Model, task: Task = None, with_past: WithPast = False, plugin: Plugins = None, as_json: Json = False) -> None:
+    """Show what a model is, and every attention in it or why it is none."""
+    from graphopt.report.inspection import inspect as look
+
+    with progress() as tell:
+        tell("load and recognize", 0.0)
+        found = look(model, plugins=plugin or (), task=task, with_past=with_past)
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=1))
+        return
+    from graphopt.report.terminal import print_inspection
+
+    print_inspection(found, console())

@@ -1,0 +1,90 @@
+"""`graphopt optimize`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graphopt.cli.shell import Json, Model, Plugins, Shapes, Task, WithPast, console, progress
+from graphopt.core.errors import SaveError
+
+
+class Kind(StrEnum):
+    MISSED = "missed"
+    APPLIED = "applied"
+    ALL = "all"
+
+
+def optimize(
+    model: Model,
+    out: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The file to write.", show_default=False)],
+    level: Annotated[
+        int | None, typer.Option("-O", "--level", min=0, max=3, help="0 normal form, 1 exact passes, 2 also int8, 3 also compression.  [default: 1]")
+    ] = None,
+    pipeline: Annotated[str | None, typer.Option(metavar="TEXT|@FILE", help="Passes to run, instead of a level.")] = None,
+    target: Annotated[str, typer.Option(metavar="T", help="Where the model will run, such as cpu{threads=2}.")] = "cpu",
+    samples: Annotated[str | None, typer.Option(metavar="DATA", help="Inputs to judge by: .npz, a folder of .npz, or a text file.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(metavar="FILE", help="tokenizer.json for samples that are text.")] = None,
+    metric: Annotated[str | None, typer.Option(metavar="FILE.py:FUNCTION", help="From a session to a number, larger is better.")] = None,
+    max_loss: Annotated[float | None, typer.Option(min=0.0, metavar="X", help="What lossy passes may cost together; 0.01 is 1 %.")] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE.json|FILE.html", help="Write the report.")] = None,
+    plugin: Plugins = None,
+    require: Annotated[list[str] | None, typer.Option(metavar="PASS", help="Fail unless this pass changed something; repeatable.")] = None,
+    verify_each: Annotated[bool, typer.Option("--verify-each", help="Check the graph after every pass.")] = False,
+    check_numerics: Annotated[bool, typer.Option("--check-numerics", help="Check the numbers after every pass.")] = False,
+    time: Annotated[bool, typer.Option("--time", help="Print the seconds of every pass.")] = False,
+    print_changed: Annotated[bool, typer.Option("--print-changed", help="Print what every pass changed.")] = False,
+    dump: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the graph after every pass.")] = None,
+    fuel: Annotated[int | None, typer.Option(min=0, metavar="N", help="Stop after N changes, for bisecting.")] = None,
+    remarks: Annotated[Kind | None, typer.Option(help="Print the remarks, one a line.")] = None,
+    task: Task = None,
+    with_past: WithPast = False,
+    input_shape: Annotated[list[str] | None, typer.Option(metavar="NAME:DIM,...", help="Fix the shape of an input; repeatable.")] = None,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time input and output; take back what is slower.")] = True,
+    shapes: Shapes = None,
+    as_json: Json = False,
+) -> None:
+    """Optimize a model for a target and write it."""
+    if level is not None and pipeline is not None:
+        raise typer.BadParameter("give either -O LEVEL or --pipeline, not both")
+    writes = _places(model, out, report)
+    from graphopt.core import registry
+    from graphopt.driver import optimize as api
+    from graphopt.io import bind_shapes
+    from graphopt.run.race import parse_shapes
+
+    parse_shapes(shapes or "1")
+    shaped = dict(bind_shapes.parse_shape(text) for text in input_shape or ())
+    judge = None if metric is None else registry.load_metric(metric)
+    with progress() as tell:
+        result = api.optimize(
+            model, pipeline, level=1 if level is None else level, target=target, samples=samples, tokenizer=tokenizer, metric=judge,
+            max_loss=max_loss, require=require or (), plugins=plugin or (), input_shapes=shaped or None, task=task, with_past=with_past,
+            verify_each=verify_each, check_numerics=check_numerics, time=time, print_changed=print_changed, dump=dump, fuel=fuel, progress=tell,
+            promise=measure and level != 0 and fuel is None, shapes=shapes, writes=writes,
+        )  # fmt: skip
+        if measure and result.report.speed_up.value is None:
+            result.measure(shapes, progress=lambda done: tell("timing input and output, interleaved", done))
+    result.save(out, report)
+    if as_json:
+        print(result.report.json())
+        return
+    from graphopt.report.terminal import print_remarks, print_report
+
+    print_report(result.report, console())
+    if remarks is not None:
+        print_remarks(result.report, remarks.value)
+
+
+def _places(model: str, out: Path, report: Path | None) -> list[Path]:
+    """The files that will be written; checked before any work: a run of minutes must not end at a folder that is missing."""
+    if report is not None and report.suffix not in (".json", ".html"):
+        raise SaveError(f"a report is FILE.json or FILE.html, found {report}")
+    from graphopt.core import places
+
+    files = [out, places.data_file(out), *([] if report is None else [report])]
+    places.check_places(files, [model])
+    return files

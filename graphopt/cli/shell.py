@@ -1,0 +1,84 @@
+"""What all commands share: their common options, errors in one line, and progress."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
+
+import typer
+
+from graphopt.core.errors import GraphoptError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Progress = Callable[[str, float], None]
+INTERRUPTED = 130  # the exit code of shells after SIGINT
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="An .onnx file, or a Hugging Face model folder.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Plugins = Annotated[list[str] | None, typer.Option("--plugin", metavar="FILE|MODULE", help="Bring passes or targets from here; repeatable.")]
+Task = Annotated[str | None, typer.Option(metavar="T", help="What to load from a Hugging Face folder, such as text-classification.")]
+WithPast = Annotated[bool, typer.Option("--with-past", help="Export a decoder with its key/value cache.")]
+Shapes = Annotated[str | None, typer.Option(metavar="1x16,8x64", help="BATCHxSEQUENCE sizes to time.")]
+Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this one in full.", show_default=False)]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also options and purpose; this imports every module.")]
+
+
+def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
+    """Every failure is one error on stderr and exit code 1; GRAPHOPT_TRACEBACK=1 shows where it came from."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except GraphoptError as error:
+            fail(str(error))
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away (`| head`); Python must not complain at exit
+            raise typer.Exit(1) from None
+        except Exception as error:  # noqa: BLE001 -- the last door: a defect of ours is still one line for the user
+            first = str(error).strip().splitlines() or [""]
+            fail(f"internal: {type(error).__name__}: {first[0]} (GRAPHOPT_TRACEBACK=1 shows where; please report it)")
+
+    return run
+
+
+def fail(message: str) -> NoReturn:
+    if os.environ.get("GRAPHOPT_TRACEBACK"):
+        import traceback
+
+        traceback.print_exc()
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr)
+    raise typer.Exit(1)
+
+
+def console() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """A bar on stderr while the body runs; silent where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text, done: None
+        return
+    with Progress(TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), console=console, transient=True) as bars:
+        task = bars.add_task("", total=1.0)
+        yield lambda text, done: bars.update(task, description=text, completed=done)

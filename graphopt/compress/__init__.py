@@ -1,0 +1,1 @@
+"""What lossy passes share; plugins may use it."""

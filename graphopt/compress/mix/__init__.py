@@ -1,0 +1,1 @@
+"""Several precisions in one model."""

@@ -1,0 +1,97 @@
+"""Least squares after removal: output projections take over, as far as they can, what the removed units contributed.
+
+Block after block on the samples, each on what the pruned model really feeds it: min ||x W' + b' - y||^2, where y is what the unpruned model adds
+to the residual stream there, corrected by what the stream has lost already (Kwon et al. 2022; for layers in sequence Frantar and Alistarh 2023).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analysis.linear import Linear, Linears, bias_of
+from graphopt.calibration.padding import Kept, Padding
+from graphopt.calibration.pair import _Progress, _rows, _Sums
+from graphopt.compress.weights import store, unfit
+from graphopt.core.contract import Context
+from graphopt.graph.questions import Names
+from graphopt.run import Feeds
+from graphopt.run.segments import State
+
+_RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0)  # of the mean second moment, towards the old weights; chosen on what is held out
+_HELD_OUT = 4  # one batch of so many; one row, where there are fewer batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """`before`, `after`: the relative error of what one projection gives, on the samples."""
+
+    node: str
+    before: float
+    after: float
+
+
+def refit(
+    model: ir.Model, teacher: ir.Model, names: Sequence[str], samples: Iterable[Feeds], rows: int
+) -> tuple[list[Fitted], list[tuple[str, str]]]:
+    """Fit the multiplies of these names (they have them in both models), in graph order.
+
+    Args:
+        model: the pruned graph; its weights and biases are replaced.
+        teacher: the graph before.
+        rows: stop after the batch in which so many rows of activations were seen; they are held in memory, at the places where blocks begin.
+
+    Returns:
+        what was fitted, and (node, reason) for what was not.
+    """
+    old = {x.node.name: x for x in Linears().compute(teacher, Context(teacher))}
+    new = {x.node.name: x for x in Linears().compute(model, Context(model))}
+    order = [str(n.name) for n in model.graph if n.name in set(names)]
+    refused = [(name, reason) for name in order if (reason := _unfit(model, new.get(name), old.get(name)))]
+    order = [name for name in order if name not in dict(refused)]
+    if not order:
+        return [], refused
+    pupil = _Progress(model, [new[name] for name in order])
+    master = _Progress(teacher, [old[name] for name in order])
+    pupil.begin(samples, rows)
+    master.begin(pupil.feeds, rows)
+    padding, fresh = Padding(teacher, [str(old[name].x.name) for name in order]), Names(model)
+    kept = [padding.kept(feed) for feed in pupil.feeds]
+    return [_fit(model, fresh, new[n], old[n], pupil.until(new[n]), master.until(old[n]), kept) for n in order], refused
+
+
+def fit_behind(model: ir.Model, teacher: ir.Model, names: Sequence[str], ctx: Context, rows: int) -> None:
+    """Refit these output projections, and say so."""
+    ctx.invalidate()
+    fitted, refused = refit(model, teacher, names, ctx.require_samples(), rows)
+    for fit in fitted:
+        ctx.remarks.applied(fit.node, f"refitted: error {fit.before:.4f} -> {fit.after:.4f}", before=fit.before, after=fit.after)
+    for name, reason in refused:
+        ctx.remarks.missed(name, f"not refitted: {reason}")
+
+
+def _fit(model: ir.Model, names: Names, new: Linear, old: Linear, pupil: Sequence[State], master: Sequence[State], kept: Sequence[Kept]) -> Fitted:
+    weight, bias = new.matrix().astype(np.float32), bias_of(new)
+    start = (weight if bias is None else np.concatenate([weight, bias[None]])).astype(np.float64)
+    fit, held = _Sums(*start.shape), _Sums(*start.shape)
+    for number, (x, y) in enumerate(_rows(new, old, pupil, master, kept)):
+        out = np.arange(number, number + len(x)) if len(pupil) < _HELD_OUT else np.full(len(x), number)
+        out = out % _HELD_OUT == _HELD_OUT - 1
+        fit.add(x[~out], y[~out])
+        held.add(x[out], y[out])
+    ridge = min(_RIDGES, key=lambda r: held.error(fit.solve(start, r)))
+    whole = fit + held
+    found = whole.solve(start, ridge)
+    store(model, names, new, found if bias is None else found[:-1], None if bias is None else found[-1])
+    return Fitted(str(new.node.name), whole.error(start), whole.error(found))
+
+
+def _unfit(model: ir.Model, new: Linear | None, old: Linear | None) -> str | None:
+    if new is None or old is None or new.node.graph is not model.graph:
+        return "its output projection is no multiply of the main graph with a stored float weight"
+    if new.path and not new.quantized:
+        return "its weight stands behind a Transpose; canonicalize folds it"
+    return unfit(new)

@@ -1,0 +1,221 @@
+"""What all pruning of heads and neurons shares: rank, choose, remove, refit, and say so."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeVar
+
+import onnx_ir as ir
+
+from graphopt.analysis.heads import Heads, Unit
+from graphopt.compress.budget import cheapest_cut
+from graphopt.compress.prune.importance import CRITERIA, Importance, Ranking
+from graphopt.compress.prune.latency import savings as measured
+from graphopt.compress.prune.latency import speedup
+from graphopt.compress.prune.refit import fit_behind
+from graphopt.compress.prune.removable import Candidate, Removable
+from graphopt.core.contract import Context, Pass
+from graphopt.core.errors import PipelineError
+from graphopt.core.options import option_error
+from graphopt.rewrite.slicing.apply import apply
+from graphopt.rewrite.slicing.close import Slicing
+from graphopt.rewrite.slicing.plan import Refusal
+
+P = TypeVar("P")
+
+
+class OutOfFuel(Exception):
+    """What was planned at last is forgotten."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The options that the pruning passes have in common; a pass need not have all of them."""
+
+    importance: str
+    refit: bool
+    loss: str
+    rows: int
+    seed: int
+    ratio: float | None = None
+    flops: float | None = None
+    latency: float | None = None
+    multiple: int = 1
+    resize: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, step: Pass) -> Settings:
+        return cls(**{f.name: getattr(step, f.name) for f in dataclasses.fields(cls) if hasattr(step, f.name)})
+
+    @property
+    def amount(self) -> float | None:
+        """The fraction that is to go, whatever it is a fraction of."""
+        return next((x for x in (self.ratio, self.flops, self.latency) if x is not None), None)
+
+
+def check(name: str, s: Settings, given: bool = False) -> None:
+    """Raises PipelineError for options that contradict each other or are out of range."""
+    if s.importance not in CRITERIA:
+        raise option_error(name, "importance", f"one of {', '.join(CRITERIA)}", s.importance)
+    ways = [key for key in ("ratio", "flops", "latency") if getattr(s, key) is not None] + (["heads"] if given else [])
+    if len(ways) > 1:
+        raise option_error(name, ways[1], f"to stand without {ways[0]}", "both")
+    for key in ("ratio", "flops", "latency"):
+        value = getattr(s, key)
+        if value is not None and not 0 < value < 1:
+            raise option_error(name, key, "a fraction between 0 and 1", value)
+    if s.rows < 1 or s.multiple < 1:
+        raise option_error(name, "rows" if s.rows < 1 else "multiple", "1 or more", s.rows if s.rows < 1 else s.multiple)
+
+
+def milder(value: float | None) -> float | None:
+    """Half of a ratio; None below one percent."""
+    return value / 2 if value is not None and value / 2 >= 0.01 else None
+
+
+def weaker(step: P) -> P | None:
+    """The same pass with half of its ratio, flops or latency; None where that is less than a percent."""
+    for key in ("ratio", "flops", "latency"):
+        less = milder(getattr(step, key, None))
+        if less is not None:
+            return dataclasses.replace(step, **{key: less})  # type: ignore[type-var]
+    return None
+
+
+def prune(model: ir.Model, ctx: Context, kinds: Collection[str], s: Settings) -> int:
+    """Remove units of these kinds until `ratio` of them, `flops` of the model's multiplications with stored weights, or `latency` is saved."""
+    found = ctx.get(Removable(s.resize))
+    candidates = [c for c in found.candidates if c.kind in kinds]
+    for node, reason in found.refused:
+        ctx.remarks.missed(node.name or "", f"not pruned: {reason}")
+    rankings = _rankings(ctx, candidates, s)
+    for c in candidates:
+        if c not in rankings:
+            ctx.remarks.missed(c.name, f"not pruned: importance={s.importance} says nothing about its {c.kind}")
+    if not rankings:
+        ctx.remarks.missed("", f"found no {' or '.join(kinds)} that can be removed")
+        return 0
+    savings = measured(model, ctx, rankings, s.resize) if s.latency is not None else {c: _savings(c, rankings[c], s) for c in rankings}
+    whole = 1.0 if s.latency is not None else sum(c.count for c in rankings) if s.ratio is not None else found.total
+    budget = whole * (s.amount or 0.0)
+    steps = cheapest_cut(rankings, savings, budget)
+    if steps is None:
+        most = sum(max(v) for v in savings.values()) / whole
+        ctx.remarks.missed("", f"at most {most:.1%} can go, and {budget / whole:.1%} was asked for; nothing was removed")
+        return 0
+    gone = {c: c.members(rankings[c].first(k).tolist()) for c, k in steps.items() if k}
+    facts = {c: {"cost": round(float(rankings[c].cost[steps[c]]), 8), "importance": s.importance} for c in gone}
+    before = model.clone() if s.latency is not None else model
+    changes = remove(model, ctx, gone, s, facts)
+    if s.latency is not None and changes:
+        faster = speedup(ctx, before, model)
+        ctx.remarks.applied("", f"measured on {ctx.target}: {1 - 1 / faster:.1%} of the latency saved", saved=1 - 1 / faster, asked=s.latency)
+    return changes
+
+
+def _rankings(ctx: Context, candidates: Sequence[Candidate], s: Settings) -> dict[Candidate, Ranking]:
+    loss: Any = s.loss
+    if ":" in s.loss:
+        from graphopt.core.registry import load_metric
+
+        loss = load_metric(s.loss)
+    found: Mapping[Candidate, Ranking] = ctx.get(Importance(s.importance, loss, s.rows, s.multiple, s.seed, s.resize))
+    return {c: found[c] for c in candidates if c in found}
+
+
+def _savings(c: Candidate, ranking: Ranking, s: Settings) -> list[float]:
+    """What the first steps of a ranking save: units, or multiplications."""
+    groups = [0]
+    for step in ranking.order:
+        groups.append(groups[-1] + len(step))
+    return [float(n if s.ratio is not None else n * c.saves) for n in groups]
+
+
+def remove(model: ir.Model, ctx: Context, gone: Mapping[Candidate, Sequence[int]], s: Settings, facts: Mapping[Candidate, Mapping[str, Any]]) -> int:
+    """Remove these heads and neurons, refit what reads them, and remark on each block."""
+    if s.refit and gone:
+        ctx.require_samples()  # before anything changes
+    before = model.clone() if s.refit else model
+    plan, done, outputs = Slicing(model, resize=s.resize), list[tuple[Candidate, Sequence[int]]](), list[str]()
+    for c, members in gone.items():
+        try:
+            planned(plan, ctx, c.units, members)
+        except Refusal as refusal:
+            ctx.remarks.missed(c.name, f"not pruned: {refusal}")
+            continue
+        except OutOfFuel:
+            break
+        done.append((c, members))
+        outputs += [str(u.output.node.name) for u in c.units if u.output is not None]
+    if not done:
+        return 0
+    ported = sorted({str(v.name) for v in plan.removed if v.is_graph_input() or v.is_graph_output()})
+    _tell(ctx, done, facts)
+    carry_out(plan, ctx)
+    if ported:
+        ctx.remarks.warning("", f"{', '.join(f'`{n}`' for n in ported)} changed in size with the heads; feed back what the model gives")
+    if s.refit:
+        fit_behind(model, before, outputs, ctx, s.rows)
+    return len(done)
+
+
+def planned(plan: Slicing, ctx: Context, units: Sequence[Unit], members: Sequence[int]) -> None:
+    """Plan the removal of these heads or neurons from all `units`, or from none.
+
+    Raises:
+        Refusal: it cannot be done.
+        OutOfFuel: it must not be done.
+    """
+    with plan.together():
+        for unit in units:
+            plan.remove(unit.value, unit.axis, unit.mask(members), inside=unit.inside)
+        if not ctx.fuel.burn():
+            raise OutOfFuel
+
+
+def carry_out(plan: Slicing, ctx: Context) -> None:
+    """Apply what is planned, and warn of what that changes beyond zeros."""
+    apply(plan)
+    for where, text in plan.notes:
+        ctx.remarks.warning(where, text)
+
+
+def _tell(ctx: Context, done: Sequence[tuple[Candidate, Sequence[int]]], facts: Mapping[Candidate, Mapping[str, Any]]) -> None:
+    for c, members in done:
+        for unit in c.units:
+            listed = sorted(members)
+            shared = {"shared_with": [u.index for u in c.units if u is not unit]} if len(c.units) > 1 else {}
+            told: dict[str, Any] = {"layer": unit.index, "removed": listed if isinstance(unit, Heads) else len(listed), "of": unit.count}
+            what = f"heads {'+'.join(map(str, listed))}" if isinstance(unit, Heads) else f"{len(listed)} neurons"
+            ctx.remarks.applied(unit.node.name or "", f"layer {unit.index}: {what} of {unit.count} removed", **told, **shared, **facts.get(c, {}))
+
+
+def explicit(model: ir.Model, ctx: Context, listed: Mapping[int, Sequence[int]], kind: str, s: Settings) -> int:
+    """Remove the units that the user names, {block: members}; groups that must stay whole are completed, and weights shared with blocks that are
+    not named are forked.
+
+    Raises:
+        PipelineError: there is no such block or member.
+    """
+    found = ctx.get(Removable(s.resize))
+    place = {unit.index: (c, unit) for c in found.candidates if c.kind == kind for unit in c.units}
+    gone: dict[Candidate, list[int]] = {}
+    for index, members in listed.items():
+        if index not in place:
+            raise _unknown(found.refused, index, place, kind)
+        c, unit = place[index]
+        wrong = [m for m in members if not 0 <= m < unit.count]
+        if wrong:
+            raise PipelineError(f"layer {index} has {unit.count} {kind}, 0 to {unit.count - 1}; found {wrong[0]}")
+        whole = c.members(sorted({m // c.group for m in members}))
+        if len(whole) > len(set(members)):
+            asked = "+".join(map(str, sorted(members)))
+            ctx.remarks.warning(c.name, f"{kind} go in groups of {c.group}: {'+'.join(map(str, whole))} instead of {asked}")
+        gone[dataclasses.replace(c, units=(unit,))] = whole
+    return remove(model, ctx, gone, s, {})
+
+
+def _unknown(refused: Sequence[tuple[ir.Node, str]], index: int, known: Mapping[int, object], kind: str) -> PipelineError:
+    why = f"; not possible elsewhere: {refused[0][0].name}: {refused[0][1]}" if refused else ""
+    return PipelineError(f"no {kind} can be removed from a layer {index}; layers are {', '.join(map(str, sorted(known))) or 'none'}{why}")

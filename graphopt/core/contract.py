@@ -1,0 +1,219 @@
+"""The three things that graphopt is made of: passes change a graph, analyses tell facts about it, targets lower it."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeGuard, TypeVar
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.core.errors import SampleError
+from graphopt.core.fuel import Fuel
+from graphopt.core.options import Configurable
+from graphopt.core.remarks import Remarks
+from graphopt.core.replay import Spool
+
+if TYPE_CHECKING:
+    from graphopt.core.machine import Machine
+    from graphopt.rewrite.choices import Choices
+
+Facts = TypeVar("Facts")
+Array = np.ndarray[Any, Any]
+
+
+class Pass(Configurable, ABC):
+    """One change of a graph. A subclass is a frozen dataclass whose fields are its options.
+
+    `exact` is False for a pass that may change the numbers beyond rounding (quantization, pruning, low rank).
+    `preserves` lists the analyses whose facts are still true after the pass changed something.
+    """
+
+    exact: ClassVar[bool] = True
+    preserves: ClassVar[frozenset[type]] = frozenset()
+
+    @abstractmethod
+    def run(self, model: ir.Model, ctx: Context) -> int:
+        """Change `model` in place; return how many changes were made (0 = untouched)."""
+
+    @property
+    def binding(self) -> bool:
+        """True if a limit of the user asks for it (`opset=17`): it is never taken back for being slow."""
+        return False
+
+    def weaker(self) -> Self | None:
+        """A milder setting of the same pass, or None if it can only be undone."""
+        return None
+
+
+class Analysis(ABC, Generic[Facts]):
+    """Read-only facts about a graph. A subclass is a frozen dataclass; the Context caches its facts by value."""
+
+    @abstractmethod
+    def compute(self, model: ir.Model, ctx: Context) -> Facts: ...
+
+
+class Batches(Protocol):
+    """Batches (name -> array) as often as you iterate, always in the same order: `graphopt.Samples`, or a list of dicts."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def __len__(self) -> int: ...
+
+
+def _counts(samples: Iterable[Any]) -> TypeGuard[Batches]:
+    """It has a length, also where the length is asked for (a DataLoader over a stream has none)."""
+    try:
+        return isinstance(samples, Sized) and len(samples) >= 0
+    except TypeError:
+        return False
+
+
+class Context:
+    """What a pass is given besides the graph. An explicit argument, never global.
+
+    Args:
+        samples: batches of the model's inputs; a generator, which can be read once, is written to a temporary folder.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        *,
+        target: Target | None = None,
+        samples: Batches | Iterable[Mapping[str, Array]] | None = None,
+        remarks: Remarks | None = None,
+        fuel: Fuel | None = None,
+        budget: Budget | None = None,
+        original: ir.Model | None = None,
+    ) -> None:
+        self.model, self.target, self.budget = model, target, budget
+        self.samples: Batches | None = samples if samples is None or _counts(samples) else Spool(samples)
+        self.original = model if original is None else original
+        self.remarks = Remarks() if remarks is None else remarks
+        self.fuel = Fuel() if fuel is None else fuel
+        self.choices: Choices | None = None  # set by choose-spellings; the rewrite driver asks
+        self._facts: dict[Any, Any] = {}
+
+    def get(self, analysis: Analysis[Facts]) -> Facts:
+        """The facts of an analysis about the current graph; computed once until the graph changes."""
+        if analysis not in self._facts:
+            self._facts[analysis] = analysis.compute(self.model, self)
+        facts: Facts = self._facts[analysis]
+        return facts
+
+    def invalidate(self, keep: frozenset[type] = frozenset()) -> None:
+        """Drop the facts of every analysis but those of the types in `keep`."""
+        self._facts = {a: f for a, f in self._facts.items() if type(a) in keep}
+
+    def require_samples(self) -> Batches:
+        """The user's samples.
+
+        Raises:
+            SampleError: there are none; the text names the flag to add.
+        """
+        if self.samples is not None and not len(self.samples):
+            raise SampleError(f"{self.remarks.current} needs samples of the model's inputs, found 0 batches: the source is empty, or used up before")
+        if self.samples is None:
+            raise SampleError(f"{self.remarks.current} needs samples of the model's inputs; add --samples DATA (or samples=... in Python)")
+        return self.samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """The one loss budget for all lossy passes: the relative fall of the metric, or the relative L2 distance of the outputs."""
+
+    max_loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """What a target wrote: the files (the first is the one to load) and their size together, in bytes."""
+
+    files: tuple[Path, ...]
+    nbytes: int
+
+
+class Session(Protocol):
+    """A model that runs: named arrays in, named arrays out."""
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]: ...
+
+
+class Target(Configurable, ABC):
+    """A runtime with one way of running a model; `cpu{threads=2}` parses exactly like a pass."""
+
+    @abstractmethod
+    def pipeline(self, level: int) -> str:
+        """What -O0 .. -O3 mean here, as pipeline text."""
+
+    @abstractmethod
+    def lowerings(self) -> Sequence[Pass]:
+        """Ordinary passes that spell the graph as this target runs it best; every debugging tool works on them too."""
+
+    @abstractmethod
+    def supports(self, node: ir.Node) -> bool:
+        """True if the runtime has a kernel for this node."""
+
+    @abstractmethod
+    def save(self, model: ir.Model, path: Path) -> Artifact:
+        """Write the lowered model, whole or not at all."""
+
+    @abstractmethod
+    def session(self, model: ir.Model) -> Session:
+        """Run the lowered model here.
+
+        Raises:
+            TargetError: the runtime is not on this machine.
+        """
+
+    def spellings(self) -> Sequence[Spelling]:
+        """The table of equivalent spellings, the default of each kind first; `lowerings` must begin with `choose-spellings` to use it."""
+        return ()
+
+    def machine(self) -> Machine | None:
+        """Where a timing of this target was or would be taken; None if it cannot run here."""
+        return None
+
+    def report(self, model: ir.Model) -> dict[str, Any]:
+        """What this target has to say about the lowered model (JSON values)."""
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Nodes of one graph, in topological order, that are timed and spelled together."""
+
+    nodes: tuple[ir.Node, ...]
+
+
+Kind = Analysis[tuple[Piece, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spelling:
+    """One row of a target's table: `passes` turn a piece of `kind` into this spelling; no pass = as the passes before left it.
+
+    The first row of a kind is its default: it decides where nothing was measured, and where no other is faster beyond the noise.
+    """
+
+    kind: Kind
+    name: str
+    passes: tuple[Pass, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """`residual-norm: sum`."""
+        return f"{kind_name(self.kind)}: {self.name}"
+
+
+def kind_name(kind: Kind) -> str:
+    """`ResidualNorm()` -> `residual-norm`."""
+    from graphopt.core.options import kebab
+
+    return kebab(type(kind).__name__)
+
+
+Metric = Callable[[Session], float]

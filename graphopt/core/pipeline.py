@@ -1,0 +1,180 @@
+"""Pipelines: the text grammar, the pass manager and what it records.
+
+pipeline := element (("," | newline) element)*
+element  := name ("{" option (("," | blank) option)* "}")?
+option   := key ("=" value)?         a value is a bare word or a double-quoted string; lists join with "+"; "#" starts a comment
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import onnx_ir as ir
+
+from graphopt.core.contract import Context, Pass
+from graphopt.core.errors import PassError, PipelineError
+from graphopt.core.options import Configurable, near
+from graphopt.core.remarks import Remark
+
+C = TypeVar("C", bound=Configurable)
+_TOKEN = re.compile(r'(?P<space>[ \t\r]+|#[^\n]*)|(?P<sep>[,\n{}=])|(?P<word>(?:"(?:\\.|[^"\\])*"|[^\s,{}"#=])+)|(?P<bad>.)', re.S)
+
+
+def parse(text: str, classes: Mapping[str, type[C]], what: str = "pass") -> list[C]:
+    """Parse pipeline text; `@file` reads a recipe.
+
+    Raises:
+        PipelineError: with the line, a caret under the bad token, and what is near or known.
+    """
+    if text.strip().startswith("@"):
+        path = Path(text.strip()[1:])
+        if not path.is_file():
+            raise PipelineError(f"recipe {path} is not a file")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            why = "it is no text" if isinstance(error, UnicodeDecodeError) else error.strerror or error
+            raise PipelineError(f"recipe {path} cannot be read: {why}; a recipe is a text file of passes") from None
+    return _Parser(text, classes, what).pipeline()
+
+
+def render(passes: Sequence[Configurable]) -> str:
+    """The text that parses to the same passes."""
+    return ", ".join(map(str, passes))
+
+
+class _Parser:
+    def __init__(self, text: str, classes: Mapping[str, type[Any]], what: str) -> None:
+        self.text, self.classes, self.what = text, classes, what
+        self.tokens = [(m.lastgroup or "bad", m.group(), m.start()) for m in _TOKEN.finditer(text) if m.lastgroup != "space"]
+        self.tokens.append(("end", "", len(text)))
+        self.at = 0
+
+    def pipeline(self) -> list[Any]:
+        out: list[Any] = []
+        while True:
+            while self.peek() in (",", "\n"):
+                self.at += 1
+            if self.tokens[self.at][0] == "end":
+                return out
+            out.append(self.element())
+            if self.tokens[self.at][0] != "end" and self.peek() not in (",", "\n"):
+                raise self.error(f"expected `,` or a new line after `{out[-1].name}`, found `{self.peek()}`", self.tokens[self.at])
+
+    def element(self) -> Any:
+        token = self.word(f"the name of a {self.what}")
+        cls = self.classes.get(token[1])
+        if cls is None:
+            raise self.error(
+                f"there is no {self.what} `{token[1]}`{near(token[1], self.classes)}", token, f"{self.what}es" if self.what == "pass" else None
+            )
+        options, places = self.options() if self.peek() == "{" else ({}, {})
+        try:
+            return cls.from_options(options)
+        except PipelineError as error:
+            place = places.get(getattr(error, "bad_key", ""), token)
+            head, _, tail = str(error).partition("\n")
+            raise self.error(head, place, tail=tail) from None
+
+    def options(self) -> tuple[dict[str, str | None], dict[str, tuple[str, str, int]]]:
+        options: dict[str, str | None] = {}
+        places = {}
+        self.at += 1
+        while self.peek() != "}":
+            if self.peek() in (",", "\n"):
+                self.at += 1
+                continue
+            key = self.word("an option")
+            if key[1] in options:
+                raise self.error(f"option `{key[1]}` is given twice", key)
+            options[key[1]], places[key[1]] = None, key
+            if self.peek() == "=":
+                self.at += 1
+                options[key[1]] = self.word(f"a value for `{key[1]}`")[1]
+        self.at += 1
+        return options, places
+
+    def peek(self) -> str:
+        return self.tokens[self.at][1]
+
+    def word(self, expected: str) -> tuple[str, str, int]:
+        token = self.tokens[self.at]
+        if token[0] != "word":
+            raise self.error(f"expected {expected}, found {'the end' if token[0] == 'end' else repr(token[1])}", token)
+        self.at += 1
+        return token
+
+    def error(self, message: str, token: tuple[str, str, int], known: str | None = None, tail: str = "") -> PipelineError:
+        start = self.text.rfind("\n", 0, token[2]) + 1
+        end = self.text.find("\n", start)
+        line = self.text[start : end if end >= 0 else None]
+        caret = " " * (token[2] - start) + "^" * max(1, min(len(token[1]), len(line) - (token[2] - start)))
+        tail = f"\n{tail}" if tail else ""
+        if known:
+            tail = f"\n  {known}: {', '.join(sorted(self.classes))}"
+        return PipelineError(f"{message}\n  {line}\n  {caret}{tail}")
+
+
+@dataclasses.dataclass
+class PassRecord:
+    """What one pass did: its text, the number of changes, seconds, and its remarks."""
+
+    name: str
+    changes: int
+    seconds: float
+    remarks: list[Remark]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "changes": self.changes, "seconds": round(self.seconds, 4), "remarks": [r.as_dict() for r in self.remarks]}
+
+
+class Instrument(Protocol):
+    """Looks over the pass manager's shoulder; every method may raise a GraphoptError to stop the run."""
+
+    def before_pipeline(self, model: ir.Model, ctx: Context) -> None: ...
+    def before(self, step: Pass, position: int, model: ir.Model, ctx: Context) -> None: ...
+    def after(self, step: Pass, position: int, changes: int, seconds: float, model: ir.Model, ctx: Context) -> None: ...
+    def failed(self, step: Pass, position: int, error: BaseException, model: ir.Model, ctx: Context) -> None: ...
+
+
+class PassManager:
+    """Runs passes in order over one graph, in place."""
+
+    def __init__(self, passes: Sequence[Pass], instruments: Sequence[Instrument] = ()) -> None:
+        self.passes, self.instruments = list(passes), list(instruments)
+
+    def __str__(self) -> str:
+        return render(self.passes)
+
+    def run(self, model: ir.Model, ctx: Context) -> list[PassRecord]:
+        """Run every pass.
+
+        Raises:
+            PassError: a pass or an instrument raised; it names the pass, its place in the pipeline and the cause.
+        """
+        for instrument in self.instruments:
+            instrument.before_pipeline(model, ctx)
+        return [self._step(step, position, model, ctx) for position, step in enumerate(self.passes, start=1)]
+
+    def _step(self, step: Pass, position: int, model: ir.Model, ctx: Context) -> PassRecord:
+        ctx.remarks.current, mark, start = step.name, len(ctx.remarks), time.perf_counter()
+        try:
+            for instrument in self.instruments:
+                instrument.before(step, position, model, ctx)
+            start = time.perf_counter()
+            changes = step.run(model, ctx)
+            seconds = time.perf_counter() - start
+            if changes:
+                ctx.invalidate(step.preserves)
+            for instrument in self.instruments:
+                instrument.after(step, position, changes, seconds, model, ctx)
+        except (Exception, SystemExit) as error:  # a pass must not end the program, and with exit code 0 at that
+            for instrument in self.instruments:
+                instrument.failed(step, position, error, model, ctx)
+            raise PassError(str(step), position, error) from error
+        return PassRecord(str(step), changes, seconds, ctx.remarks.since(mark))

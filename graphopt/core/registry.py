@@ -1,0 +1,144 @@
+"""Finds passes and targets. An entry point names a *package*; each public module in it is one pass (or one target).
+
+Listing names imports nothing; a class is imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from graphopt.core.errors import GraphoptError, PipelineError
+
+if TYPE_CHECKING:
+    from graphopt.core.contract import Metric
+
+PASSES, TARGETS = "graphopt.passes", "graphopt.targets"
+
+
+class Registry(Mapping[str, type[Any]]):
+    """Names -> classes of one group; the values are imported on demand."""
+
+    def __init__(self, group: str, plugins: tuple[str, ...] = ()) -> None:
+        self.group = group
+        self._owners: dict[str, str] = {}
+        self._places: dict[str, str | type[Any]] = {}
+        for entry in sorted(entry_points(group=group), key=lambda e: (e.name != "builtin", e.name)):
+            self._add_package(entry)
+        for plugin in plugins:
+            self._add_plugin(plugin)
+
+    def __getitem__(self, name: str) -> type[Any]:
+        place = self._places[name]
+        if isinstance(place, str):
+            place = self._places[name] = _class_in(importlib.import_module(place), name, self.group)
+        return place
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self._places else default
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._places))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def owner(self, name: str) -> str:
+        """Who brings this name: `graphopt`, another distribution, or a plugin file."""
+        return self._owners[name]
+
+    def _add_package(self, entry: EntryPoint) -> None:
+        owner = entry.dist.name if entry.dist is not None else entry.value
+        try:
+            spec = importlib.util.find_spec(entry.value)
+        except ModuleNotFoundError:  # its parent package is gone
+            spec = None
+        if spec is None:
+            raise PipelineError(f"{owner} registers `{entry.value}` for {self.group}, but there is no such package; reinstall {owner}")
+        for module in pkgutil.iter_modules(spec.submodule_search_locations or []):
+            if not module.name.startswith("_"):
+                self._claim(module.name.replace("_", "-"), f"{entry.value}.{module.name}", owner)
+
+    def _add_plugin(self, plugin: str) -> None:
+        for cls in vars(load_plugin(plugin)).values():
+            if _is_member(cls, self.group) and not cls.__module__.startswith("graphopt."):
+                self._claim(cls.name, cls, plugin)
+
+    def _claim(self, name: str, place: str | type[Any], owner: str) -> None:
+        if name in self._places and self._places[name] is not place:
+            raise PipelineError(f"the name `{name}` in {self.group} is claimed by {self._owners[name]} and by {owner}; rename or remove one of them")
+        self._places[name], self._owners[name] = place, owner
+
+
+def passes(plugins: tuple[str, ...] = ()) -> Registry:
+    return Registry(PASSES, plugins)
+
+
+def targets(plugins: tuple[str, ...] = ()) -> Registry:
+    return Registry(TARGETS, plugins)
+
+
+def load_plugin(plugin: str) -> ModuleType:
+    """A plugin is a Python file or the name of an importable module."""
+    path = Path(plugin)
+    if path.suffix != ".py":
+        try:
+            return importlib.import_module(plugin)
+        except ImportError as error:
+            raise PipelineError(f"plugin `{plugin}` is neither a .py file nor an importable module: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise PipelineError(f"plugin module {plugin} failed to import: {type(error).__name__}: {error}") from error
+    name = f"graphopt_plugin_{path.stem}_{abs(hash(path.resolve()))}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise PipelineError(f"plugin file {path} does not exist")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise PipelineError(f"plugin file {path} failed to import: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _is_member(cls: object, group: str) -> bool:
+    from graphopt.core.contract import Pass, Target
+
+    base = Pass if group == PASSES else Target
+    return isinstance(cls, type) and issubclass(cls, base) and not inspect.isabstract(cls)
+
+
+def _class_in(module: ModuleType, name: str, group: str) -> type[Any]:
+    for cls in vars(module).values():
+        if _is_member(cls, group) and cls.name == name:
+            found: type[Any] = cls
+            return found
+    kind = "pass" if group == PASSES else "target"
+    raise PipelineError(f"{module.__name__} must define the {kind} class of its file name (`{name}`), and does not")
+
+
+def load_metric(text: str) -> Metric:
+    """A metric from `FILE.py:function` or `module:function`.
+
+    Raises:
+        GraphoptError: there is no such function.
+    """
+    place, _, name = text.rpartition(":")
+    if not place or not name:
+        raise GraphoptError(f"a metric is FILE.py:FUNCTION or MODULE:FUNCTION, found `{text}`")
+
+    found = getattr(load_plugin(place), name, None)
+    if not callable(found):
+        raise GraphoptError(f"{place} has no function `{name}`")
+    metric: Metric = found
+    return metric

@@ -1,0 +1,262 @@
+"""What looks over the pass manager's shoulder: verify each pass, check the numbers, time, print what changed, dump every graph."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.core.contract import Array, Batches, Context, Pass, Session
+from graphopt.core.errors import GraphoptError, SampleError, TargetError, VerifyError
+from graphopt.core.pipeline import Instrument
+from graphopt.graph.interface import Interface, interface
+from graphopt.graph.questions import all_nodes
+from graphopt.graph.text import diff, graph_text
+from graphopt.graph.verify import verify
+from graphopt.run.distance import Difference, compare_outputs
+from graphopt.run.samples import Samples, runnable_samples
+
+__all__ = ["CheckNumerics", "Dump", "Instrument", "PrintChanged", "Time", "VerifyEach"]
+
+Outputs = list[dict[str, Array]]  # for each sample, name -> array
+Load = Callable[[ir.Model], Session]
+_FEEDS = 4  # samples that check-numerics runs, at most
+
+
+class Observer:
+    """An instrument that looks at nothing; the others override what they need."""
+
+    def before_pipeline(self, model: ir.Model, ctx: Context) -> None:
+        """Called once, with the graph before the first pass."""
+
+    def before(self, step: Pass, position: int, model: ir.Model, ctx: Context) -> None:
+        """Called before each pass; `position` counts from 1."""
+
+    def after(self, step: Pass, position: int, changes: int, seconds: float, model: ir.Model, ctx: Context) -> None:
+        """Called after each pass that did not raise."""
+
+    def failed(self, step: Pass, position: int, error: BaseException, model: ir.Model, ctx: Context) -> None:
+        """Called when a pass or an instrument raised."""
+
+
+class VerifyEach(Observer):
+    """The normal form, the public interface and an honest count of changes, before the first and after every pass."""
+
+    def __init__(self) -> None:
+        self._interface: Interface | None = None
+        self._before = ""
+
+    def before_pipeline(self, model: ir.Model, ctx: Context) -> None:
+        self._interface = interface(model)
+        verify(model)
+
+    def before(self, step: Pass, position: int, model: ir.Model, ctx: Context) -> None:
+        self._before = _state(model)
+
+    def after(self, step: Pass, position: int, changes: int, seconds: float, model: ir.Model, ctx: Context) -> None:
+        verify(model, interface=self._interface)
+        if changes == 0 and _state(model) != self._before:
+            raise VerifyError(f"`{step}` says that it changed nothing, but the graph is another")
+
+
+class CheckNumerics(Observer):
+    """Runs the graph before the first pass and after every pass, with runtime optimizations off, on the samples.
+
+    After an exact pass each output must be that of the pipeline's input, within `distance.TOLERANCE`. After a lossy one the outputs must
+    still have their shapes and dtypes, and no new NaN; they are the baseline from then on. Outputs that differ between two runs of one
+    graph (live Dropout, random nodes) are left out, and named in a warning.
+
+    Args:
+        load: makes a session of a graph; by default onnxruntime with ORT_DISABLE_ALL, or the ONNX reference where that cannot run the input.
+        seed: of the random samples that are made up where the context has none.
+
+    Raises (in `after`):
+        VerifyError: names the pass, the first output that differs and where, and the first value inside the graph that does.
+    """
+
+    def __init__(self, load: Load | None = None, *, seed: int = 0) -> None:
+        self._loads = (load,) if load is not None else (_plain, _reference)
+        self._seed = seed
+        self._feeds: list[dict[str, Array]] = []
+        self._baseline: Outputs = []
+        self._unsteady: set[str] = set()
+        self._stale = False
+        self._before: ir.Model | None = None
+
+    def before_pipeline(self, model: ir.Model, ctx: Context) -> None:
+        session = self._choose(model, ctx.samples)
+        self._baseline, again = self._run(session), self._run(session)
+        pairs = [(name, a[name], b[name]) for a, b in zip(self._baseline, again, strict=True) for name in a]
+        self._unsteady = {name for name, a, b in pairs if compare_outputs({name: a}, {name: b})}
+        if self._unsteady:
+            names = ", ".join(f"`{n}`" for n in sorted(self._unsteady))
+            ctx.remarks.warning("", f"the numbers of {names} are not checked: the graph is random, and gives others in every run")
+
+    def before(self, step: Pass, position: int, model: ir.Model, ctx: Context) -> None:
+        if self._stale:  # read here, not after the lossy pass: it may have been undone by now
+            self._baseline, self._stale = self._run(self._load(model)), False
+        self._before = model.clone()
+
+    def after(self, step: Pass, position: int, changes: int, seconds: float, model: ir.Model, ctx: Context) -> None:
+        try:
+            outputs = self._run(self._load(model))
+        except TargetError as error:
+            raise VerifyError(f"check-numerics: after pass {position} `{step}` the graph no longer runs: {error}") from error
+        self._stale = not step.exact
+        compare = compare_outputs if step.exact else _broken
+        for number, (expected, found) in enumerate(zip(self._baseline, outputs, strict=True), start=1):
+            difference = compare(self._steady(expected), self._steady(found))
+            if difference is not None:
+                inside = self._first_inside(model, number - 1) if step.exact else ""
+                raise VerifyError(f"check-numerics: pass {position} `{step}` changed the numbers: {difference}, on sample {number}{inside}")
+
+    def _choose(self, model: ir.Model, samples: Batches | None) -> Session:
+        """The first engine that runs the input decides for the whole pipeline, and so do its samples."""
+        reason: GraphoptError | None = None
+        for load in self._loads:
+            try:
+                session = load(model)
+                fitted = runnable_samples(model, session, seed=self._seed) if samples is None else Samples.load(samples, model)
+                self._feeds = list(fitted)[:_FEEDS]
+                session.run(self._feeds[0])
+            except TargetError as error:
+                reason = reason or error
+            except SampleError as error:
+                if samples is not None:
+                    raise
+                reason = reason or error
+            else:
+                self._load = load
+                return session
+        raise VerifyError(f"check-numerics: the input of the pipeline cannot be run: {reason}")
+
+    def _run(self, session: Session) -> Outputs:
+        return [session.run(feed) for feed in self._feeds]
+
+    def _steady(self, outputs: dict[str, Array]) -> dict[str, Array]:
+        return {name: array for name, array in outputs.items() if name not in self._unsteady}
+
+    def _first_inside(self, model: ir.Model, number: int) -> str:
+        """The first value, in the order of the graph, that the graphs before and after the pass both name and do not agree on."""
+        from graphopt.run.observe import exposed
+
+        assert self._before is not None, "before comes first"
+        shared = {str(v.name) for node in self._before.graph for v in node.outputs if v.name}
+        names = [str(v.name) for node in model.graph for v in node.outputs if v.name in shared and not v.is_graph_output()]
+        if not names:
+            return ""
+        try:
+            old, new = (self._load(exposed(graph, names)).run(self._feeds[number]) for graph in (self._before, model))
+        except GraphoptError as error:
+            return f" (the values inside cannot be compared: {error})"
+        differences = (compare_outputs({name: old[name]}, {name: new[name]}) for name in names)
+        first = next((d for d in differences if d is not None), None)
+        return "" if first is None else f"; inside the graph, the first is {str(first).removeprefix('output ')}"
+
+
+class Time(Observer):
+    """Prints the seconds of each pass to stderr as it ends; `rows` keeps (pass, changes, seconds)."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream
+        self.rows: list[tuple[str, int, float]] = []
+
+    def after(self, step: Pass, position: int, changes: int, seconds: float, model: ir.Model, ctx: Context) -> None:
+        self.rows.append((str(step), changes, seconds))
+        _say(self._stream, f"{position:3d} {seconds:8.3f} s  {changes:5d} changes  {step}")
+
+
+class PrintChanged(Observer):
+    """Prints what each pass changed to stderr, as a diff of the graph's text."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream, self._before = stream, ""
+
+    def before(self, step: Pass, position: int, model: ir.Model, ctx: Context) -> None:
+        self._before = graph_text(model)
+
+    def after(self, step: Pass, position: int, changes: int, seconds: float, model: ir.Model, ctx: Context) -> None:
+        changed = diff(self._before, graph_text(model))
+        head = f"--- after pass {position} `{step}`: {changes} changes"
+        _say(self._stream, f"{head}\n{changed}".rstrip() if changed else f"{head}, the graph is the same")
+
+
+class Dump(Observer):
+    """Writes the graph before the first pass and after each one: `00-input.onnx`, `01-canonicalize.onnx`, and the same as .txt.
+
+    Raises (in `before_pipeline`):
+        GraphoptError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+
+    def places(self, steps: Sequence[Pass]) -> list[Path]:
+        """The files that it may write for these passes."""
+        names = ["00-input", *(_file_name(step, position) for position, step in enumerate(steps, start=1))]
+        return [self._folder / f"{name}{end}" for name in names for end in (".onnx", ".onnx.data", ".txt", ".failed.txt")]
+
+    def before_pipeline(self, model: ir.Model, ctx: Context) -> None:
+        self._write("00-input", model)
+
+    def after(self, step: Pass, position: int, changes: int, seconds: float, model: ir.Model, ctx: Context) -> None:
+        self._write(_file_name(step, position), model)
+
+    def failed(self, step: Pass, position: int, error: BaseException, model: ir.Model, ctx: Context) -> None:
+        """The graph as the failure left it, as text only: it may not be a legal model."""
+        text = f"# {' '.join(str(error).split())}\n{graph_text(model)}"
+        self._folder.joinpath(f"{_file_name(step, position)}.failed.txt").write_text(text, encoding="utf-8")
+
+    def _write(self, name: str, model: ir.Model) -> None:
+        from graphopt.graph.serialize import write
+
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.joinpath(f"{name}.txt").write_text(graph_text(model), encoding="utf-8")
+            write(model, self._folder / f"{name}.onnx")
+        except OSError as error:
+            raise GraphoptError(f"cannot dump to {self._folder}: {error.strerror or error}; give another folder") from error
+
+
+def _plain(model: ir.Model) -> Session:
+    from graphopt.run import ort
+
+    return ort.session(model, optimize=False)
+
+
+def _reference(model: ir.Model) -> Session:
+    """The ONNX reference; onnxruntime for a graph with ops that only it has, as after lowering."""
+    from graphopt.run import reference
+
+    standard = all(node.domain in ("", "ai.onnx") for node in all_nodes(model))
+    return reference.session(model) if standard else _plain(model)
+
+
+def _broken(expected: dict[str, Array], found: dict[str, Array]) -> Difference | None:
+    """What even a lossy pass must not do: another shape or dtype, a NaN that was none."""
+    for name, array in expected.items():
+        difference = compare_outputs({name: array}, {k: v for k, v in found.items() if k == name})
+        if difference is not None and difference.reason:
+            return difference
+        if array.dtype.kind == "f" and bool((np.isnan(found[name]) & ~np.isnan(array)).any()):
+            return Difference(name, reason="has become NaN")
+    return None
+
+
+def _state(model: ir.Model) -> str:
+    """What a change changes: the text of the graph, and which tensors it holds."""
+    tensors = (f"{name} {id(v.const_value)}" for name, v in model.graph.initializers.items())
+    return graph_text(model, weights=False) + "\n".join(tensors)
+
+
+def _file_name(step: Pass, position: int) -> str:
+    return f"{position:02d}-" + re.sub(r"[^\w.-]+", "-", step.name)
+
+
+def _say(stream: TextIO | None, text: str) -> None:
+    print(text, file=stream if stream is not None else sys.stderr)

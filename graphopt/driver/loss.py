@@ -1,0 +1,80 @@
+"""What an optimization costs: how far the outputs moved on the samples, or how far the user's metric fell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from graphopt.calibration.padding import Padding
+from graphopt.core.contract import Array, Context, Metric, Session, Target
+from graphopt.core.errors import GraphoptError, SampleError
+from graphopt.core.pipeline import PassManager
+from graphopt.report.report import Measured
+from graphopt.run.distance import relative_l2
+from graphopt.run.samples import Samples
+
+NO_SAMPLES = "no samples; add --samples DATA, or --metric M (samples=... or metric=... in Python)"
+
+
+class Loss:
+    """The loss of a model against `original`, as a fraction: 0.01 is 1 %.
+
+    With a metric (larger is better): its relative fall, negative where it rose. Without: ||outputs - original outputs|| / ||original outputs||
+    over all samples, of the output where it is largest; positions of padding do not count.
+    """
+
+    def __init__(self, target: Target, original: ir.Model, samples: Samples | None, metric: Metric | None) -> None:
+        self.target, self.original, self.samples, self.metric = target, original, samples, metric
+        self._outputs: list[dict[str, Array]] | None = None
+        self._padding = Padding(original)
+        self._score: float | None = None
+
+    @property
+    def known(self) -> bool:
+        return self.samples is not None or self.metric is not None
+
+    @property
+    def how(self) -> str:
+        return "relative fall of the metric" if self.metric is not None else "relative L2 distance of the outputs on the samples"
+
+    def of(self, session: Session) -> float:
+        """The loss of what this session runs.
+
+        Raises:
+            SampleError: there is neither a metric nor a sample.
+            GraphoptError: the metric of the original is not a positive number.
+        """
+        if self.metric is not None:
+            return self._fall(self.metric, session)
+        if self.samples is None:
+            raise SampleError(NO_SAMPLES)
+        if self._outputs is None:
+            self._outputs = self._run(self.target.session(self.original), self.samples)
+        return relative_l2(self._outputs, self._run(session, self.samples))
+
+    def of_graph(self, model: ir.Model) -> float:
+        """The loss of a graph before lowering, as the target will run it."""
+        copy = model.clone()
+        ctx = Context(copy, target=self.target, samples=self.samples, original=self.original)
+        PassManager(self.target.lowerings()).run(copy, ctx)
+        return self.of(self.target.session(copy))
+
+    def report(self, session: Callable[[], Session]) -> Measured:
+        """The loss for the report, or why there is none."""
+        if not self.known:
+            return Measured(None, NO_SAMPLES)
+        try:
+            return Measured(self.of(session()), None, self.how)
+        except GraphoptError as error:
+            return Measured(None, str(error))
+
+    def _fall(self, metric: Metric, session: Session) -> float:
+        if self._score is None:
+            self._score = float(metric(self.target.session(self.original)))
+        if not self._score > 0:
+            raise GraphoptError(f"the metric of the original is {self._score:g}; a relative fall needs a positive number, larger for better models")
+        return (self._score - float(metric(session))) / self._score
+
+    def _run(self, session: Session, samples: Samples) -> list[dict[str, Array]]:
+        return [self._padding.kept(feed).counted(session.run(feed)) for feed in samples]

@@ -1,0 +1,1 @@
+"""Equivalent spellings of a graph, timed on the machine."""

@@ -1,0 +1,223 @@
+"""Lowering is measured: equivalent spellings of each piece of a graph are timed where the model will run, and what wins is chosen.
+
+Every distinct piece becomes a small model of its own (extract.py), is spelled in each way that the target's table lists, and all
+spellings are timed side by side. Equal pieces are timed once, and what was timed before comes out of a cache (cache.py). A spelling
+must be faster than the default one by more than the noise; without measurement the defaults of the table decide.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from graphopt.core.contract import Array, Context, Kind, Pass, Piece, Session, Spelling, Target, kind_name
+from graphopt.core.errors import GraphoptError, TargetError
+from graphopt.driver.lowering import extract
+from graphopt.driver.lowering.cache import Cache, Timed
+from graphopt.graph.dims import Bindings
+from graphopt.graph.questions import all_nodes
+from graphopt.rewrite.choices import Choices
+from graphopt.run import race as bench
+from graphopt.run.clock import latency, steady_clock
+from graphopt.run.race import SHAPES, _mean, shapes_of
+from graphopt.run.roles import random_feed
+
+NOISE = 1.03  # a spelling must be this much faster than the default one, in the geometric mean over the sizes ...
+FLOOR = 1e-5  # ... and by this many seconds over all sizes together: below that the clock decides, not the kernel
+BUDGET = 20.0  # seconds for all timing of one model; what is left over goes by the table
+_REFUSED = 1e6  # seconds: what the cache says of a spelling that the runtime does not run at these sizes
+_BYTES = 512 * 2**20  # activations of a piece, at most
+_EFFORT = ((0.0002, 8, 20), (0.002, 6, 8), (0.02, 5, 4), (float("inf"), 3, 2))  # up to so many seconds a run: rounds, counted runs of a block
+
+
+@dataclasses.dataclass(frozen=True)
+class ChooseSpellings(Pass):
+    """Times the equivalent spellings of the target's table and chooses; the lowerings after it then fire where they were chosen."""
+
+    def run(self, model: ir.Model, ctx: Context) -> int:
+        if ctx.target is None:
+            raise TargetError("choose-spellings reads the table of a target, and the context has none; give Context(model, target=...)")
+        table = ctx.target.spellings()
+        if not table:
+            return 0
+        ctx.choices = Choices(table)
+        tuner = _Tuner(ctx.target, model, ctx)
+        for kind in dict.fromkeys(spelling.kind for spelling in table):
+            tuner.decide(kind, [s for s in table if s.kind == kind])
+        tuner.close()
+        return 0
+
+
+@dataclasses.dataclass
+class _Variant:
+    """One spelling of one piece: the small model, and the key that its timings have in the cache."""
+
+    spelling: Spelling
+    model: ir.Model
+    key: str
+
+
+class _Tuner:
+    def __init__(self, target: Target, model: ir.Model, ctx: Context) -> None:
+        self.target, self.model, self.ctx = target, model, ctx
+        self.mode: str = getattr(target, "tune", "on")
+        self.machine = target.machine()
+        self.elsewhere = getattr(target, "processor", None) is not None
+        self.cache = Cache()
+        self.sizes = bench.sizes_for(model, shapes_of(target) or SHAPES)
+        self.spent, self.untimed = 0.0, 0
+        self.by_table: dict[str, str] = {}
+
+    def decide(self, kind: Kind, spellings: Sequence[Spelling]) -> None:
+        """Choose for every piece of one kind; equal pieces are looked at once."""
+        groups: dict[str, list[Piece]] = {}
+        small: dict[str, ir.Model] = {}
+        for piece in self.ctx.get(kind):
+            found = extract.extract(piece, self.model)
+            text = "" if found is None else extract.signature(found, None)
+            groups.setdefault(text, []).append(piece)
+            if found is not None:
+                small.setdefault(text, found)
+        for text, pieces in groups.items():
+            chosen = self._choose(small[text], spellings, pieces) if text and len(spellings) > 1 else spellings[0]
+            for piece in pieces:
+                assert self.ctx.choices is not None
+                self.ctx.choices.choose(piece, chosen)
+
+    def _choose(self, small: ir.Model, spellings: Sequence[Spelling], pieces: Sequence[Piece]) -> Spelling:
+        default, name = spellings[0], pieces[0].nodes[-1].name or ""
+        if self.mode == "off" or self.machine is None:
+            self.by_table[kind_name(default.kind)] = default.name
+            return default
+        variants = self._variants(small, spellings)
+        if len(variants) < 2:
+            return default
+        times = self._times(small, variants)
+        if not times:
+            self.untimed += len(pieces)
+            self.by_table[kind_name(default.kind)] = default.name
+            return default
+        return self._judge(variants, times, name, len(pieces))
+
+    def _variants(self, small: ir.Model, spellings: Sequence[Spelling]) -> list[_Variant]:
+        """The spellings that differ; of equal ones the first."""
+        found: dict[str, _Variant] = {}
+        for spelling in spellings:
+            model = small.clone()
+            own = Context(model, target=self.target)
+            for step in spelling.passes:
+                step.run(model, own)
+            ops = " ".join(f"{n.domain}.{n.op_type}".lstrip(".") for n in all_nodes(model))
+            found.setdefault(extract.signature(model, None), _Variant(spelling, model, f"{spelling.label} ({ops})"))
+        return list(found.values())
+
+    def _times(self, small: ir.Model, variants: Sequence[_Variant]) -> dict[str, dict[str, float]]:
+        """Sizes -> spelling -> seconds, of the sizes at which all spellings are known or could be timed."""
+        assert self.machine is not None
+        keys: dict[str, str] = {}
+        for label, sizes in self.sizes.items():
+            need = extract.cost(small, sizes)
+            if need is not None and need <= _BYTES:
+                keys[label] = extract.fingerprint(extract.signature(small, sizes))
+        known = self.cache.find(self.machine, keys.values(), any_runtime=self.elsewhere)
+        times: dict[str, dict[str, float]] = {}
+        missing: dict[str, str] = {}
+        for label, key in keys.items():
+            row = {v.spelling.name: known.get((key, v.key)) for v in variants}
+            if None not in row.values():
+                times[label] = {name: seconds for name, seconds in row.items() if seconds is not None}
+            else:
+                missing[label] = key
+        if missing and self.mode == "on" and not self.elsewhere and self.spent < BUDGET:
+            start = time.perf_counter()
+            times.update(self._measure(small, variants, missing))
+            self.spent += time.perf_counter() - start
+        return times
+
+    def _measure(self, small: ir.Model, variants: Sequence[_Variant], keys: Mapping[str, str]) -> dict[str, dict[str, float]]:
+        assert self.machine is not None
+        sessions: dict[str, Session] = {}
+        for variant in variants:
+            try:
+                sessions[variant.spelling.name] = self.target.session(variant.model)
+            except GraphoptError as error:
+                self.ctx.remarks.missed("", f"{variant.spelling.label}: {error}")
+        if variants[0].spelling.name not in sessions:
+            return {}
+        found: dict[str, dict[str, float]] = {}
+        for label, key in keys.items():
+            row = self._race(small, sessions, self.sizes[label])
+            if row and min(row.values()) * NOISE < row[variants[0].spelling.name]:  # a slow moment of the machine must not choose: win twice
+                again = self._race(small, sessions, self.sizes[label])
+                row = {name: min(seconds, again[name]) for name, seconds in row.items() if name in again}
+            if row:
+                found[label] = {v.spelling.name: row.get(v.spelling.name, _REFUSED) for v in variants}
+                told = extract.describe(small, self.sizes[label])
+                self.cache.add(self.machine, [Timed(key, v.key, label, found[label][v.spelling.name], told) for v in variants])
+        return found
+
+    def _race(self, small: ir.Model, sessions: dict[str, Session], sizes: Bindings) -> dict[str, float]:
+        """Seconds of each; a spelling that the runtime refuses at this size leaves this race."""
+        sessions = dict(sessions)
+        try:
+            feed: Mapping[str, Array] = random_feed(small, sizes)
+        except ValueError:
+            return {}
+        base = next(iter(sessions))
+        for name in list(sessions):
+            try:
+                sessions[name].run(feed)
+            except GraphoptError as error:
+                self.ctx.remarks.missed("", f"`{name}` does not run at {dict(sizes)}: {error}")
+                del sessions[name]
+        if base not in sessions:
+            return {}
+        start = time.perf_counter()
+        sessions[base].run(feed)
+        once = time.perf_counter() - start
+        rounds, block = next((r, b) for limit, r, b in _EFFORT if once <= limit)
+        assert self.machine is not None
+        timed = latency(sessions, {"": feed}, rounds=rounds, block=block, clock=steady_clock(self.machine.own_threads))
+        return {name: seconds[0] for name, seconds in timed.seconds.items()}
+
+    def _judge(self, variants: Sequence[_Variant], times: Mapping[str, Mapping[str, float]], node: str, count: int) -> Spelling:
+        default = variants[0].spelling
+        names = [v.spelling.name for v in variants]
+        gain = {n: _mean([row[default.name] / row[n] for row in times.values()]) for n in names}
+        saved = {n: sum(row[default.name] - row[n] for row in times.values()) for n in names}
+        best = max(names, key=lambda n: gain[n])
+        facts: dict[str, Any] = {
+            "pieces": count,
+            "milliseconds": {label: {n: round(s * 1e3, 4) for n, s in row.items()} for label, row in times.items()},
+            "speed_up": {n: round(gain[n], 3) for n in names},
+        }
+        told = ", ".join(f"{n} {gain[n]:.2f}x" if gain[n] > 1e-3 else f"{n} does not run" for n in names if n != default.name)
+        kind = kind_name(default.kind)
+        if best != default.name and gain[best] >= NOISE and saved[best] >= FLOOR:
+            self.ctx.remarks.applied(node, f"{kind}: `{best}` for {count} pieces ({told} as fast as `{default.name}`)", **facts)
+            return next(v.spelling for v in variants if v.spelling.name == best)
+        within = "; within the noise" if best != default.name else ""
+        self.ctx.remarks.applied(node, f"{kind}: `{default.name}`, the default, for {count} pieces ({told} as fast{within})", **facts)
+        return default
+
+    def close(self) -> None:
+        """Say what was not measured, and why."""
+        if self.cache.problem is not None:
+            self.ctx.remarks.warning("", self.cache.problem)
+        if not self.by_table:
+            return
+        told = ", ".join(f"{kind} `{name}`" for kind, name in self.by_table.items())
+        self.ctx.remarks.missed("", f"not measured, {self._why()}: the default table decides: {told}", **self.by_table)
+
+    def _why(self) -> str:
+        if self.mode == "off":
+            return "tune=off"
+        if self.machine is None:
+            return f"{self.target.name} cannot run here"
+        if self.mode == "cache" or self.elsewhere:
+            return "the tuning cache has no such timings" + (f" of {self.machine.processor}" if self.elsewhere else "")
+        return f"{BUDGET:.0f} s of timing are over" if self.spent >= BUDGET else "the sizes of the piece are not known, or it does not run alone"

@@ -1,0 +1,1 @@
+"""Versions of the standard: what a node needs, and the same node in older and newer forms."""

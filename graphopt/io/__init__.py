@@ -1,0 +1,1 @@
+"""The doors: files, modules and folders in, artifacts out."""

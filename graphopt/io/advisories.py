@@ -1,0 +1,97 @@
+"""What the user should know about a model that was just loaded: randomness, foreign operators, and shapes that the file states wrongly."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable
+
+import onnx
+import onnx_ir as ir
+
+from graphopt.core.remarks import Remarks
+from graphopt.graph.dims import is_opaque
+from graphopt.graph.fold import is_random
+from graphopt.graph.opset.node_form import WORKING, schema
+from graphopt.graph.questions import all_nodes
+
+
+def random_nodes(model: ir.Model, remarks: Remarks) -> None:
+    """Warn about nodes that make every run differ, so that no comparison of outputs can be trusted."""
+    random = [n for n in all_nodes(model) if n.domain == "" and is_random(n)]
+    live = [n.name or "" for n in random if n.op_type == "Dropout"]
+    if live:
+        text = f"{len(live)} live Dropout nodes: exported in training mode, outputs change from run to run; export the model after model.eval()"
+        remarks.warning(live[0], text, nodes=live)
+    others = [n.name or "" for n in random if n.op_type != "Dropout"]
+    if others:
+        remarks.warning(others[0], f"{len(others)} random nodes: outputs change from run to run", nodes=others)
+
+
+def foreign_nodes(model: ir.Model, remarks: Remarks) -> None:
+    """Name each node of a runtime's own domain, and each without schema, behind which shapes are unknown."""
+    for node in all_nodes(model):
+        name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+        if not _known(node):
+            text = f"shapes end here: {name} has no schema; the node is left alone, and what depends on it is optimized less"
+            remarks.warning(node.name or "", text, outputs=[v.name for v in node.outputs])
+        elif not _standard(node):
+            remarks.missed(node.name or "", f"{name} is kept as it is: it belongs to one runtime, and no pass reads it")
+
+
+def _standard(node: ir.Node) -> bool:
+    return schema(node.op_type, WORKING) is not None if node.domain == "" else onnx.defs.has(node.op_type, node.domain)
+
+
+def _known(node: ir.Node) -> bool:
+    """True if the shapes of its outputs can follow from its inputs: the ONNX standard has it, or shape inference knows it."""
+    from onnx_shape_inference import registry
+
+    registry.collect()
+    return _standard(node) or registry.get(node.domain, node.op_type, version=1 if node.domain else WORKING) is not None
+
+
+def take_claims(model: ir.Model) -> dict[ir.Value, ir.Shape]:
+    """The shapes that the file states. Of an operator without schema the rank is believed, and no more: nothing may be built on a claim."""
+    declared = {}
+    for node in all_nodes(model):
+        for value in node.outputs:
+            if value.shape is not None:
+                declared[value] = value.shape
+                if not _known(node) and not value.is_graph_output():
+                    value.shape = ir.Shape([None] * len(value.shape))
+    return declared
+
+
+def shape_claims(model: ir.Model, declared: dict[ir.Value, ir.Shape], reason: str | None, remarks: Remarks) -> None:
+    """Name the shapes that contradict what follows from the inputs, and where inference gave up (`reason`)."""
+    if reason is not None:
+        remarks.warning("", f"shape inference ended early: {reason}")
+    symbols = input_symbols(model)
+    for value, claimed in declared.items():
+        if value.shape is None or value.producer() is None or _agree(claimed, value.shape, symbols):
+            continue
+        remarks.warning(value.name or "", f"the file states the shape {claimed}, but {value.shape} follows from the inputs; the statement is dropped")
+
+
+def _agree(claimed: Iterable[object], inferred: Iterable[object], symbols: frozenset[str]) -> bool:
+    left, right = list(claimed), list(inferred)
+    if len(left) != len(right):
+        return False
+    for a, b in zip(left, right, strict=True):
+        if isinstance(a, int) and isinstance(b, int) and a != b:
+            return False
+        if str(a) in symbols and not isinstance(b, int) and not is_opaque(b) and str(a) != str(b) and not _capped(str(a), str(b)):
+            return False
+    return True
+
+
+def _capped(symbol: str, inferred: str) -> bool:
+    """Min(512, s) is s for every size that the model takes."""
+    return re.fullmatch(rf"Min\(\d+, {re.escape(symbol)}\)", inferred) is not None
+
+
+def input_symbols(model: ir.Model) -> frozenset[str]:
+    """The names of the symbolic dimensions of the graph inputs."""
+    dims = itertools.chain.from_iterable(v.shape for v in model.graph.inputs if v.shape is not None)
+    return frozenset(str(d.value) for d in dims if not isinstance(d, int) and d.value is not None)

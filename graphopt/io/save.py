@@ -1,0 +1,242 @@
+"""Writing a model: at the smallest opset, whole or not at all, and never over the files that it was loaded from.
+
+Every serialization of a model goes through `serialize`, which knows the limit of protobuf.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from graphopt.core.contract import Artifact
+from graphopt.core.errors import SaveError
+from graphopt.core.places import beside, check_places, data_file
+from graphopt.graph.opset import versions
+from graphopt.graph.opset.versions import Rise
+from graphopt.graph.questions import all_nodes, graphs
+from graphopt.graph.serialize import fits, serialize
+from graphopt.graph.shapes import declared_shape
+
+SOURCE_FILES = "graphopt.files"  # graph.meta: the files of the input, which no output may overwrite
+STATES_SHAPES = "graphopt.states_shapes"  # graph.meta: whether the input has value_info
+_INLINE = 1024  # bytes up to which a weight stays in the model file when the others go into a data file
+_ALIGN, _ALIGNED = 4096, 1 << 16  # large weights start at a page, so that runtimes can map them
+
+
+@dataclasses.dataclass(frozen=True)
+class SaveInfo(Artifact):
+    """What was written: the files, their bytes, the versions, and what rose above the input's versions and why."""
+
+    opset: int
+    ir_version: int
+    rises: tuple[Rise, ...] = ()
+
+
+def finish(model: ir.Model, opset: int | None = None) -> tuple[ir.Model, tuple[Rise, ...]]:
+    """A copy that shares the weights, at the opset and IR version that it will be written with, and with sound value_info only.
+
+    Args:
+        opset: the opset that must not be exceeded; None for no limit.
+
+    Raises:
+        TargetError: the limit cannot hold; it names the first node that needs more.
+    """
+    copy = model.clone()
+    floor, ir_floor = versions.origin(model)
+    rises = versions.lower(copy, floor, ceiling=opset, ir_floor=ir_floor)
+    _scrub(copy)
+    return copy, tuple(rises)
+
+
+def to_proto(model: ir.Model, *, opset: int | None = None) -> onnx.ModelProto:
+    """The model in memory, complete: lowered, with the imports of the domains in use, and with its weights inside."""
+    copy, _ = finish(model, opset)
+    _load_external(copy)
+    return ir.to_proto(copy)
+
+
+def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool | None = None, opset: int | None = None) -> SaveInfo:
+    """Write `path`, and `path`.data if the weights go outside; both or none.
+
+    Args:
+        external: weights outside (True), inside (False), or outside only if they do not fit (None).
+        opset: see `finish`.
+
+    Raises:
+        SaveError: the files cannot be written, or are files of the input.
+        TargetError: see `finish`.
+    """
+    copy, rises = finish(model, opset)
+    files, size = _write(copy, Path(path), sources_of(model), not fits(copy) if external is None else external)
+    return SaveInfo(files, size, copy.opset_imports[""], copy.ir_version, rises)
+
+
+def save_as_is(model: ir.Model, path: str | os.PathLike[str], source: Path | None = None) -> SaveInfo:
+    """Write the input as it came: the bytes of the file `source` (data outside it go to `path`.data), or `model` where there is no file.
+
+    Raises:
+        SaveError: as `save`.
+    """
+    if source is None or not source.is_file():
+        return save(model, path)
+    from graphopt.io.onnx_file import from_file
+
+    original, _, files = from_file(source)
+    outside = len(files) > 1
+    written, size = _write(original, Path(path), {*files, *sources_of(model)}, outside, None if outside else source.read_bytes())
+    return SaveInfo(written, size, original.opset_imports.get("", 0), original.ir_version)
+
+
+def _write(model: ir.Model, path: Path, sources: set[str], external: bool, content: bytes | None = None) -> tuple[tuple[Path, ...], int]:
+    """Write model and data files, or neither; `content` is the model file where it is known. Changes where the weights of `model` lie."""
+    out = path.absolute()
+    data = data_file(out)
+    check_places((out, data), sources)
+    try:
+        with beside(out) as folder:
+            if external:
+                _write_data(model, folder / data.name)
+            else:
+                _load_external(model)
+            (folder / out.name).write_bytes(serialize(ir.to_proto(model)) if content is None else content)
+            files = [f for f in (out, data) if (folder / f.name).exists()]
+            size = sum((folder / f.name).stat().st_size for f in files)
+            _move(folder, files, stale=[data] if data not in files and _refers(out, data) else [])
+    except OSError as error:
+        raise SaveError(f"cannot write {path}: {error.strerror or error}") from None
+    return tuple(files), size
+
+
+# ---- the place ------------------------------------------------------------------------------------------------------------------------
+
+
+def sources_of(model: ir.Model) -> set[str]:
+    """The files that a model was loaded from, or still reads its weights from."""
+    return {*model.graph.meta.get(SOURCE_FILES, ()), *(t.path for t in _external_tensors(model))}
+
+
+def _move(folder: Path, files: list[Path], stale: list[Path]) -> None:
+    """Put the new files in place of the old ones; if anything goes wrong between two moves, the old ones come back."""
+    old = folder / "old"
+    old.mkdir()
+    kept, placed = [], []
+    try:
+        for file in [*files, *stale]:
+            if file.exists() or file.is_symlink():
+                kept.append(file)
+                os.replace(file, old / file.name)
+        for file in files:
+            placed.append(file)
+            os.replace(folder / file.name, file)
+    except BaseException:
+        for file in placed:
+            file.unlink(missing_ok=True)
+        for file in kept:
+            if (old / file.name).exists() or (old / file.name).is_symlink():
+                os.replace(old / file.name, file)
+        raise
+
+
+def _refers(model_file: Path, data: Path) -> bool:
+    """True if the model that is being replaced is the one that `data` belongs to."""
+    if not (model_file.is_file() and data.is_file()):
+        return False
+    try:
+        old = onnx.load(model_file, load_external_data=False)
+    except Exception:  # noqa: BLE001 -- whatever it is, it is no model, and so the data are not known to be its
+        return False
+    return any(e.key == "location" and e.value == data.name for t in old.graph.initializer for e in t.external_data)
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------------------------
+
+
+def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    for graph in graphs(model):
+        yield from (v.const_value for v in graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor))
+
+
+def _load_external(model: ir.Model) -> None:
+    """Weights that lie in files of the input come inside."""
+    for graph in graphs(model):
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = _inside(value.const_value)
+
+
+def _inside(tensor: ir.ExternalTensor) -> ir.Tensor[Any]:
+    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)
+
+
+def _write_data(model: ir.Model, file: Path) -> None:
+    """Write the large weights one after the other into a new file, and let the model refer to it by its bare name."""
+    with file.open("wb") as stream:
+        for graph in graphs(model):
+            for value in graph.initializers.values():
+                tensor = value.const_value
+                if tensor is None or tensor.dtype == ir.DataType.STRING:
+                    continue
+                if tensor.nbytes > _INLINE:
+                    value.const_value = _append(stream, tensor, file.name, value.name or "")
+                elif isinstance(tensor, ir.ExternalTensor):
+                    value.const_value = _inside(tensor)
+
+
+def _append(stream: Any, tensor: ir.TensorProtocol, location: str, name: str) -> ir.ExternalTensor:
+    offset = stream.tell()
+    if tensor.nbytes >= _ALIGNED and offset % _ALIGN:
+        offset = stream.seek((offset // _ALIGN + 1) * _ALIGN)
+    length = stream.write(tensor.tobytes())
+    return ir.ExternalTensor(location, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
+
+
+# ---- value_info -----------------------------------------------------------------------------------------------------------------------
+
+
+def _scrub(model: ir.Model) -> None:
+    """Keep a shape only where it says something that surely holds: sizes, and symbols of the graph inputs; the interface stays as declared.
+
+    A model whose input file states no inner shapes gets none: they would only make it larger.
+    """
+    public = frozenset((*model.graph.inputs, *model.graph.outputs))
+    symbols = {str(d) for v in model.graph.inputs if v.shape is not None for d in v.shape if not isinstance(d, int)}
+    keep = model.graph.meta.get(STATES_SHAPES, True)
+    for value in model.graph.outputs:
+        value.shape = _public_shape(value, symbols)
+    for graph in graphs(model):
+        for value in graph.initializers.values():
+            if value not in public:
+                value.type = value.shape = None  # the weight itself says it
+        for value in (*graph.inputs, *graph.outputs):
+            if value not in public and not _sound(value.shape, symbols):
+                value.shape = None
+    for node in all_nodes(model):
+        for value in node.outputs:
+            if value not in public and not value.is_graph_output() and not (keep and _sound(value.shape, symbols)):
+                value.type = value.shape = None
+
+
+def _sound(shape: ir.Shape | None, symbols: set[str]) -> bool:
+    return shape is not None and all(_sound_dim(d, symbols) for d in shape)
+
+
+def _sound_dim(dim: Any, symbols: set[str]) -> bool:
+    return isinstance(dim, int) or (dim.value is not None and str(dim) in symbols)
+
+
+def _public_shape(value: ir.Value, symbols: set[str]) -> ir.Shape | None:
+    """The declared shape of a graph output. Where it says nothing, or is contradicted, what follows from the inputs."""
+    declared, known = declared_shape(value), value.shape
+    if known is None or (declared is not None and len(declared) == len(known) and not _contradicts(declared, known)):
+        return declared
+    return ir.Shape([d if _sound_dim(d, symbols) else None for d in known])
+
+
+def _contradicts(declared: ir.Shape, known: ir.Shape) -> bool:
+    return any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(declared, known, strict=True))

@@ -1,0 +1,116 @@
+"""The card of a graph: embeddings, N x layer of attention, FFN and norms, and the rest, with parameters and FLOPs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from graphopt.analysis.attention import Attentions
+from graphopt.analysis.structure import AttentionBlock, FfnBlock, Layer, Model, Structure
+from graphopt.core.contract import Context
+from graphopt.graph.questions import is_constant, static_dim
+from graphopt.graph.size import node_flops
+
+_KINDS = {"self": "self-attention", "cross": "cross-attention"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One line of the card: what it is, how often it follows itself, parameters (stored elements) of one, and FLOPs of one."""
+
+    part: str
+    what: str
+    count: int
+    parameters: int
+    flops: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """`sizes`: the bindings at which FLOPs are counted; `declined`: every Softmax that is not part of an attention, with the reason."""
+
+    parts: tuple[Part, ...]
+    sizes: Mapping[str, int]
+    declined: tuple[tuple[str, str], ...]
+
+
+def card(model: ir.Model, ctx: Context, sizes: Mapping[str, int]) -> Card:
+    """The card of a fused graph at the given sizes of its dynamic dimensions."""
+    found = ctx.get(Structure())
+    parts = [Part("embedding", f"{rows} x {width}", 1, rows * width, 0) for rows, width in found.embeddings]
+    parts += [_rest("input", node, sizes) for node in found.before]
+    for layer, count in _runs(found.layers):
+        parts += _layer(layer, count, sizes)
+    parts += [Part("norm", what, count, parameters, 0) for what, count, parameters in _norms(found)]
+    parts += [_rest("head", node, sizes) for node in found.behind]
+    declined = tuple((n.name or "", f) for n, f in ctx.get(Attentions()).items() if isinstance(f, str) and n.op_type == "Softmax")
+    return Card(tuple(parts), dict(sizes), declined)
+
+
+def _runs(layers: Sequence[Layer]) -> list[tuple[Layer, int]]:
+    """Neighbouring layers of the same description, counted."""
+    out: list[tuple[Layer, int]] = []
+    for layer in layers:
+        if out and _describe(out[-1][0]) == _describe(layer):
+            out[-1] = (out[-1][0], out[-1][1] + 1)
+        else:
+            out.append((layer, 1))
+    return out
+
+
+def _describe(layer: Layer) -> tuple[str, ...]:
+    return (*(_attention_text(a) for a in layer.attention), *(_ffn_text(f) for f in layer.ffn))
+
+
+def _layer(layer: Layer, count: int, sizes: Mapping[str, int]) -> list[Part]:
+    parts = [Part("attention", _attention_text(a), count, _parameters(a), _flops(a.nodes, sizes)) for a in layer.attention]
+    parts += [Part("FFN", _ffn_text(f), count, _parameters(f), _flops(f.nodes, sizes)) for f in layer.ffn]
+    if layer.norms:
+        kinds = sorted({n.op_type for n in layer.norms})
+        stored = sum(_stored(n.inputs[1:]) for n in layer.norms)
+        parts.append(Part("norms", f"{len(layer.norms)} x {' and '.join(kinds)}", count, stored, 0))
+    return parts
+
+
+def _attention_text(a: AttentionBlock) -> str:
+    shared = "" if a.heads == a.kv_heads else f" ({a.kv_heads} for key and value)"
+    values = "" if a.value_dim == a.head_dim else f", values of {a.value_dim}"
+    rotary = ", rotary" if a.rotary else ""
+    return f"{_KINDS[a.kind]}, {a.heads} heads{shared} of {a.head_dim}{values}{rotary}, mask: {a.mask}"
+
+
+def _ffn_text(f: FfnBlock) -> str:
+    gate = " gated" if f.gated else ""
+    return f"{f.up[0].in_features} -> {f.down.in_features} ({f.activation}{gate}) -> {f.down.out_features}"
+
+
+def _norms(found: Model) -> list[tuple[str, int, int]]:
+    counts: dict[str, list[int]] = {}
+    for norm in found.norms:
+        counts.setdefault(f"{norm.op_type} of {static_dim(norm.inputs[0], -1)}", []).append(_stored(norm.inputs[1:]))
+    return [(what, len(stored), sum(stored) // len(stored)) for what, stored in counts.items()]
+
+
+def _rest(part: str, node: ir.Node, sizes: Mapping[str, int]) -> Part:
+    weight = next((v for v in node.inputs[1:] if v is not None and v.shape is not None), None)
+    dims = " x ".join(str(d) for d in weight.shape) if weight is not None and weight.shape is not None else "?"
+    return Part(part, f"{node.op_type} {dims}", 1, _stored(node.inputs), _flops([node], sizes))
+
+
+def _parameters(block: AttentionBlock | FfnBlock) -> int:
+    linears = block.projections if isinstance(block, AttentionBlock) else (*block.up, block.down)
+    return sum(_stored([x.weight, x.bias]) for x in linears)
+
+
+def _stored(values: Iterable[ir.Value | None]) -> int:
+    return sum(v.const_value.size for v in values if v is not None and is_constant(v) and v.const_value is not None)
+
+
+def _flops(nodes: Iterable[ir.Node], sizes: Mapping[str, int]) -> int:
+    return sum(node_flops(node, sizes) or 0 for node in nodes)

@@ -1,0 +1,134 @@
+"""What a model is: its size, operators, interface, and every attention in it with its facts, or the reason why it is none."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from graphopt.analysis.attention import AttentionFacts, Attentions
+from graphopt.core import registry
+from graphopt.core.contract import Context
+from graphopt.core.pipeline import PassManager, parse
+from graphopt.core.remarks import Remarks
+from graphopt.graph.questions import all_nodes, attr, shape_text, static_dim
+from graphopt.graph.size import Size, model_bytes, size
+from graphopt.io import load
+from graphopt.report.card import Card, card
+from graphopt.report.recognized import FUSE, RECOGNIZE
+from graphopt.run.race import default_shapes
+
+Facts = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """Sizes and operators are those of the model as it came; `blocks` and `declined` come from its normal form, canonicalized."""
+
+    source: str
+    size: Size
+    producer: str
+    ops: Counter[str]
+    inputs: list[tuple[str, str]]
+    outputs: list[tuple[str, str]]
+    blocks: list[Facts]
+    declined: list[Facts]
+    remarks: list[Facts]
+    card: Card
+
+    def as_dict(self) -> Facts:
+        out = dataclasses.asdict(self.size)
+        for field in dataclasses.fields(self):
+            if field.name != "size":
+                out[field.name] = getattr(self, field.name)
+        parts = {"parts": [part.as_dict() for part in self.card.parts], "sizes": dict(self.card.sizes)}
+        return out | {"ops": dict(self.ops), "inputs": _ports(self.inputs), "outputs": _ports(self.outputs), "card": parts}
+
+
+def inspect(source: Any, *, plugins: Sequence[str] = (), **options: Any) -> Inspection:
+    """Look at a model; nothing is changed.
+
+    Args:
+        source: what `graphopt.load` takes; `options` go to it.
+
+    Raises:
+        LoadError: it cannot be read.
+    """
+    remarks = Remarks()
+    original, model = load.load_both(source, remarks=remarks, **options)
+    is_file = isinstance(source, (str, os.PathLike)) and Path(source).is_file()
+    blocks, declined = attention(model, tuple(plugins))
+    return Inspection(
+        source=str(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__,
+        size=Size.of(original, size(source) if is_file else model_bytes(original)),
+        producer=" ".join(filter(None, (original.producer_name, original.producer_version))),
+        ops=Counter(f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in all_nodes(original)),
+        inputs=[(str(v.name), shape_text(v)) for v in original.graph.inputs],
+        outputs=[(str(v.name), shape_text(v)) for v in original.graph.outputs],
+        blocks=blocks,
+        declined=declined,
+        remarks=[remark.as_dict() for remark in remarks if remark.kind == "warning"],
+        card=_card(model, tuple(plugins)),
+    )
+
+
+def _card(model: ir.Model, plugins: tuple[str, ...]) -> Card:
+    """The card of a canonicalized model, which is fused for it; FLOPs for one sequence of 128, or what the model has instead."""
+    ctx = Context(model)
+    PassManager(parse(FUSE, registry.passes(plugins))).run(model, ctx)
+    ctx.invalidate()
+    return card(model, ctx, default_shapes(model)[:2][-1])
+
+
+def attention(model: ir.Model, plugins: tuple[str, ...] = ()) -> tuple[list[Facts], list[Facts]]:
+    """The attentions of a model in normal form, and the candidates that are none, in the order of the graph; `model` is canonicalized."""
+    ctx = Context(model)
+    PassManager(parse(RECOGNIZE, registry.passes(plugins))).run(model, ctx)
+    blocks, declined = [], []
+    for node, facts in ctx.get(Attentions()).items():
+        if not isinstance(facts, str):
+            blocks.append({"node": node.name, "op": node.op_type} | facts.summary | {"scale": _scale(facts)})
+        elif (known := _operator(node)) is not None:
+            blocks.append(known)
+        else:
+            declined.append({"node": node.name, "reason": facts})
+    return blocks, declined
+
+
+def _scale(facts: AttentionFacts) -> float:
+    """The scale of the scores, with what an exporter multiplied into query and key beforehand."""
+    scale = facts.scale
+    for operand in (facts.q, facts.k):
+        choice = operand.packed() or operand.split()
+        scale *= choice.step.scale if choice is not None else 1.0
+    return scale
+
+
+def _operator(node: ir.Node) -> Facts | None:
+    """The facts that an Attention operator on [batch, rows, heads * head_dim] states itself."""
+    heads, kv_heads, width = attr(node, "q_num_heads"), attr(node, "kv_num_heads"), static_dim(node.inputs[0], 2)
+    if node.op_type != "Attention" or not heads or not kv_heads:
+        return None
+    head_dim = width // heads if width else None
+    value_width = static_dim(node.inputs[2], 2)
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    scale = attr(node, "scale") or (head_dim**-0.5 if head_dim else None)
+    return {
+        "node": node.name,
+        "op": "Attention",
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "value_dim": value_width // kv_heads if value_width else None,
+        "scale": scale,
+        "mask": [] if mask is None else [mask.name],
+    }
+
+
+def _ports(ports: list[tuple[str, str]]) -> list[Facts]:
+    return [{"name": name, "type": kind} for name, kind in ports]

@@ -1,0 +1,247 @@
+"""How far apart two sets of outputs are. NaN equals NaN only where the baseline has it; another shape or dtype is infinitely far."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from graphopt.core.contract import Array
+
+# max |d| <= tolerance * (1 + max |baseline|), by the dtype of the output; anything that is no float must be equal
+TOLERANCE = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 1e-5, "float64": 1e-9}
+_FILL = 1e3  # so many times larger than (1 +) the smaller elements: a fill such as "minus infinity", which is no scale for the others
+
+
+@dataclasses.dataclass(frozen=True)
+class Distance:
+    """Between a baseline and another array.
+
+    Attributes:
+        max_abs: max |d|, in units of the output.
+        relative: max |d| / (1 + max |baseline|).
+        l2: ||d|| / ||baseline||.
+        cosine: mean cosine of the rows (last axis); `cosine_min`: the smallest.
+    """
+
+    max_abs: float
+    relative: float
+    l2: float
+    cosine: float
+    cosine_min: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The worst element of the first output that differs by more than its bound; `reason` instead, where arrays cannot be compared."""
+
+    output: str
+    index: tuple[int, ...] = ()
+    expected: object = None
+    found: object = None
+    error: float = math.inf
+    bound: float = 0.0
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"output `{self.output}` {self.reason}"
+        place = f" at {list(self.index)}" if self.index else ""
+        return f"output `{self.output}`{place} is {self.found}, expected {self.expected}: off by {self.error:.3g}, allowed {self.bound:.3g}"
+
+
+def distance(base: Array, other: Array) -> Distance:
+    """The distance of `other` from the baseline `base`."""
+    base, other = np.asarray(base), np.asarray(other)
+    if base.shape != other.shape or base.dtype != other.dtype:
+        return Distance(math.inf, math.inf, math.inf, -1.0, -1.0)
+    errors = _errors(base, other)
+    if base.size == 0 or base.dtype.kind in "OUS":
+        worst = float(errors.max(initial=0.0))
+        return Distance(worst, worst, worst, 1.0 - bool(worst), 1.0 - bool(worst))
+    numbers = _finite(base)
+    worst = float(errors.max())
+    cosines = _cosines(numbers, _finite(other))
+    return Distance(
+        worst, worst / (1 + float(np.abs(numbers).max())), _ratio(_norm(errors), _norm(numbers)), float(cosines.mean()), float(cosines.min())
+    )
+
+
+def relative_l2(base: Iterable[Mapping[str, Array]], other: Iterable[Mapping[str, Array]]) -> float:
+    """||d|| / ||baseline|| over all batches, of the output where it is largest; inf where outputs cannot be compared."""
+    squares = Squares()
+    for expected, found in zip(base, other, strict=True):
+        squares.add(expected, found)
+    return squares.relative
+
+
+def compare_outputs(base: Mapping[str, Array], other: Mapping[str, Array], tolerance: float | None = None) -> Difference | None:
+    """The first output of `other` that is not the baseline's, or None.
+
+    Floats may differ by `tolerance` * (1 + max |baseline|), by default TOLERANCE of the dtype. The maximum leaves out fills (elements
+    a thousand times larger than the others), each of which is measured against itself: a mask of -3e38 excuses nothing.
+    """
+    for name, expected in base.items():
+        if name not in other:
+            return Difference(name, reason="is missing")
+        found = _compare(name, np.asarray(expected), np.asarray(other[name]), tolerance)
+        if found is not None:
+            return found
+    extra = [name for name in other if name not in base]
+    return Difference(extra[0], reason="is new; the baseline has no such output") if extra else None
+
+
+def _compare(name: str, base: Array, other: Array, tolerance: float | None) -> Difference | None:
+    if base.dtype != other.dtype or base.shape != other.shape:
+        return Difference(name, reason=f"is {other.dtype}{list(other.shape)}, expected {base.dtype}{list(base.shape)}")
+    errors = _errors(base, other)
+    relative = TOLERANCE.get(base.dtype.name, 0.0) if tolerance is None else tolerance
+    bounds = relative * (1 + _scale(base)) if base.dtype.name in TOLERANCE else np.zeros(base.shape)
+    over = errors > bounds
+    if not over.any():
+        return None
+    worst = np.unravel_index(int(np.argmax(np.where(over, errors / (bounds + 1e-300), -1.0))), base.shape)
+    index = tuple(int(i) for i in worst)
+    return Difference(name, index, base[index], other[index], float(errors[index]), float(bounds[index]))
+
+
+def _errors(base: Array, other: Array) -> Array:
+    """|other - base| as float64; 0 where both are the same infinity or NaN, inf where only one is."""
+    if base.dtype.kind in "OUS":
+        return np.where(base == other, 0.0, math.inf)
+    with np.errstate(invalid="ignore", over="ignore"):
+        a, b = base.astype(np.float64), other.astype(np.float64)
+        errors = np.abs(b - a)
+        same = (base == other) | (np.isnan(a) & np.isnan(b))
+    if base.dtype.kind in "iu":
+        errors = np.maximum(errors, 1.0)  # float64 cannot tell large neighbours apart; `same` can
+    return np.where(same, 0.0, np.where(np.isnan(errors), math.inf, errors))
+
+
+def _scale(base: Array) -> Array:
+    """For each element, the magnitude that its error is measured by: the largest that is no fill, or its own."""
+    numbers = np.abs(_finite(base))
+    present = numbers[numbers > 0]
+    if present.size == 0:
+        return numbers
+    ceiling = _FILL * (1 + float(np.quantile(present, 0.1)))
+    largest = float(numbers.max(initial=0.0, where=numbers <= ceiling))
+    return np.maximum(numbers, largest)
+
+
+def _finite(array: Array) -> Array:
+    return np.nan_to_num(array.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _norm(array: Array) -> float:
+    return float(np.sqrt(np.square(array).sum()))
+
+
+def _ratio(error: float, scale: float) -> float:
+    return error / scale if scale else (math.inf if error else 0.0)
+
+
+def _cosines(a: Array, b: Array) -> Array:
+    a, b = (x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1) for x in (a, b))
+    lengths = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    product = lengths[0] * lengths[1]
+    cosines = (a * b).sum(1) / np.where(product > 0, product, 1.0)
+    return np.where((lengths[0] == 0) & (lengths[1] == 0), 1.0, cosines)
+
+
+class Running:
+    """The distance of two values over many batches, each batch seen once: memory does not grow with their number.
+
+    The last axis runs along the channels. The same infinity on both sides is no difference; strings count as 1 where they differ.
+    """
+
+    def __init__(self) -> None:
+        self._signal = self._noise = self._cosines = 0.0
+        self._rows = 0
+        self.max_abs, self.cosine_min = 0.0, 1.0
+        self._channels: Array | None = np.zeros((2, 0))  # squares of the noise and of the signal by channel; None: their number changes
+
+    def add(self, base: Array, other: Array) -> None:
+        """Take in one batch; both have one shape."""
+        base, other = np.asarray(base), np.asarray(other)
+        errors = _errors(base, other)
+        if base.dtype.kind in "OUS":
+            errors = np.minimum(errors, 1.0)
+            numbers, others = np.ones(base.shape), 1 - errors
+        else:
+            numbers, others = _finite(base), _finite(other)
+        self._signal += float(np.square(numbers).sum())
+        self._noise += float(np.square(errors).sum())
+        self.max_abs = max(self.max_abs, float(errors.max(initial=0.0)))
+        if base.size:
+            cosines = _cosines(numbers, others)
+            self._cosines, self._rows = self._cosines + float(cosines.sum()), self._rows + len(cosines)
+            self.cosine_min = min(self.cosine_min, float(cosines.min()))
+        self._by_channel(errors, numbers)
+
+    def _by_channel(self, errors: Array, numbers: Array) -> None:
+        if self._channels is None or errors.ndim < 2:
+            return
+        now = np.stack([np.square(x).reshape(-1, x.shape[-1]).sum(0) for x in (errors, numbers)])
+        if self._channels.shape[1] not in (0, now.shape[1]):
+            self._channels = None
+            return
+        self._channels = now + (self._channels if self._channels.shape[1] else 0.0)
+
+    @property
+    def l2(self) -> float:
+        return _ratio(math.sqrt(self._noise), math.sqrt(self._signal))
+
+    @property
+    def snr(self) -> float:
+        """10 log10(||baseline||^2 / ||d||^2), in dB; inf where nothing differs."""
+        if self._noise == 0:
+            return math.inf
+        return 10 * math.log10(self._signal / self._noise) if self._signal and math.isfinite(self._noise) else -math.inf
+
+    @property
+    def cosine(self) -> float:
+        return self._cosines / self._rows if self._rows else 1.0
+
+    def worst_channels(self, count: int) -> list[tuple[int, float]]:
+        """(channel, ||d|| / ||baseline|| of it), the largest share of the error first; none where all are equal."""
+        if self._channels is None or not self._channels.shape[1]:
+            return []
+        noise, signal = self._channels
+        order = [int(k) for k in np.argsort(-noise, kind="stable")[:count] if noise[k] > 0]
+        return [(k, _ratio(math.sqrt(noise[k]), math.sqrt(signal[k]))) for k in order]
+
+
+class Squares:
+    """`relative_l2` of outputs that come batch by batch."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[float]] = {}
+
+    def add(self, base: Mapping[str, Array], other: Mapping[str, Array]) -> None:
+        """Take in one batch."""
+        for name, array in base.items():
+            total = self._sums.setdefault(name, [0.0, 0.0])
+            if name not in other or other[name].shape != array.shape:
+                total[0] = math.inf
+                continue
+            off, size = _squares(array, other[name])
+            total[0], total[1] = total[0] + off, total[1] + size
+
+    @property
+    def relative(self) -> float:
+        """||d|| / ||baseline|| over all batches, of the output where it is largest."""
+        return max((_ratio(math.sqrt(d), math.sqrt(b)) for d, b in self._sums.values()), default=0.0)
+
+
+def _squares(base: Array, other: Array) -> tuple[float, float]:
+    """||d||^2 and ||baseline||^2."""
+    if base.dtype == other.dtype == np.float32:  # a tenth of the time; only finite numbers give finite sums
+        with np.errstate(invalid="ignore", over="ignore"):
+            d = (other - base).reshape(-1)
+            sums = float(np.dot(d, d)), float(np.dot(base.reshape(-1), base.reshape(-1)))
+        if math.isfinite(sums[0]) and math.isfinite(sums[1]):
+            return sums
+    return _norm(_errors(base, other)) ** 2, _norm(_finite(base)) ** 2 if base.dtype.kind not in "OUS" else 0.0
