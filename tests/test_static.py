@@ -34,7 +34,7 @@ from graphopt.run.samples import Samples
 
 Array = np.ndarray[Any, Any]
 METHODS = ("minmax", "percentile", "mse", "entropy")
-COSINE = {"minmax": 0.98, "percentile": 0.98, "mse": 0.97, "entropy": 0.86}  # entropy cuts off the few channels that LayerNorm makes large
+COSINE = {"minmax": 0.98, "percentile": 0.98, "mse": 0.97, "entropy": 0.85}  # entropy cuts off the few channels that LayerNorm makes large
 CLOSE = 3e-6  # of the largest output: the same integers, scaled in another order
 
 
@@ -265,10 +265,10 @@ MEMORY = """
 import resource, sys, weakref
 import numpy as np, onnx
 import graphopt
-from graphopt.pipeline import PassManager, parse
-from graphopt.core import Context
-from graphopt.registry import passes
-from graphopt.samples import Samples
+from graphopt.core.pipeline import PassManager, parse
+from graphopt.core.contract import Context
+from graphopt.core.registry import passes
+from graphopt.run.samples import Samples
 
 count, method = int(sys.argv[1]), sys.argv[2]
 rng = np.random.default_rng(0)
