@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from models import Array, FOREIGN, MINILM_ROUTES, assert_same, foreign, minilm, parse, run, text_feeds, to_proto  # type: ignore[import-not-found]
+from models import FOREIGN, MINILM_ROUTES, Array, assert_same, foreign, minilm, parse, run, text_feeds, to_proto  # type: ignore[import-not-found]
 
 from graphopt.core.errors import LoadError
 from graphopt.core.remarks import Remarks

@@ -102,8 +102,6 @@ def test_without_fuel_nothing_changes(name: str) -> None:
         assert not lost, "these stand for no node of the input"
 
 
-
-
 def test_to_half_stops_where_the_fuel_ends() -> None:
     model, _ = prepared("bert", FUSE)
     half = model.clone()

@@ -90,7 +90,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     for broken in (content[:-40], content[:9], b"\x0b" + content, b"\xff" * 20):
         path = tmp_path / "broken.onnx"
         path.write_bytes(broken)
-        with pytest.raises(Exception) as caught:  # noqa: PT011 -- the kind is that of the library
+        with pytest.raises(Exception) as caught:  # the kind is that of the library
             read(path)
         assert not isinstance(caught.value, OSError)
 

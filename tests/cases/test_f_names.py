@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from models import Array, MINILM_ROUTES, assert_same, minilm, parse, run, to_proto  # type: ignore[import-not-found]
+from models import MINILM_ROUTES, Array, assert_same, minilm, parse, run, to_proto  # type: ignore[import-not-found]
 
 from graphopt.graph.questions import is_constant
 from graphopt.io.load import load

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -112,7 +113,7 @@ class Applier:
     def integers(self, numbers: Sequence[int] | Array) -> ir.Value:
         return self.op.const(np.asarray(numbers, np.int64), "kept")
 
-    def _node(self, before: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], **attributes: object) -> ir.Value:
+    def _node(self, before: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], **attributes: Any) -> ir.Value:
         op = self.inserter.builder(before.graph)
         made: ir.Value = op.node(op_type, inputs, **attributes)
         self.inserter.before(before, op)
