@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Grid, Linear, StoredOperands
 from graphopt.core.contract import Analysis, Context
-from graphopt.graph.questions import constant, producer
+from graphopt.graph.questions import attr, constant, producer
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Match, Miss
 from graphopt.rewrite.rules import RewritePass
@@ -110,7 +110,11 @@ class SpellBlockedMatmul(RewritePass[BlockedMatch]):
 
     def match(self, node: ir.Node, ctx: Context) -> BlockedMatch | Miss | None:
         linear = ctx.get(StoredOperands()).get(node)
-        if not isinstance(linear, Linear) or linear.grid is None or not weight_only(linear):
+        if not isinstance(linear, Linear):
+            decode = producer(node.inputs[1], "DequantizeLinear")
+            blocks = decode is not None and attr(decode, "block_size", 0)
+            return Miss(node, "stays DequantizeLinear: its weight is not stored") if blocks else None
+        if linear.grid is None or not weight_only(linear):
             return None
         dtype = linear.x.dtype
         if linear.batch or linear.trans_x or dtype not in ((ir.DataType.FLOAT, *_HALF) if self.half else (ir.DataType.FLOAT,)):
