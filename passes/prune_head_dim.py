@@ -141,7 +141,7 @@ class PruneHeadDim(Pass):
             if isinstance(groups, str):
                 ctx.remarks.missed(name, f"query and key not narrowed: {groups}")
             else:
-                parts.append(keys_of(unit, operands, self._stays(operands[0].dim), groups, turns, averages))
+                parts.append(keys_of(operands, self._stays(operands[0].dim), groups, turns, averages))
         if self.parts != "keys" and self._narrows(ctx, name, "value", operands[2]):
             parts.append(values_of(unit, operands[2], self._stays(operands[2].dim), turns, averages))
         return parts

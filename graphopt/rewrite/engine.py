@@ -96,16 +96,22 @@ class Driver(Inserter):
                     old.replace_all_uses_with(value)
                     replaced[old] = value
                     continue
-                keep = self.builder(graph)
-                value, last = keep.Identity(value), op.nodes[-1] if op.nodes else match.nodes[-1]  # both names are public
-                self.adopt(keep, str(name), match.nodes)
-                graph.insert_after(last, keep.nodes)
+                value = self._second(value, str(name), match, op)
             _carry(old, value)
             old.replace_all_uses_with(value, replace_graph_outputs=True)
             old.name, value.name = None, name
             replaced[old] = value
         graph.remove(match.nodes, safe=True)
         return op.nodes
+
+    def _second(self, value: ir.Value, name: str, match: Match, op: Builder) -> ir.Value:
+        """Another value of the same contents behind what was put in place, where both names are public."""
+        last, keep = op.nodes[-1] if op.nodes else match.nodes[-1], self.builder(match.nodes[-1].graph)
+        same: ir.Value = keep.Identity(value)
+        self.adopt(keep, name, match.nodes)
+        assert last.graph is not None
+        last.graph.insert_after(last, keep.nodes)
+        return same
 
     def clean(self) -> None:
         """Dead nodes and weights out, topological order back. What the memo holds may be dead now."""
