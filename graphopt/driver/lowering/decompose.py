@@ -233,7 +233,7 @@ class AttentionMatch(Match):
 
 @dataclasses.dataclass(frozen=True)
 class DecomposeAttention(Decompose[AttentionMatch]):
-    """Attention-23 -> MatMul, mask, Softmax, MatMul: `graphopt.unfused`.
+    """Attention-23 -> MatMul, mask, Softmax, MatMul: `graphopt.rewrite.attention`.
 
     With the numbers of ONNX Runtime's kernel.
     """
