@@ -266,7 +266,7 @@ import resource, sys, weakref
 import numpy as np, onnx
 import graphopt
 from graphopt.core.pipeline import PassManager, parse
-from graphopt.core.contract import Context
+from graphopt.core import Context
 from graphopt.core.registry import passes
 from graphopt.run.samples import Samples
 
