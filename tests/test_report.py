@@ -18,12 +18,14 @@ import numpy as np
 import onnx
 import pytest
 from rich.console import Console
-from test_api import BLOCK, FEEDS, model
+from test_api import BLOCK, FEEDS, RELU, model
+from test_plugin import ONE_FILE
 
 import graphopt
 from graphopt.cli import demo_race, shell
 from graphopt.core import places
 from graphopt.core.errors import PipelineError, SaveError
+from graphopt.core.remarks import plural
 from graphopt.driver.optimize import optimize
 from graphopt.report import document
 from graphopt.report.document import Document
@@ -212,6 +214,11 @@ def test_a_report_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monk
             Weather(1).write(elsewhere)
 
 
+@pytest.mark.parametrize(("count", "text"), [(0, "0 nodes"), (1, "1 node"), (2, "2 nodes")])
+def test_one_of_a_thing_is_no_plural(count: int, text: str) -> None:
+    assert plural(count, "node") == text
+
+
 # ---- the reports of the package -----------------------------------------------------------------------------------------------------
 
 
@@ -282,3 +289,10 @@ def test_the_demo_leaves_logging_and_warnings_as_they_were(monkeypatch: pytest.M
     with pytest.raises(KeyboardInterrupt):
         demo_race.run(fast=True)
     assert warnings.filters == filters
+
+
+def test_a_rewrite_of_one_node_says_node(tmp_path: Path) -> None:
+    plugin = tmp_path / "one.py"
+    plugin.write_text(ONE_FILE.format(name="ToNeg", op="Neg"))
+    report = graphopt.optimize(model(RELU), pipeline="to-neg", plugins=[str(plugin)], target="cpu{tune=off}").report
+    assert [remark.message for remark in report.remarks("applied") if remark.pass_name == "to-neg"] == ["1 node -> Neg"]

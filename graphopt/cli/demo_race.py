@@ -21,11 +21,12 @@ import numpy as np
 
 from graphopt.core.contract import Array
 from graphopt.core.errors import GraphoptError
+from graphopt.core.remarks import plural
 from graphopt.driver.optimize import optimize
 from graphopt.graph import size
 from graphopt.report.document import Document
 from graphopt.report.elements import Element, Line, Table
-from graphopt.report.words import head, plural
+from graphopt.report.words import head
 from graphopt.run import race as bench
 
 Progress = Callable[[str, float], None]

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from graphopt.cli.shell import Json, Model, Plugins, Shapes, progress, show
+from graphopt.core.remarks import plural
 
 app = typer.Typer(no_args_is_help=True, help="The timings that decide how a graph is spelled: fill, show, export, import, clear.")
 
@@ -25,7 +26,6 @@ def fill(
     from graphopt.core.errors import TargetError
     from graphopt.driver import optimize as api
     from graphopt.driver.lowering.cache import Cache
-    from graphopt.report.words import plural
 
     cache = Cache()
     before = len(cache.rows())
@@ -53,7 +53,6 @@ def export_file(file: Annotated[Path, typer.Argument(metavar="FILE", help="The .
     """Write every timing to a file, to be imported on the machine where models are built."""
     from graphopt.core.places import write_text
     from graphopt.driver.lowering.cache import Cache
-    from graphopt.report.words import plural
 
     cache = Cache()
     rows, text = cache.rows(), cache.export()
@@ -66,7 +65,6 @@ def import_file(file: Annotated[Path, typer.Argument(metavar="FILE", help="What 
     """Take in timings of another machine; name it by the target's option `processor`."""
     from graphopt.core.errors import LoadError
     from graphopt.driver.lowering.cache import Cache
-    from graphopt.report.words import plural
 
     try:
         text = file.read_text(encoding="utf-8")

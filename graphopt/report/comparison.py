@@ -16,14 +16,14 @@ import onnx_ir as ir
 
 from graphopt.core.contract import Array
 from graphopt.core.errors import GraphoptError
-from graphopt.core.remarks import Remarks
+from graphopt.core.remarks import Remarks, plural
 from graphopt.core.replay import Batch
 from graphopt.graph import interface
 from graphopt.io import load
 from graphopt.report.blocks import block_ends
 from graphopt.report.document import Document
 from graphopt.report.elements import Element, Line, Plot, Table
-from graphopt.report.words import called, head, plain, plural
+from graphopt.report.words import called, head, plain
 from graphopt.run.distance import Running
 from graphopt.run.observe import exposed
 from graphopt.run.samples import Samples, runnable_samples
@@ -220,9 +220,8 @@ def _blocks(
             alone[name].add(base[name], _like(made[name], base[name]))
     found = {block: [v for v in values if v in names] for block, values in ends.items()}
     rows = tuple(_block(block, values, together, alone) for block, values in found.items() if values)
-    note = (
-        f"left out, as they hold other numbers under the same name: {plural(len(strangers), 'value')} such as `{strangers[0]}`" if strangers else ""
-    )
+    many = plural(len(strangers), "value of the same name holds other numbers and was", "values of the same name hold other numbers and were")
+    note = f"{many} left out, such as `{strangers[0]}`" if strangers else ""
     return rows, note
 
 

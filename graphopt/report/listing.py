@@ -10,9 +10,9 @@ from typing import Any
 from graphopt.core.errors import PipelineError
 from graphopt.core.options import near
 from graphopt.core.registry import Registry
+from graphopt.core.remarks import plural
 from graphopt.report.document import Document
 from graphopt.report.elements import Element, Line, Table, Text
-from graphopt.report.words import plural
 
 
 @dataclasses.dataclass(frozen=True)

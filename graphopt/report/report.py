@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from graphopt.core.pipeline import PassRecord
-from graphopt.core.remarks import Remark
+from graphopt.core.remarks import Remark, plural
 from graphopt.graph.size import Size
 from graphopt.report.document import Document
 from graphopt.report.elements import Element, Line, Table
-from graphopt.report.words import head, megabytes, plural
+from graphopt.report.words import head, megabytes
 
 _VARYING = re.compile(r"`[^`]*`|\d+(\.\d+)?%?")  # what differs between remarks that say the same
 _SHOWN = 12  # kinds of remark, at most, before the list is cut

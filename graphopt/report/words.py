@@ -18,10 +18,6 @@ def megabytes(nbytes: int) -> str:
     return f"{nbytes / 1e6:.1f} MB" if nbytes >= 100_000 else f"{nbytes / 1e3:.1f} kB"
 
 
-def plural(count: int, noun: str, many: str = "") -> str:
-    return f"{count} {noun if count == 1 else many or noun + 's'}"
-
-
 def called(source: Any) -> str:
     """What a model is called: its path, or the type of an object."""
     return os.fspath(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__
