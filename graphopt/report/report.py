@@ -114,7 +114,13 @@ class Report(Document):
         """Sizes, latency, what each pass did, and why candidates were declined; every remark is a detail."""
         changed = ", ".join(record.name for record in self.passes if record.changes)
         found: list[Element] = [
-            head(model=self.model, pipeline=self.pipeline, changed_by=changed, target=self.target.get("name", ""), threads=self.threads or ""),
+            head(
+                model=self.model,
+                pipeline=self.pipeline,
+                changed_by=changed,
+                target=self.target.get("name", ""),
+                threads="" if self.threads is None else self.threads,
+            ),
             self._sizes(),
             self._latency() if self.latency else Line(self._speed_up()),
             Line(self._loss()),
