@@ -300,7 +300,7 @@ def test_output_and_report_are_written_together(block: Path, tmp_path: Path, mon
         patched.setattr("graphopt.report.document.Document._text", fail)
         assert "No space left" in refused(tmp_path, block, "-o", tmp_path / "out.onnx", *report)
     with monkeypatch.context() as patched:
-        patched.setattr("graphopt.io.save.serialize", fail)
+        patched.setattr("graphopt.io.save.to_bytes", fail)
         assert "No space left" in refused(tmp_path, block, "-o", tmp_path / "out.onnx", *report)
 
 

@@ -14,7 +14,8 @@ import onnx_ir as ir
 from graphopt.analysis.attention import AttentionFacts, Attentions
 from graphopt.core.remarks import Remarks
 from graphopt.graph.questions import all_nodes, attr, shape_text, static_dim
-from graphopt.graph.size import Size, model_bytes, size
+from graphopt.graph.serialize import model_bytes
+from graphopt.graph.size import Size, size
 from graphopt.io import load
 from graphopt.report.card import Card, card
 from graphopt.report.document import Document
