@@ -9,7 +9,8 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.core.contract import Context
-from graphopt.rewrite.attention import Sizes, sizes_of, unfused
+from graphopt.graph.attention_node import AttentionNode
+from graphopt.rewrite.attention import read_outputs, unfused, why_not_unfused
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Match, Miss
 from graphopt.rewrite.rules import RewritePass
@@ -17,12 +18,12 @@ from graphopt.rewrite.rules import RewritePass
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMatch(Match):
-    sizes: Sizes
+    attention: AttentionNode
 
 
 @dataclasses.dataclass(frozen=True)
 class DecomposeAttention(RewritePass[AttentionMatch]):
-    """Attention-23 -> MatMul, mask, Softmax, MatMul: `graphopt.unfused`.
+    """Attention-23 -> MatMul, mask, Softmax, MatMul.
 
     Args:
         opset: the artifact's limit, where that is the reason; None: the runtime is faster so, or has no kernel.
@@ -36,10 +37,11 @@ class DecomposeAttention(RewritePass[AttentionMatch]):
         return self.opset is not None
 
     def match(self, node: ir.Node, ctx: Context) -> AttentionMatch | Miss:
-        sizes = sizes_of(node)
-        if isinstance(sizes, str):
-            return Miss(node, f"stays Attention: {sizes}")
-        return AttentionMatch((node,), tuple(node.outputs[i] for i in sizes.made), sizes)
+        a = AttentionNode.of(node)
+        reason = "it breaks the specification of the operator" if a is None else why_not_unfused(a)
+        if a is None or reason is not None:
+            return Miss(node, f"stays Attention: {reason}")
+        return AttentionMatch((node,), tuple(node.outputs[i] for i in read_outputs(a)), a)
 
     def build(self, op: Builder, m: AttentionMatch) -> Sequence[ir.Value]:
-        return unfused(op, m.nodes[0], m.sizes)
+        return unfused(op, m.attention)
