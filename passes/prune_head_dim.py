@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.head_columns import HeadOperand, HeadOperands
 from graphopt.analysis.heads import Heads, Units
+from graphopt.analysis.projections import HeadOperand
 from graphopt.calibration.averages import Averages
 from graphopt.compress.prune.narrow import Part, keys_of, values_of
 from graphopt.compress.prune.refit import fit_behind
@@ -125,7 +125,7 @@ class PruneHeadDim(Pass):
 
     def _parts(self, model: ir.Model, ctx: Context, unit: Heads, averages: Averages) -> list[Part]:
         """What of one attention can be narrowed; the rest is remarked on."""
-        name, operands = unit.node.name or "", ctx.get(HeadOperands()).get(unit)
+        name, operands = unit.node.name or "", unit.operands
         if operands is None:
             ctx.remarks.missed(name, "not narrowed: its heads are not known")
             return []
@@ -140,7 +140,7 @@ class PruneHeadDim(Pass):
             if isinstance(groups, str):
                 ctx.remarks.missed(name, f"query and key not narrowed: {groups}")
             else:
-                parts.append(keys_of(unit, operands, self._stays(operands[0].dim), groups, turns, averages))
+                parts.append(keys_of(operands, self._stays(operands[0].dim), groups, turns, averages))
         if self.parts != "keys" and self._narrows(ctx, name, "value", operands[2]):
             parts.append(values_of(unit, operands[2], self._stays(operands[2].dim), turns, averages))
         return parts

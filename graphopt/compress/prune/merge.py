@@ -7,25 +7,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from graphopt.analysis.head_columns import HeadOperand
 from graphopt.analysis.heads import Heads
+from graphopt.analysis.projections import Operands
 from graphopt.calibration.averages import Averages, centered, moments
 from graphopt.compress.prune.align import linked, planes_of, scores, values
 from graphopt.compress.weights import Editor, unfit
 from graphopt.core.contract import Array
 
-Operands = tuple[HeadOperand, HeadOperand, HeadOperand]
 
-
-def unmergeable(unit: Heads, operands: Operands | None) -> str | None:
+def unmergeable(unit: Heads) -> str | None:
     """Why the heads of an attention cannot become one another's."""
-    if operands is None:
+    if unit.operands is None:
         return "its heads are not known"
     if unit.group > 1:
         return f"{unit.group} query heads share a key head; merge key heads with kv-heads=N, or remove groups with prune-heads"
-    if operands[2].linear is None:
-        return f"the value: {operands[2].reason}"
-    return unfit(operands[2].linear) or unfit(unit.output)
+    value = unit.operands[2]
+    if value.linear is None:
+        return f"the value: {value.reason}"
+    return unfit(value.linear) or unfit(unit.output)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.head_columns import HeadOperand, HeadOperands
 from graphopt.analysis.heads import Heads, Units
+from graphopt.analysis.projections import HeadOperand, Operands
 from graphopt.calibration.averages import Averages, centered, moments
 from graphopt.compress.prune.align import balanced, planes_of, scores, values
 from graphopt.compress.prune.refit import fit_behind
 from graphopt.compress.prune.units import OutOfFuel, carry_out
 from graphopt.compress.weights import Editor, unfit
 from graphopt.core.contract import Array, Context
+from graphopt.graph.attention_node import AttentionNode
 from graphopt.graph.layout import Tracer
-from graphopt.graph.questions import rank, static_dim
 from graphopt.rewrite.slicing.close import Slicing
 from graphopt.rewrite.slicing.plan import Kind, Refusal
 from graphopt.run.observe import observable
@@ -25,13 +25,12 @@ from graphopt.run.observe import observable
 def pool(model: ir.Model, ctx: Context, kv_heads: int, *, rows: int, refits: bool, resize: Sequence[str]) -> int:
     """Leave `kv_heads` key and value heads in every attention whose number of them is a multiple; see MergeHeads."""
     averages, todo, plan = Averages(), list[_Pooling](), Slicing(model, resize=resize)
-    operands = ctx.get(HeadOperands())
     for unit in ctx.get(Units()).attention:
-        reason = _unfit(model, unit, operands.get(unit), kv_heads)
+        reason = _unfit(model, unit, kv_heads)
         try:
-            if reason is None:
-                _remove(plan, ctx, unit, operands[unit][1], kv_heads)
-                todo.append(_Pooling(unit, operands[unit], kv_heads, averages))
+            if reason is None and unit.operands is not None:
+                _remove(plan, ctx, unit, unit.operands[1], kv_heads)
+                todo.append(_Pooling(unit, unit.operands, kv_heads, averages))
         except OutOfFuel:
             break
         except Refusal as refusal:
@@ -79,18 +78,17 @@ def _remove(plan: Slicing, ctx: Context, unit: Heads, key: HeadOperand, kv_heads
         raise
 
 
-def _unfit(model: ir.Model, unit: Heads, operands: tuple[HeadOperand, HeadOperand, HeadOperand] | None, kv_heads: int) -> str | None:
-    if unit.node.op_type != "Attention":
+def _unfit(model: ir.Model, unit: Heads, kv_heads: int) -> str | None:
+    a, operands = AttentionNode.of(unit.node), unit.operands
+    if a is None:
         return "it is spelled out in primitive operators; run fuse-attention first"
     if operands is None or unit.output is None:
         return "its heads or its output projection are not known"
     if unit.kv_heads <= kv_heads or unit.kv_heads % kv_heads:
         return f"it has {unit.kv_heads} of them, which is no multiple of {kv_heads} above it"
-    node = unit.node
-    mask = node.inputs[3] if len(node.inputs) > 3 else None
-    if mask is not None and not _same_for_heads(mask):
-        return f"its mask `{mask.name}` differs from head to head"
-    if len(node.outputs) > 3 and node.outputs[3].name:
+    if a.mask is not None and a.mask_differs and not _is_repeated(a.mask):
+        return f"its mask `{a.mask.name}` differs from head to head"
+    if a.shown is not None:
         return "the model returns its attention weights"
     for o, what in zip(operands, ("query", "key", "value"), strict=True):
         if o.linear is None:
@@ -105,38 +103,19 @@ def _unfit(model: ir.Model, unit: Heads, operands: tuple[HeadOperand, HeadOperan
     made = [(o.linear.weight, int(c)) for o in operands if o.linear is not None for c in o.columns.reshape(-1)]
     if len(set(made)) < len(made):
         return "query, key and value have features in common"
-    if not _by_head(unit):
-        return f"what its heads add does not stand head by head in `{unit.output.x.name}`"
     return next((r for x in (q.linear, k.linear, v.linear, unit.output) if (r := unfit(x)) is not None), None)
 
 
-def _same_for_heads(mask: ir.Value) -> bool:
-    """True for a mask without an axis of heads, or repeated along it."""
-    size = rank(mask)
-    if size is None or size < 3 or static_dim(mask, -3) == 1:
-        return size is not None
+def _is_repeated(mask: ir.Value) -> bool:
+    """True for a mask that is repeated along its axis of heads."""
     view = Tracer().view(mask)
-    return view is not None and all(atom.axis == -1 for atom in view.axes[-3])
-
-
-def _by_head(unit: Heads) -> bool:
-    """True if the output projection reads the features of the first head first, then those of the second."""
-    view = None if unit.output is None else Tracer().view(unit.output.x)
-    if view is None or view.root is not unit.value:
-        return False
-    index = np.zeros(1, np.int64)
-    for atom in view.axes[-1]:
-        if not isinstance(atom.size, int) or not isinstance(atom.stride, int):
-            return False
-        step = atom.stride * (unit.value_dim if atom.axis == unit.axis and unit.axis == 1 else 1)
-        index = (index[:, None] + step * np.arange(atom.size)).reshape(-1)
-    return np.array_equal(index, np.arange(unit.heads * unit.value_dim))
+    return view is not None and len(view.axes) > 2 and all(atom.axis == -1 for atom in view.axes[-3])
 
 
 class _Pooling:
     """One attention whose key and value heads are pooled."""
 
-    def __init__(self, unit: Heads, operands: tuple[HeadOperand, HeadOperand, HeadOperand], kv_heads: int, averages: Averages) -> None:
+    def __init__(self, unit: Heads, operands: Operands, kv_heads: int, averages: Averages) -> None:
         self.unit, self.operands, self.kv_heads = unit, operands, kv_heads
         q, k, v = operands
         assert q.linear is not None
