@@ -218,7 +218,8 @@ def cheapest_cut(rankings: Mapping[Candidate, Ranking], savings: Mapping[Candida
     reached = np.flatnonzero(np.isfinite(best))[-1]
     if reached < size - len(rankings):  # each block loses less than a cell to rounding
         return None
-    found, left = dict[Candidate, int](), int(reached)
+    found: dict[Candidate, int] = {}
+    left = int(reached)
     for candidate, taken in zip(reversed(list(rankings)), reversed(chosen), strict=True):
         found[candidate] = int(taken[left])
         left = max(left - math.floor(savings[candidate][found[candidate]] / cell + 1e-9), 0)
