@@ -160,7 +160,7 @@ def _from_operator(node: ir.Node, tracer: Tracer) -> AttentionFacts:
     if a is None:
         raise NotAttention("it is an Attention node that breaks the specification of the operator")
     if a.cached or a.shown is not None:
-        raise NotAttention("it already is an Attention node with a key/value cache, or its scores are read")
+        raise NotAttention("it already is an Attention node with a key/value cache")
     if a.packed or not a.plain or not a.scale:
         raise NotAttention("it already is an Attention node")
     q, k, v = (_operand(name, value, tracer) for name, value in zip(("query", "key", "value"), a.operands, strict=True))

@@ -26,7 +26,7 @@ def made_by(linears: tuple[Linear, ...]) -> Made:
 
 
 def behind(operands: Iterable[ir.Value | None], made: Made) -> tuple[Linear, ...]:
-    """The projections that operands of an attention are computed from, with no other in between; what an operator reads last comes first."""
+    """The projections that operands of an attention are computed from, with no other in between; what an operator reads first comes first."""
     found: dict[Linear, None] = {}
     todo, seen = [v for v in operands if v is not None], set[ir.Value]()
     while todo and len(seen) < _FAR:
@@ -39,7 +39,7 @@ def behind(operands: Iterable[ir.Value | None], made: Made) -> tuple[Linear, ...
             found[linear] = None
             continue
         node = value.producer()
-        todo += [v for v in (node.inputs if node is not None else ()) if v is not None]
+        todo += [v for v in reversed(node.inputs if node is not None else ()) if v is not None]
     return tuple(found)
 
 
