@@ -127,7 +127,7 @@ class MergeHeads(Pass):
         averages, asked = Averages(), list[Asked]()
         for unit in ctx.get(Units()).attention:
             reason = unmergeable(unit) or self._unsuited(model, unit)
-            one = Asked(unit, unit.operands, averages) if reason is None and unit.operands is not None else None
+            one = Asked(unit, averages) if reason is None else None
             if one is not None and self.by == "projections" and not one.turns:
                 reason = "its query and key are not projections that can be compared; use by=maps"
             if reason is not None:

@@ -126,9 +126,6 @@ class PruneHeadDim(Pass):
     def _parts(self, model: ir.Model, ctx: Context, unit: Heads, averages: Averages) -> list[Part]:
         """What of one attention can be narrowed; the rest is remarked on."""
         name, operands = unit.node.name or "", unit.operands
-        if operands is None:
-            ctx.remarks.missed(name, "not narrowed: its heads are not known")
-            return []
         hidden = next((o.value for o in operands if not observable(model, o.value)), None)
         if hidden is not None:
             ctx.remarks.missed(name, f"not narrowed: `{hidden.name}` is computed inside a subgraph")

@@ -16,6 +16,7 @@ from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Match, Miss
 from graphopt.rewrite.rules import RewritePass
 
+from ._attention import AttentionMatch
 from ._limits import VENDOR
 
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -55,17 +56,12 @@ class SpellQuickGelu(RewritePass[QuickMatch]):
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupMatch(Match):
-    attention: AttentionNode
-
-
-@dataclasses.dataclass(frozen=True)
-class SpellGroupQuery(RewritePass[GroupMatch]):
+class SpellGroupQuery(RewritePass[AttentionMatch]):
     """Causal Attention with shared key heads, in half precision -> GroupQueryAttention. Ainslie et al., GQA (2023)."""
 
     anchors: ClassVar[frozenset[str]] = frozenset({"Attention"})
 
-    def match(self, node: ir.Node, ctx: Context) -> GroupMatch | Miss | None:
+    def match(self, node: ir.Node, ctx: Context) -> AttentionMatch | Miss | None:
         a = AttentionNode.of(node)
         if a is not None and a.heads == a.kv_heads:
             return None
@@ -81,9 +77,9 @@ class SpellGroupQuery(RewritePass[GroupMatch]):
             return Miss(node, "GroupQueryAttention wants heads of a multiple of 8 features")
         if not _same_rows(a.q, a.k):
             return Miss(node, "stays Attention: keys and queries are not shown to have the same length")
-        return GroupMatch((node,), (node.outputs[0],), a)
+        return AttentionMatch((node,), (node.outputs[0],), a)
 
-    def build(self, op: Builder, m: GroupMatch) -> Sequence[ir.Value]:
+    def build(self, op: Builder, m: AttentionMatch) -> Sequence[ir.Value]:
         a = m.attention
         one = op.const(np.array(1, np.int64), "one")
         length = op.shared(("length", a.q), lambda: op.Squeeze(op.Shape(a.q, start=1, end=2)))

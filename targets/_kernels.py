@@ -18,6 +18,8 @@ from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Match, Miss
 from graphopt.rewrite.rules import RewritePass
 
+from ._attention import AttentionMatch
+
 _VENDOR = "com.microsoft"
 
 
@@ -105,17 +107,12 @@ def _last(value: ir.Value) -> ir.Shape | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class MultiHeadMatch(Match):
-    attention: AttentionNode
-
-
-@dataclasses.dataclass(frozen=True)
-class SpellMultiHead(RewritePass[MultiHeadMatch]):
+class SpellMultiHead(RewritePass[AttentionMatch]):
     """Attention of packed heads [batch, rows, heads * dim] -> MultiHeadAttention."""
 
     anchors: ClassVar[frozenset[str]] = frozenset({"Attention"})
 
-    def match(self, node: ir.Node, ctx: Context) -> MultiHeadMatch | Miss | None:
+    def match(self, node: ir.Node, ctx: Context) -> AttentionMatch | Miss | None:
         a = AttentionNode.of(node)
         if a is None or not a.packed or a.heads != a.kv_heads:
             return Miss(node, "MultiHeadAttention reads packed heads, as many for keys as for queries")
@@ -125,9 +122,9 @@ class SpellMultiHead(RewritePass[MultiHeadMatch]):
             return Miss(node, "stays Attention: it is causal, or has a window, a soft cap or a softmax of another type")
         if a.mask is not None and (rank(a.mask) != 4 or a.mask.dtype != a.result.dtype or may_hide_rows(whole(a.mask))):
             return Miss(node, "stays Attention: its mask is not additive of four axes, or may hide a row")
-        return MultiHeadMatch((node,), (a.result,), a)
+        return AttentionMatch((node,), (a.result,), a)
 
-    def build(self, op: Builder, m: MultiHeadMatch) -> Sequence[ir.Value]:
+    def build(self, op: Builder, m: AttentionMatch) -> Sequence[ir.Value]:
         a = m.attention
         inputs = (*a.operands, *(() if a.mask is None else (None, None, a.mask)))
         return [op.node("MultiHeadAttention", inputs, _domain=_VENDOR, num_heads=a.heads, scale=attr(a.node, "scale"))]

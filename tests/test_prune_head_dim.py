@@ -52,7 +52,6 @@ def zeroed(model: ir.Model, removed: list[tuple[int, str, list[int]]]) -> ir.Mod
     blocks = {unit.index: unit.operands for unit in Context(copy).get(Units()).attention}
     for k, (layer, part, gone) in enumerate(removed):
         operands = blocks[layer]
-        assert operands is not None
         operand = operands[0 if part == "query and key" else 2]
         shape = [1] * len(operand.value.shape or ())
         keep = (~operand.mask(gone)).astype(np.float32)
@@ -99,7 +98,6 @@ def test_turned_heads_of_full_rank_compute_the_same(name: str, attention: str, r
     model = graphopt.load(tiny(name, attention, route))
     prune(model, FUSE if fused else "canonicalize")
     for unit in Context(model).get(Units()).attention:
-        assert unit.operands is not None
         q, _, v = unit.operands
         for operand in (q, v):
             if operand.linear is None or operand.rotary is not None:

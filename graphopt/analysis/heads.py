@@ -32,7 +32,7 @@ class Heads:
         inside: the values that belong to this block and what follows it; what enters from elsewhere is not changed for others.
         output: the output projection, whose input has heads * value_dim features, head by head; None where there is none.
         projections: those of query, key and value.
-        operands: query, key and value, where their heads can be told apart.
+        operands: query, key and value.
     """
 
     index: int
@@ -46,7 +46,7 @@ class Heads:
     inside: Collection[ir.Value]
     output: Linear | None
     projections: tuple[Linear, ...]
-    operands: Operands | None
+    operands: Operands
 
     @property
     def group(self) -> int:
@@ -124,110 +124,79 @@ class AttentionHeads(Analysis[Mapping[ir.Node, "Heads | str"]]):
     """Softmax or Attention node -> its heads, or why they are not known; a Softmax that is no attention is left out."""
 
     def compute(self, model: ir.Model, ctx: Context) -> Mapping[ir.Node, Heads | str]:
-        reader = _Reader(made_by(ctx.get(Linears(casts=True))), {x.output: x for x in ctx.get(Linears())}, Tracer())
-        found: dict[ir.Node, Heads | str] = {}
+        made, plain, tracer = made_by(ctx.get(Linears(casts=True))), {x.output: x for x in ctx.get(Linears())}, Tracer()
+        known: dict[ir.Node, Heads | str] = {}
         for node, facts in ctx.get(Attentions()).items():
             a = AttentionNode.of(node)
-            place = _primitive(facts) if node.op_type == "Softmax" else None if a is None else _operator(a, facts)
+            place = _primitive(facts) if node.op_type == "Softmax" else None if a is None else _operator(a, facts, tracer)
             if place is not None:
-                found[node] = reader.read(sum(isinstance(h, Heads) for h in found.values()), node, place)
+                values = [f.value for f in place.feeds]
+                projections = behind(values, made)
+                within = downstream([x.node.outputs[0] for x in projections] or values)
+                q, k, v = (read_operand(f, place.nodes, plain, tracer) for f in place.feeds)
+                index = sum(isinstance(h, Heads) for h in known.values())
+                known[node] = Heads(index, node, place.value, place.axis, *place.sizes, within, _output(place, made, tracer), projections, (q, k, v))
             elif node.op_type == "Attention" or isinstance(facts, AttentionFacts):
-                found[node] = facts if isinstance(facts, str) else "its heads are not known"
-        return found
+                known[node] = facts if isinstance(facts, str) else "its heads are not known"
+        return known
 
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """As in Heads. `nodes`: those of the attention; `feeds` are traced where they are asked for; `result`: heads and features in `value`."""
+    """As in Heads. `sizes`: heads, kv_heads, head_dim, value_dim; `result`: where heads and features stand in `value`."""
 
     value: ir.Value
     axis: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
+    sizes: tuple[int, int, int, int]
     nodes: tuple[ir.Node, ...]
-    operands: tuple[ir.Value, ir.Value, ir.Value]
-    facts: AttentionFacts | None
+    feeds: tuple[Feed, ...]
     result: Group
 
 
-def _operator(a: AttentionNode, facts: AttentionFacts | str) -> _Place | None:
+def _operator(a: AttentionNode, facts: AttentionFacts | str, tracer: Tracer) -> _Place | None:
     if not a.heads or not a.kv_heads or not a.head_dim or not a.value_dim or rank(a.q) is None:
         return None
-    kv_heads = a.kv_heads if isinstance(facts, str) else facts.kv_heads  # fewer where the graph repeats them in front of the operator
+    feeds = []
+    for value, heads, dim in zip(a.operands, (a.heads, a.kv_heads, a.kv_heads), (a.head_dim, a.head_dim, a.value_dim), strict=True):
+        view = tracer.view(value)
+        group = () if view is None else view.axes[2] if a.packed else (*view.axes[1], *view.axes[3])
+        feeds.append(Feed(value, 2 if a.packed else 3, None if a.packed else 1, heads, dim, a.packed, view, group))
     result = [(2, a.heads * a.value_dim)] if a.packed else [(1, a.heads), (3, a.value_dim)]
-    sizes = a.heads, kv_heads, a.head_dim, a.value_dim
-    return _Place(a.result, 2 if a.packed else 1, *sizes, (a.node,), a.operands, None, _atoms(result))
+    kv_heads = a.kv_heads if isinstance(facts, str) else facts.kv_heads  # fewer where the graph repeats them in front of the operator
+    return _Place(a.result, 2 if a.packed else 1, (a.heads, kv_heads, a.head_dim, a.value_dim), (a.node,), tuple(feeds), _atoms(result))
 
 
 def _primitive(facts: AttentionFacts | str) -> _Place | None:
     """The axis of the product with the value that has its heads; they may be spread over two (groups, and heads of a group)."""
     if isinstance(facts, str) or facts.output.shape is None:
         return None
-    q, k, v = (o.view.steps[-1].value for o in (facts.q, facts.k, facts.v))
     lead = list(facts.output.shape)[:-2]
-    sizes = [n for n in lead[1:] if isinstance(n, int)] if len(lead) > 1 else []
-    if len(lead) == 1 or (sizes and len(sizes) == len(lead) - 1 and int(np.prod(sizes)) == facts.heads):
-        axis = 0 if len(lead) == 1 else next((k for k, n in enumerate(lead) if k and n != 1), 1)
-        if len(lead) <= 2 or lead[axis] == facts.heads:
-            counts = facts.heads, facts.kv_heads, facts.head_dim, facts.value_dim
-            result = _atoms([(axis, facts.heads), (len(lead) + 1, facts.value_dim)])
-            return _Place(facts.output, axis, *counts, (facts.anchor, *facts.nodes), (q, k, v), facts, result)
-    return None
+    sizes = [n for n in lead[1:] if isinstance(n, int)]
+    if len(lead) > 1 and (not sizes or len(sizes) < len(lead) - 1 or int(np.prod(sizes)) != facts.heads):
+        return None
+    axis = 0 if len(lead) == 1 else next((k for k, n in enumerate(lead) if k and n != 1), 1)
+    if len(lead) > 2 and lead[axis] != facts.heads:
+        return None
+    feeds = []
+    for o, dim, back in zip((facts.q, facts.k, facts.v), (facts.head_dim, facts.head_dim, facts.value_dim), (1, 2, 1), strict=True):
+        value = o.view.steps[-1].value
+        size = rank(value) or 0
+        heads = static_dim(value, 1) if size == 4 else None
+        feeds.append(Feed(value, size - back, None if heads is None else 1, heads or 1, dim, False, o.view, (*o.heads, *o.dim)))
+    counts = facts.heads, facts.kv_heads, facts.head_dim, facts.value_dim
+    result = _atoms([(axis, facts.heads), (len(lead) + 1, facts.value_dim)])
+    return _Place(facts.output, axis, counts, (facts.anchor, *facts.nodes), tuple(feeds), result)
 
 
 def _atoms(axes: Iterable[tuple[int, int]]) -> Group:
     return tuple(Atom(axis, 1, size) for axis, size in axes if size != 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """`made`: by all projections; `plain`: what those make, bias included, whose weights are not cast."""
-
-    made: Made
-    plain: Made
-    tracer: Tracer
-
-    def read(self, index: int, node: ir.Node, p: _Place) -> Heads:
-        projections = behind(p.operands, self.made)
-        within = downstream([x.node.outputs[0] for x in projections] or list(p.operands))
-        sizes = p.heads, p.kv_heads, p.head_dim, p.value_dim
-        return Heads(index, node, p.value, p.axis, *sizes, within, self._output(p), projections, self._operands(p))
-
-    def _output(self, p: _Place) -> Linear | None:
-        """The output projection, if it reads the features of the first head first, then those of the second."""
-        found = ahead(p.value, self.made)
-        view = None if found is None else self.tracer.view(found.x)
-        if found is None or view is None or found.in_features != p.heads * p.value_dim or found.batch or found.trans_x:
-            return None
-        read = origin(view, view.axes[-1], self.tracer, {p.value}, lambda node, axes: node.op_type in ("Cast", "Dropout"))
-        return found if read.root is p.value and not any(read.offset) and merged(read.group) == merged(p.result) else None
-
-    def _operands(self, p: _Place) -> Operands | None:
-        feeds = self._fed_to_operator(p) if p.facts is None else self._fed_to_products(p.facts)
-        if feeds is None:
-            return None
-        dims = p.head_dim, p.head_dim, p.value_dim
-        q, k, v = (read_operand(f, dim, p.nodes, self.plain, self.tracer) for f, dim in zip(feeds, dims, strict=True))
-        return q, k, v
-
-    def _fed_to_operator(self, p: _Place) -> list[Feed] | None:
-        flat, feeds = p.axis == 2, list[Feed]()
-        for value, dim in zip(p.operands, (p.head_dim, p.head_dim, p.value_dim), strict=True):
-            width, view = static_dim(value, p.axis), self.tracer.view(value)
-            if width is None:
-                return None
-            group = () if view is None else view.axes[2] if flat else (*view.axes[1], *view.axes[3])
-            feeds.append(Feed(value, 2 if flat else 3, None if flat else 1, width // dim if flat else width, flat, view, group))
-        return feeds
-
-    @staticmethod
-    def _fed_to_products(facts: AttentionFacts) -> list[Feed]:
-        feeds = []
-        for o, back in zip((facts.q, facts.k, facts.v), (1, 2, 1), strict=True):
-            value = o.view.steps[-1].value
-            size = rank(value) or 0
-            heads = static_dim(value, 1) if size == 4 else None
-            feeds.append(Feed(value, size - back, None if heads is None else 1, heads or 1, False, o.view, (*o.heads, *o.dim)))
-        return feeds
+def _output(p: _Place, made: Made, tracer: Tracer) -> Linear | None:
+    """The output projection, if it reads the features of the first head first, then those of the second."""
+    found = ahead(p.value, made)
+    view = None if found is None else tracer.view(found.x)
+    if found is None or view is None or found.in_features != p.sizes[0] * p.sizes[3] or found.batch or found.trans_x:
+        return None
+    read = origin(view, view.axes[-1], tracer, {p.value}, lambda node, axes: node.op_type in ("Cast", "Dropout"))
+    return found if read.root is p.value and not any(read.offset) and merged(read.group) == merged(p.result) else None

@@ -109,19 +109,15 @@ def _whole_axes(view: View, group: Group) -> tuple[int, ...] | None:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class HeadOperand:
+class Feed:
     """One operand of the products of an attention, `value`.
 
     Attributes:
         dim_axis: runs over the features of a head; over heads * dim where `flat`.
         head_axis: runs over heads; None where they are flat, or merged with the batch.
         heads: that are told apart in `value` (repeated key heads count).
-        source: the projection that makes it, with nothing but layout, scalar factors, `rotary` and `norm` in between; None otherwise.
-        columns: int64 [heads of the projection, dim]: the output feature of `source` for each; empty without it.
-        reason: why there is no `linear`.
-        path: the values from `value` back to what the projection makes.
-        rotary: the embedding that turns what `source` makes; its features are then pairs.
-        norm: a norm over the features of each head.
+        dim: features of a head.
+        view: how it comes about, and `group`: where its heads and their features lie there.
     """
 
     value: ir.Value
@@ -130,12 +126,29 @@ class HeadOperand:
     heads: int
     dim: int
     flat: bool
+    view: View | None
+    group: Group
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeadOperand(Feed):
+    """And the projection that makes it.
+
+    Attributes:
+        source: that projection, if nothing but layout, scalar factors, `rotary` and `norm` stands in between; None otherwise.
+        columns: int64 [heads of the projection, dim]: the output feature of `source` for each; empty without it.
+        reason: why there is no `linear`.
+        path: the values from `value` back to what the projection makes.
+        rotary: the embedding that turns what `source` makes; its features are then pairs.
+        norm: a norm over the features of each head.
+    """
+
     source: Linear | None
     columns: Array
     reason: str
     path: tuple[ir.Value, ...]
-    rotary: ir.Node | None = None
-    norm: ir.Node | None = None
+    rotary: ir.Node | None
+    norm: ir.Node | None
 
     @property
     def linear(self) -> Linear | None:
@@ -159,48 +172,38 @@ class HeadOperand:
 Operands = tuple[HeadOperand, HeadOperand, HeadOperand]
 
 
-@dataclasses.dataclass(frozen=True)
-class Feed:
-    """An operand: its axes as in HeadOperand, and where its heads and features lie in its `view`."""
-
-    value: ir.Value
-    dim_axis: int
-    head_axis: int | None
-    heads: int
-    flat: bool
-    view: View | None
-    group: Group
-
-
-def read_operand(f: Feed, dim: int, own: Collection[ir.Node], made: Made, tracer: Tracer) -> HeadOperand:
-    """Find the projection that makes an operand with heads of `dim` features.
+def read_operand(f: Feed, own: Collection[ir.Node], made: Made, tracer: Tracer) -> HeadOperand:
+    """Find the projection that makes an operand.
 
     Args:
         own: the nodes of the attention.
         made: what each projection makes after its bias.
     """
-    found = None if f.view is None else origin(f.view, f.group, tracer, made, lambda node, axes: _is_alike(node, axes, dim))
-    source, columns, reason = _columns(found, dim, own, made)
-    alike, path = ((), ()) if found is None else (found.alike, found.path)
-    rotary, norm = (next((n for n in alike if n.op_type in kinds), None) for kinds in (("RotaryEmbedding",), _NORMS))
+    if f.view is None:
+        return HeadOperand(**vars(f), source=None, columns=_none(f.dim), reason="its origin is not known", path=(), rotary=None, norm=None)
+    found = origin(f.view, f.group, tracer, made, lambda node, axes: _is_alike(node, axes, f.dim))
+    source, columns, reason = _columns(found, f.dim, own, made)
+    rotary, norm = (next((n for n in found.alike if n.op_type in kinds), None) for kinds in (("RotaryEmbedding",), _NORMS))
     reason = reason if norm is None else _between(norm)
-    return HeadOperand(f.value, f.dim_axis, f.head_axis, f.heads, dim, f.flat, source, columns, reason, path, rotary, norm)
+    return HeadOperand(**vars(f), source=source, columns=columns, reason=reason, path=found.path, rotary=rotary, norm=norm)
 
 
-def _columns(found: Origin | None, dim: int, own: Collection[ir.Node], made: Made) -> tuple[Linear | None, Array, str]:
-    nothing = np.zeros((0, dim), np.int64)
-    linear = None if found is None else made.get(found.root)
-    if found is None or linear is None:
-        maker = None if found is None else found.root.producer()
-        return None, nothing, "its origin is not known" if maker is None else _between(maker)
+def _none(dim: int) -> Array:
+    return np.zeros((0, dim), np.int64)
+
+
+def _columns(found: Origin, dim: int, own: Collection[ir.Node], made: Made) -> tuple[Linear | None, Array, str]:
+    linear, maker = made.get(found.root), found.root.producer()
+    if linear is None:
+        return None, _none(dim), "its origin is not known" if maker is None else _between(maker)
     axis, index = (rank(found.root) or 0) - 1, np.zeros(1, np.int64)
     for atom in (a for a in found.group if a.axis >= 0):
         if atom.axis != axis or not isinstance(atom.size, int) or not isinstance(atom.stride, int):
-            return None, nothing, f"its heads are no pieces of the features of `{linear.node.name}`"
+            return None, _none(dim), f"its heads are no pieces of the features of `{linear.node.name}`"
         index = (index[:, None] + atom.stride * np.arange(atom.size)).reshape(-1)
     other = _other_reader(found.root, own, found.alike)
     if other is not None:
-        return None, nothing, f"`{found.root.name}` is also read by {other.op_type} `{other.name}`"
+        return None, _none(dim), f"`{found.root.name}` is also read by {other.op_type} `{other.name}`"
     return linear, (index + found.offset[axis]).reshape(-1, dim), ""
 
 

@@ -30,7 +30,6 @@ class HeadsMatch(Match):
 
 def shares(h: Heads) -> tuple[tuple[Linear, int], ...]:
     """Query, key, value and output projections, and how many columns of each (rows of the last) belong to one group of heads."""
-    assert h.operands is not None
     sizes = (h.group * h.head_dim, h.head_dim, h.value_dim, h.group * h.value_dim)
     return tuple((x, n) for x, n in zip((*(o.source for o in h.operands), h.output), sizes, strict=True) if x is not None)
 
@@ -38,8 +37,8 @@ def shares(h: Heads) -> tuple[tuple[Linear, int], ...]:
 def why_together(h: Heads) -> str | None:
     """Why the heads of an attention cannot be taken apart."""
     a = AttentionNode.of(h.node)
-    if a is None or h.operands is None:
-        return "its heads are not told apart; put fuse-attention before"
+    if a is None:
+        return "it is spelled out in primitive operators; put fuse-attention before"
     if a.cached or a.shown is not None:
         return "it has a key/value cache, or its probabilities are read"
     if a.mask is not None and a.mask_differs:
