@@ -119,7 +119,7 @@ class SpellMultiHead(RewritePass[AttentionMatch]):
         if a.cached or a.shown is not None:
             return Miss(node, "stays Attention: it has a cache, or its scores are read")
         if not a.plain:
-            return Miss(node, "stays Attention: it is causal, or has a window, a soft cap or a softmax of another type")
+            return Miss(node, "stays Attention: it is causal or has a soft cap, or a window or a softmax type of its own")
         if a.mask is not None and (rank(a.mask) != 4 or a.mask.dtype != a.result.dtype or may_hide_rows(whole(a.mask))):
             return Miss(node, "stays Attention: its mask is not additive of four axes, or may hide a row")
         return AttentionMatch((node,), (a.result,), a)
