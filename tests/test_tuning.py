@@ -305,7 +305,7 @@ def test_a_locked_cache_is_a_warning(empty_cache: Path, monkeypatch: pytest.Monk
 
 def test_processes_write_side_by_side(empty_cache: Path) -> None:
     code = (
-        "import sys; from graphopt.tunecache import *; from graphopt.choices import Machine\n"
+        "import sys; from graphopt.driver.lowering.cache import *; from graphopt.core.machine import Machine\n"
         "for k in range(40): Cache().add(Machine('p', 'r', 'c', 1), [Timed(f'{sys.argv[1]}.{k}', 's', '1', 1.0, '')])"
     )
     running = [subprocess.Popen([sys.executable, "-c", code, str(k)]) for k in range(3)]
