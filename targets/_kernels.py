@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from graphopt.analysis.stream import Residual, Residuals
+from graphopt.analysis.stream import Residual, residual_of
 from graphopt.core.contract import Context
+from graphopt.driver.lowering.decompose import AttentionMatch
 from graphopt.driver.lowering.extract import whole
 from graphopt.graph.attention_node import AttentionNode
 from graphopt.graph.questions import attr, is_constant, producer, rank, used_once
@@ -18,9 +19,7 @@ from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Match, Miss
 from graphopt.rewrite.rules import RewritePass
 
-from ._attention import AttentionMatch
-
-_VENDOR = "com.microsoft"
+from ._vendored import VENDOR
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +39,7 @@ class SpellSkipNorm(RewritePass[SkipMatch]):
     anchors: ClassVar[frozenset[str]] = frozenset({"LayerNormalization", "RMSNormalization"})
 
     def match(self, node: ir.Node, ctx: Context) -> SkipMatch | Miss | None:
-        residual = next((r for r in ctx.get(Residuals()) if r.norm is node), None)
+        residual = residual_of(node)
         if residual is None:
             return None
         bias = [t.value for t in residual.terms if t.bias]
@@ -60,7 +59,7 @@ class SpellSkipNorm(RewritePass[SkipMatch]):
             inputs.pop()
         shared = len(m.outputs) > 1
         name = "SkipLayerNormalization" if layer else "SkipSimplifiedLayerNormalization"
-        made: Any = op.node(name, inputs, _domain=_VENDOR, _outputs=4 if shared else 1, epsilon=attr(m.norm, "epsilon", 1e-5))
+        made: Any = op.node(name, inputs, _domain=VENDOR, _outputs=4 if shared else 1, epsilon=attr(m.norm, "epsilon", 1e-5))
         if not shared:
             return [made]
         made[1].name = made[2].name = ""  # mean and deviation
@@ -99,7 +98,7 @@ class SpellBiasGelu(RewritePass[BiasMatch]):
 
     def build(self, op: Builder, m: BiasMatch) -> Sequence[ir.Value]:
         inputs = [m.x] if m.bias is None else [m.x, m.bias]
-        return [op.node("FastGelu" if m.tanh else "BiasGelu", inputs, _domain=_VENDOR)]
+        return [op.node("FastGelu" if m.tanh else "BiasGelu", inputs, _domain=VENDOR)]
 
 
 def _last(value: ir.Value) -> ir.Shape | None:
@@ -127,4 +126,4 @@ class SpellMultiHead(RewritePass[AttentionMatch]):
     def build(self, op: Builder, m: AttentionMatch) -> Sequence[ir.Value]:
         a = m.attention
         inputs = (*a.operands, *(() if a.mask is None else (None, None, a.mask)))
-        return [op.node("MultiHeadAttention", inputs, _domain=_VENDOR, num_heads=a.heads, scale=attr(a.node, "scale"))]
+        return [op.node("MultiHeadAttention", inputs, _domain=VENDOR, num_heads=a.heads, scale=attr(a.node, "scale"))]

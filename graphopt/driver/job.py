@@ -24,7 +24,8 @@ from graphopt.driver.transaction import TransactionManager
 from graphopt.graph import size
 from graphopt.graph.interface import Interface
 from graphopt.graph.opset.versions import OLDEST, Rise
-from graphopt.graph.size import Size, model_bytes
+from graphopt.graph.serialize import model_bytes
+from graphopt.graph.size import Size
 from graphopt.graph.verify import verify
 from graphopt.io import save
 from graphopt.report.report import Report

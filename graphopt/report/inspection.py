@@ -18,7 +18,8 @@ from graphopt.core.pipeline import PassManager, parse
 from graphopt.core.remarks import Remarks
 from graphopt.graph.attention_node import AttentionNode
 from graphopt.graph.questions import all_nodes, shape_text
-from graphopt.graph.size import Size, model_bytes, size
+from graphopt.graph.serialize import model_bytes
+from graphopt.graph.size import Size, size
 from graphopt.io import load
 from graphopt.report.card import Card, card
 from graphopt.report.recognized import FUSE, RECOGNIZE

@@ -38,7 +38,7 @@ def refit(model: ir.Model, ctx: Context, plans: Sequence[Plan]) -> int:
         before = streams.get(first_linear.output) if alone else None
         seen = paired_moments(model, original, ctx.require_samples(), str(first_linear.x.name), before)
         changes += PutFactors([fitted(p, seen) for p in now]).run(model, ctx)
-        if ctx.fuel.limit is not None and ctx.fuel.burned >= ctx.fuel.limit:
+        if ctx.fuel.empty:
             break
     return changes
 
