@@ -24,6 +24,7 @@ from graphopt.driver.result import Result
 from graphopt.graph.interface import interface
 from graphopt.io import save
 from graphopt.io.load import load_both
+from graphopt.report.words import called
 from graphopt.run import race as bench
 from graphopt.run.samples import Samples
 
@@ -140,6 +141,7 @@ def optimize(
     if judge is not None and judge.failure is not None:
         raise judge.failure
     report.speed_up, report.latency = outcome.speed_up(), outcome.latency()
+    report.model, report.threads = called(source), getattr(plan.target, "threads", None)
     tell("done", 1.0)
     return Result(lowered, outcome.graph or original, original, plan.target, report, fed, file)
 
