@@ -9,13 +9,13 @@ from typing import Any, ClassVar, Literal, Self
 
 import onnx_ir as ir
 
-from graphopt.analysis.head_columns import HeadBlock, HeadBlocks
+from graphopt.analysis.heads import AttentionHeads, Heads
 from graphopt.analysis.linear import StoredOperands
 from graphopt.calibration.effects import effects
 from graphopt.compress.mix.cost import timed
 from graphopt.compress.mix.parts import Assemble, Part, merged, parts_of
 from graphopt.compress.mix.plan import Effects, Plan, choose, joined
-from graphopt.compress.mix.split_heads import SplitHeads
+from graphopt.compress.mix.split_heads import SplitHeads, why_together
 from graphopt.compress.select import check_patterns, passed_over
 from graphopt.core import registry
 from graphopt.core.contract import Batches, Context, Pass
@@ -163,16 +163,17 @@ class MixPrecision(Pass):
                 wanted[number, label] = change
         return effects(model, feeds, wanted)
 
-    def _blocks(self, model: ir.Model, ctx: Context) -> dict[str, HeadBlock]:
+    def _blocks(self, model: ir.Model, ctx: Context) -> dict[str, Heads]:
         """By name of the Attention node, those whose heads can be told apart; the others get a remark."""
-        found: dict[str, HeadBlock] = {}
-        for node, block in ctx.get(HeadBlocks()).items():
-            if isinstance(block, str) or block.kv_heads == 1:
-                ctx.remarks.missed(
-                    node.name or "", f"its heads stay together: {block if isinstance(block, str) else 'they share one key/value head'}"
-                )
+        found: dict[str, Heads] = {}
+        for node, heads in ctx.get(AttentionHeads()).items():
+            if node.op_type != "Attention":
+                continue
+            reason = heads if isinstance(heads, str) else why_together(heads)
+            if reason is None and isinstance(heads, Heads) and heads.kv_heads > 1:
+                found[str(node.name)] = heads
             else:
-                found[str(node.name)] = block
+                ctx.remarks.missed(node.name or "", f"its heads stay together: {reason or 'they share one key/value head'}")
         if not found:
             ctx.remarks.missed("", "heads=true finds no attention whose heads can be told apart; put fuse-attention before")
         return found

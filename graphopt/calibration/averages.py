@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.head_columns import HeadOperand
+from graphopt.analysis.projections import HeadOperand
 from graphopt.calibration.padding import Padding
 from graphopt.core.contract import Array
 from graphopt.run import Feeds
