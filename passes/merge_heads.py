@@ -9,7 +9,6 @@ from typing import ClassVar, Self
 
 import onnx_ir as ir
 
-from graphopt.analysis.head_columns import HeadOperands
 from graphopt.analysis.heads import Heads, Units
 from graphopt.calibration.attention_maps import map_distances
 from graphopt.calibration.averages import Averages
@@ -125,10 +124,10 @@ class MergeHeads(Pass):
 
     def _measured(self, model: ir.Model, ctx: Context) -> list[Merging]:
         """The attentions whose heads can be merged; the rest is remarked on."""
-        averages, asked, operands = Averages(), list[Asked](), ctx.get(HeadOperands())
+        averages, asked = Averages(), list[Asked]()
         for unit in ctx.get(Units()).attention:
-            reason = unmergeable(unit, operands.get(unit)) or self._unsuited(model, unit)
-            one = Asked(unit, operands[unit], averages) if reason is None else None
+            reason = unmergeable(unit) or self._unsuited(model, unit)
+            one = Asked(unit, averages) if reason is None else None
             if one is not None and self.by == "projections" and not one.turns:
                 reason = "its query and key are not projections that can be compared; use by=maps"
             if reason is not None:

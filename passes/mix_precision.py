@@ -9,13 +9,13 @@ from typing import Any, ClassVar, Literal, Self
 
 import onnx_ir as ir
 
-from graphopt.analysis.head_columns import HeadBlock, HeadBlocks
+from graphopt.analysis.heads import AttentionHeads, Heads
 from graphopt.analysis.linear import StoredOperands
 from graphopt.calibration.effects import effects
 from graphopt.compress.mix.cost import timed
 from graphopt.compress.mix.parts import Assemble, Part, merged, parts_of
 from graphopt.compress.mix.plan import Effects, Plan, choose, joined
-from graphopt.compress.mix.split_heads import SplitHeads
+from graphopt.compress.mix.split_heads import SplitHeads, why_together
 from graphopt.compress.select import check_patterns, passed_over
 from graphopt.core import registry
 from graphopt.core.contract import Batches, Context, Pass
@@ -77,8 +77,6 @@ class MixPrecision(Pass):
     def __post_init__(self) -> None:
         if not self.choices:
             raise option_error(self.name, "choices", f"one of {', '.join(KNOWN)} at least", "none")
-        for choice in self.choices:
-            _step(choice)
         if self.loss is not None and not self.loss > 0:
             raise option_error(self.name, "loss", "a fraction above 0", self.loss)
         if not 0 < self.share <= 1:
@@ -87,6 +85,10 @@ class MixPrecision(Pass):
             raise option_error(self.name, "cost", "bytes with heads=true, as the time of a head by itself says little about all together", self.cost)
         if self.batches < 0:
             raise option_error(self.name, "batches", "a number of batches, or 0 for all", self.batches)
+
+    def check(self, known: Mapping[str, type[Pass]]) -> None:
+        for choice in self.choices:
+            _step(choice, known)
 
     def weaker(self) -> Self | None:
         return dataclasses.replace(self, share=self.share / 2) if self.share / 2 >= _LEAST_SHARE else None
@@ -101,7 +103,7 @@ class MixPrecision(Pass):
             work = model.clone()
             units.run(work, Context(work))
         refused: dict[str, str] = {}
-        fitting = Context(model, target=ctx.target, samples=self._others(samples), original=ctx.original)
+        fitting = Context(model, target=ctx.target, samples=self._others(samples), original=ctx.original, passes=ctx.passes)
         parts = parts_of(work, self._versions(work, fitting, refused), units.owner)
         self._tell_refused(work, parts, refused, ctx)
         if self.cost == "time" and feeds:
@@ -139,7 +141,7 @@ class MixPrecision(Pass):
         for choice in self.choices:
             copy, quiet = model.clone(), Remarks()
             own = Context(copy, target=ctx.target, samples=ctx.samples, remarks=quiet, original=ctx.original)
-            PassManager([_step(choice)]).run(copy, own)
+            PassManager([_step(choice, registry.passes() if ctx.passes is None else ctx.passes)]).run(copy, own)
             made[choice] = copy
             for remark in quiet:
                 if remark.kind == "missed" and remark.node:
@@ -161,16 +163,17 @@ class MixPrecision(Pass):
                 wanted[number, label] = change
         return effects(model, feeds, wanted)
 
-    def _blocks(self, model: ir.Model, ctx: Context) -> dict[str, HeadBlock]:
+    def _blocks(self, model: ir.Model, ctx: Context) -> dict[str, Heads]:
         """By name of the Attention node, those whose heads can be told apart; the others get a remark."""
-        found: dict[str, HeadBlock] = {}
-        for node, block in ctx.get(HeadBlocks()).items():
-            if isinstance(block, str) or block.kv_heads == 1:
-                ctx.remarks.missed(
-                    node.name or "", f"its heads stay together: {block if isinstance(block, str) else 'they share one key/value head'}"
-                )
+        found: dict[str, Heads] = {}
+        for node, heads in ctx.get(AttentionHeads()).items():
+            if node.op_type != "Attention":
+                continue
+            reason = heads if isinstance(heads, str) else why_together(heads)
+            if reason is None and isinstance(heads, Heads) and heads.kv_heads > 1:
+                found[str(node.name)] = heads
             else:
-                found[str(node.name)] = block
+                ctx.remarks.missed(node.name or "", f"its heads stay together: {reason or 'they share one key/value head'}")
         if not found:
             ctx.remarks.missed("", "heads=true finds no attention whose heads can be told apart; put fuse-attention before")
         return found
@@ -213,9 +216,9 @@ def _change(part: Part, label: str) -> str:
     return f"{part.cost['']:.9g} -> {part.cost[label]:.9g} {part.unit}"
 
 
-def _step(choice: str) -> Pass:
+def _step(choice: str, known: Mapping[str, type[Pass]]) -> Pass:
     """The pass that a choice stands for."""
-    steps: list[Pass] = parse(KNOWN.get(choice, choice), registry.passes())
+    steps: list[Pass] = parse(KNOWN.get(choice, choice), known)
     if len(steps) != 1 or steps[0].exact or isinstance(steps[0], MixPrecision):
         raise option_error("mix-precision", "choices", f"{', '.join(KNOWN)}, or the text of one lossy pass in quotes", choice)
     return steps[0]

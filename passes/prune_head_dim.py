@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.head_columns import HeadOperand, HeadOperands
 from graphopt.analysis.heads import Heads, Units
+from graphopt.analysis.projections import HeadOperand
 from graphopt.calibration.averages import Averages
 from graphopt.compress.prune.narrow import Part, keys_of, values_of
 from graphopt.compress.prune.refit import fit_behind
@@ -126,10 +126,7 @@ class PruneHeadDim(Pass):
 
     def _parts(self, model: ir.Model, ctx: Context, unit: Heads, averages: Averages) -> list[Part]:
         """What of one attention can be narrowed; the rest is remarked on."""
-        name, operands = unit.node.name or "", ctx.get(HeadOperands()).get(unit)
-        if operands is None:
-            ctx.remarks.missed(name, "not narrowed: its heads are not known")
-            return []
+        name, operands = unit.node.name or "", unit.operands
         hidden = next((o.value for o in operands if not observable(model, o.value)), None)
         if hidden is not None:
             ctx.remarks.missed(name, f"not narrowed: `{hidden.name}` is computed inside a subgraph")

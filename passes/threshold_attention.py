@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Linears
+from graphopt.analysis.projections import behind, made_by
 from graphopt.calibration.observe import Reducer, observe
 from graphopt.calibration.padding import Padding
 from graphopt.compress.attention_weights import Place, place_of
@@ -85,8 +86,8 @@ class ThresholdAttention(Pass):
         before = None if ctx.samples is None else model.clone()
         nearest = {} if self.constant is None else _nearest(model, ctx, limits, self.relative)
         forms = {n: found.within(self.constant or 0.0) for n, found in nearest.items()}
-        linear = {x.node for x in ctx.get(Linears())} if nearest else set()
-        projections = {n: _projections(places[n], linear) for n in nearest}
+        made = made_by(ctx.get(Linears())) if nearest else {}
+        projections = {n: {str(x.node.outputs[0].name) for x in behind(places[n].operands, made)} for n in nearest}
         changes = _Cut(limits, self.relative, {n: _facts(seen[n], limits[n]) for n in seen}, forms).run(model, ctx)
         if not changes and not anchors:
             ctx.remarks.missed("", "nothing to cut: the graph has no Softmax and no Attention")
@@ -117,21 +118,6 @@ class ThresholdAttention(Pass):
             say = ctx.remarks.applied if any(found.within(tolerance)) else ctx.remarks.missed
             text = sentence(found, tolerance, gone=there.isdisjoint(projections[node]))
             say(node.name or "", f"layer {layer}: {text}", layer=layer, heads=found.told(tolerance))
-
-
-def _projections(place: Place, linear: Set[ir.Node]) -> set[str]:
-    """Names of what the products with the stored weights of query and key give."""
-    found, seen, todo = set[str](), set[ir.Node](), [v.producer() for v in place.operands if v is not None]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in linear:
-            found.add(str(node.outputs[0].name))
-        elif node.op_type != "MatMul":
-            todo += [v.producer() for v in node.inputs if v is not None]
-    return found
 
 
 def _nearest(model: ir.Model, ctx: Context, limits: Mapping[ir.Node, Array | None], relative: bool) -> dict[ir.Node, Nearest]:

@@ -201,6 +201,14 @@ def test_vendor_ops_live_in_targets_only(folder: str) -> None:
     assert not wrong, f"com.microsoft is named outside targets/: {wrong}"
 
 
+def test_one_module_reads_attention_nodes() -> None:
+    """What an Attention node says is asked of AttentionNode; an executor of the operator takes its attributes by name, as arguments."""
+    paths = {path for folder in ("graphopt", "passes", "targets") for path in modules(folder)} - {ROOT / "graphopt" / "graph" / "attention_node.py"}
+    names = {"q_num_heads", "kv_num_heads", "is_causal"}
+    wrong = [f"{path}:{line} {text}" for path in sorted(paths) for text, line in literals(parse(path)) if text in names]
+    assert not wrong, wrong
+
+
 @pytest.mark.parametrize("folder", ["graphopt", "passes", "targets"])
 def test_heavy_imports_are_lazy(folder: str) -> None:
     allowed = set((ROOT / "graphopt" / "run" / "torch").rglob("*.py"))  # whoever imports one wants torch

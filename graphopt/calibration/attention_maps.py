@@ -12,12 +12,12 @@ from graphopt.analysis.attention import AttentionFacts, Attentions
 from graphopt.calibration.observe import Reducer, observe
 from graphopt.calibration.padding import Padding
 from graphopt.core.contract import Array, Context
-from graphopt.graph.questions import all_nodes, attr
+from graphopt.graph.attention_node import PROBABILITIES, AttentionNode
+from graphopt.graph.questions import all_nodes
 from graphopt.run import Feeds
 from graphopt.run.observe import observable
 
 Reduce = Callable[[Array], None]
-_AFTER_SOFTMAX = 3  # qk_matmul_output_mode of the operator Attention
 
 
 def observe_maps(model: ir.Model, samples: Iterable[Feeds], reducers: Mapping[ir.Node, tuple[int, Reduce]]) -> int:
@@ -53,17 +53,15 @@ def _weights(node: ir.Node, facts: AttentionFacts | str | None) -> ir.Value | No
     """The weights of an attention; the operator is made to show them."""
     if node.op_type == "Softmax":
         return facts.probabilities if isinstance(facts, AttentionFacts) else None
-    shown = node.outputs[3] if len(node.outputs) > 3 and node.outputs[3].name else None
-    if shown is not None and attr(node, "qk_matmul_output_mode", 0) == _AFTER_SOFTMAX:
-        return shown
-    if shown is not None:
-        return None
+    a = AttentionNode.of(node)
+    if a is None or a.shown is not None:
+        return a.shown if a is not None and a.shows == PROBABILITIES else None
     node.resize_outputs(4)
     for k in range(1, 4):
         if node.outputs[k].name is None:
             node.outputs[k].name = ""
     node.outputs[3].name, node.outputs[3].type = f"{node.name}/weights", node.outputs[0].type
-    node.attributes["qk_matmul_output_mode"] = ir.AttrInt64("qk_matmul_output_mode", _AFTER_SOFTMAX)
+    node.attributes["qk_matmul_output_mode"] = ir.AttrInt64("qk_matmul_output_mode", PROBABILITIES)
     return node.outputs[3]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 import onnx_ir as ir
@@ -130,7 +130,9 @@ class Comparison(Document):
         return [*found, Line(self.verdict), *([Line(self.note)] if self.note and self.blocks else [])]
 
 
-def compare(a: Any, b: Any, *, samples: Any = None, tokenizer: Any = None, threads: int = 1, plugins: Sequence[str] = ()) -> Comparison:
+def compare(
+    a: Any, b: Any, *, samples: Any = None, tokenizer: Any = None, threads: int = 1, plugins: Sequence[str] = (), **options: Unpack[load.LoadOptions]
+) -> Comparison:
     """Run two models on the same samples and measure how far B is from A; positions of padding (of A) do not count.
 
     Args:
@@ -139,6 +141,7 @@ def compare(a: Any, b: Any, *, samples: Any = None, tokenizer: Any = None, threa
         tokenizer: for samples that are text.
         threads: of the runtime; 0 = its choice.
         plugins: files or modules that bring passes, as the blocks are read by passes.
+        options: of loading, for both models.
 
     Raises:
         GraphoptError: the models have different inputs or outputs.
@@ -146,7 +149,7 @@ def compare(a: Any, b: Any, *, samples: Any = None, tokenizer: Any = None, threa
     """
     from graphopt.run import ort
 
-    (first, graph), (second, other) = (load.load_both(x, remarks=Remarks()) for x in (a, b))
+    (first, graph), (second, other) = (load.load_both(x, remarks=Remarks(), **options) for x in (a, b))
     check_same_interface(first, second)
     sessions = [ort.session(x, threads=threads) for x in (first, second)]
     given = runnable_samples(graph, sessions[0]) if samples is None else Samples.load(samples, graph, tokenizer=tokenizer)

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
-from graphopt.analysis.head_columns import HeadBlock
+from graphopt.analysis.heads import Heads
 from graphopt.calibration.effects import effects
 from graphopt.compress.budget import Assignment, Option, predicted, settle
 from graphopt.compress.mix.parts import Part, merged, parts_of
-from graphopt.compress.mix.split_heads import Groups, SplitHeads
+from graphopt.compress.mix.split_heads import Groups, SplitHeads, shares
 from graphopt.core.contract import Context
 from graphopt.run import Feeds
 
@@ -57,7 +57,7 @@ def choose(model: ir.Model, feeds: Sequence[Feeds], parts: Sequence[Part], found
     return Plan(parts, named(chosen), loss, predicted(options, chosen))
 
 
-def joined(model: ir.Model, feeds: Sequence[Feeds], blocks: Mapping[str, HeadBlock], apart: Plan, versions: Versions) -> Plan:
+def joined(model: ir.Model, feeds: Sequence[Feeds], blocks: Mapping[str, Heads], apart: Plan, versions: Versions) -> Plan:
     """A plan for the groups of heads one by one, with the groups of one label put together; the label with the most bytes comes first.
 
     Args:
@@ -72,7 +72,7 @@ def joined(model: ir.Model, feeds: Sequence[Feeds], blocks: Mapping[str, HeadBlo
         own = {group: given.get((name, group), "") for group in range(block.kv_heads)}
         order = sorted(set(own.values()), key=lambda label: -max(size.get(((name, group), label), 0) for group in own))
         if len(order) == 1:
-            given.update(dict.fromkeys((str(x.node.outputs[0].name) for x in (block.q, block.k, block.v, block.o)), order[0]))
+            given.update(dict.fromkeys((str(x.node.outputs[0].name) for x, _ in shares(block)), order[0]))
             continue
         pieces[name] = tuple(tuple(group for group, label in own.items() if label == wanted) for wanted in order)
         given.update({("piece", name, k): label for k, label in enumerate(order)})
