@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import heapq
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Self
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.head_columns import HeadOperands
 from graphopt.analysis.heads import Heads, Units
 from graphopt.calibration.attention_maps import map_distances
 from graphopt.calibration.averages import Averages
+from graphopt.compress.budget import Menu, solve
 from graphopt.compress.prune.merge import Asked, Merging, unmergeable
 from graphopt.compress.prune.pool import pool
 from graphopt.compress.prune.refit import fit_behind
@@ -163,17 +164,9 @@ def _clusters(m: Merging, merges: int) -> list[list[int]]:
 
 
 def _by_ratio(found: Sequence[Merging], ratio: float) -> Mapping[Merging, list[list[int]]]:
-    """The cheapest merges of all layers, until a fraction of all heads is gone."""
-    total = sum(m.unit.heads for m in found)
-    merges, steps = dict.fromkeys(found, 0), {m: m.steps() for m in found}
-    queue = [(steps[m][0][0], k) for k, m in enumerate(found) if steps[m]]
-    heapq.heapify(queue)
-    for _ in range(round(total * ratio)):
-        if not queue:
-            break
-        _, k = heapq.heappop(queue)
-        m = found[k]
-        merges[m] += 1
-        if merges[m] < len(steps[m]):
-            heapq.heappush(queue, (steps[m][merges[m]][0], k))
-    return {m: _clusters(m, n) for m, n in merges.items() if n}
+    """The merges of all layers that cost least together, so that a fraction of all heads is gone."""
+    menus = [Menu(range(m.unit.heads), -np.arange(m.unit.heads), np.cumsum([0.0, *(cost for cost, _, _ in m.steps())])) for m in found]
+    most = sum(m.unit.heads - 1 for m in found)
+    choice = solve(menus, cost=-min(round(sum(m.unit.heads for m in found) * ratio), most))
+    assert choice is not None
+    return {m: _clusters(m, n) for m, n in zip(found, choice.settings, strict=True) if n}

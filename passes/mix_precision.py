@@ -14,7 +14,7 @@ from graphopt.analysis.linear import StoredOperands
 from graphopt.calibration.effects import effects
 from graphopt.compress.mix.cost import timed
 from graphopt.compress.mix.parts import Assemble, Part, merged, parts_of
-from graphopt.compress.mix.plan import Effects, Plan, choose, joined
+from graphopt.compress.mix.plan import Effects, Labels, Plan, choose, joined, whole
 from graphopt.compress.mix.split_heads import SplitHeads
 from graphopt.compress.select import check_patterns, passed_over
 from graphopt.core import registry
@@ -33,7 +33,6 @@ KNOWN = {
 }
 _MARGIN = 0.98  # of the budget: the target computes in another order than the measurement
 _LEAST_SHARE = 1 / 16
-_PLANS = 3  # of heads: put together they lose a little more or less than one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,19 +106,17 @@ class MixPrecision(Pass):
         if self.cost == "time" and feeds:
             parts = timed(work, feeds[0], parts, ctx)
         found = self._effects(work, feeds, parts, ctx)
-        apart = plan = choose(work, feeds, parts, found, budget)
-        for k in range(_PLANS if blocks else 0):
-            plan = joined(model, feeds, blocks, apart, lambda graph: self._versions(graph, fitting, {}))
-            if plan.loss <= budget:
-                break
-            apart = choose(work, feeds, parts, found, apart.loss * 0.9 ** (k + 1) * budget / plan.loss)
-        if plan.loss > budget:
-            ctx.remarks.missed("", f"nothing is changed: together the heads lose {plan.loss:.4g}, over the budget {budget:.4g}")
-            return 0
+
+        def assemble(labels: Labels) -> Plan:
+            if blocks:
+                return joined(model, feeds, blocks, parts, labels, lambda graph: self._versions(graph, fitting, {}))
+            return whole(work, feeds, parts, labels)
+
+        labels, plan = choose(parts, found, budget, assemble)
         quiet = Context(model, fuel=ctx.fuel)
         changes = 0 if plan.split is None else plan.split.run(model, quiet)
         changes += Assemble(model, merged(plan.parts, plan.labels)).run(model, quiet)
-        self._tell(ctx, apart, found)
+        self._tell(ctx, parts, labels, found)
         plan.tell(ctx, sum(part.nbytes[""] for part in parts), budget, changes)
         return changes
 
@@ -185,8 +182,9 @@ class MixPrecision(Pass):
             elif node not in taken and node.name in refused:
                 ctx.remarks.missed(node.name or "", refused[node.name or ""])
 
-    def _tell(self, ctx: Context, plan: Plan, found: Effects) -> None:
-        for number, (part, label) in enumerate(zip(plan.parts, plan.labels, strict=True)):
+    @staticmethod
+    def _tell(ctx: Context, parts: Sequence[Part], labels: Labels, found: Effects) -> None:
+        for number, (part, label) in enumerate(zip(parts, labels, strict=True)):
             measured = {other: effect for (k, other), effect in found.items() if k == number}
             if not measured:
                 continue

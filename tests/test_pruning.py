@@ -12,8 +12,7 @@ from pruning import masked, prune, same, shapes, units  # type: ignore[import-no
 from tiny import tiny  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.compress.budget import cheapest_cut
-from graphopt.compress.prune.importance import CRITERIA, Importance, Ranking
+from graphopt.compress.prune.importance import CRITERIA, Importance
 from graphopt.compress.prune.removable import Removable
 from graphopt.core.contract import Context
 from graphopt.core.errors import PassError, PipelineError
@@ -284,15 +283,3 @@ def test_what_reads_all_neurons_forbids_to_remove_some(between: str) -> None:
         plan.remove(value, -1, mask, inside=inside)
     assert not plan.removed
     assert not plan.private
-
-
-def test_the_search_takes_no_more_than_it_must() -> None:
-    cost = np.arange(13.0)
-    names: list[Any] = [object() for _ in range(12)]
-    rankings = {name: Ranking(tuple(np.array([k]) for k in range(12)), cost) for name in names}
-    savings = {name: list(map(float, range(13))) for name in names}
-    for budget, wanted in ((36.0, 36), (132.0, 132), (35.5, 36)):
-        found = cheapest_cut(rankings, savings, budget)
-        assert found is not None
-        assert sum(found.values()) == wanted
-    assert cheapest_cut(rankings, savings, 145.0) is None

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.heads import Heads, Unit
-from graphopt.compress.budget import cheapest_cut
+from graphopt.compress.budget import Menu, solve
 from graphopt.compress.prune.importance import CRITERIA, Importance, Ranking
 from graphopt.compress.prune.latency import savings as measured
 from graphopt.compress.prune.latency import speedup
@@ -99,11 +100,13 @@ def prune(model: ir.Model, ctx: Context, kinds: Collection[str], s: Settings) ->
     savings = measured(model, ctx, rankings, s.resize) if s.latency is not None else {c: _savings(c, rankings[c], s) for c in rankings}
     whole = 1.0 if s.latency is not None else sum(c.count for c in rankings) if s.ratio is not None else found.total
     budget = whole * (s.amount or 0.0)
-    steps = cheapest_cut(rankings, savings, budget)
-    if steps is None:
+    menus = [Menu(range(len(savings[c])), -np.array(savings[c]), ranking.cost) for c, ranking in rankings.items()]
+    choice = solve(menus, cost=-budget)
+    if choice is None:
         most = sum(max(v) for v in savings.values()) / whole
         ctx.remarks.missed("", f"at most {most:.1%} can go, and {budget / whole:.1%} was asked for; nothing was removed")
         return 0
+    steps = dict(zip(rankings, choice.settings, strict=True))
     gone = {c: c.members(rankings[c].first(k).tolist()) for c, k in steps.items() if k}
     facts = {c: {"cost": round(float(rankings[c].cost[steps[c]]), 8), "importance": s.importance} for c in gone}
     before = model.clone() if s.latency is not None else model
