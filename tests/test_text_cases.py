@@ -1,4 +1,4 @@
-"""Runs every case of tests/passes/*.test, and shows that the harness itself can fail."""
+"""Runs every case of tests/passes/*.test and tests/lowerings/*.test, and shows that the harness itself can fail."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from harness import Case, build, check, check_case, compare, read_cases  # type:
 
 import graphopt
 from graphopt.core.errors import VerifyError
+from graphopt.core.pipeline import parse
+from graphopt.core.registry import passes, targets
 
-FOLDER = Path(__file__).parent / "passes"
-CASES = [case for path in sorted(FOLDER.glob("*.test")) for case in read_cases(path)]
+FILES = sorted(path for folder in ("passes", "lowerings") for path in (Path(__file__).parent / folder).glob("*.test"))
+CASES = [case for path in FILES for case in read_cases(path)]
+TARGETS = "cpu, cpu{opset=16}, quantized{vnni=false}, cuda{opset=16}, openvino, tensorrt"
 GELU = """(float[B,4] x) => (float[B,4] y) <float s = {0.70710678}, float one = {1}, float half = {0.5}> {
   a = Mul(x, s)
   e = Erf(a)
@@ -30,9 +33,25 @@ def test_case(case: Case) -> None:
     check_case(case)
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.test")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_file_has_negative_cases(path: Path) -> None:
     assert any(case.expect == "unchanged" for case in read_cases(path))
+
+
+def test_every_pass_has_a_file() -> None:
+    registry = passes()
+    own = {name for name in registry if registry.owner(name) == "graphopt"}
+    files = {path.stem: list(read_cases(path)) for path in FILES if path.parent.name == "passes"}
+    assert own == set(files)
+    foreign = [name for name, cases in files.items() if not all(name in case.pipeline for case in cases)]
+    assert not foreign, f"cases that run another pass: {foreign}"
+
+
+def test_every_lowering_has_a_case() -> None:
+    steps = [s for t in parse(TARGETS, targets(), "target") for s in (*t.lowerings(), *(s for row in t.spellings() for s in row.passes))]
+    tried = {case.pipeline.split(",")[-1].split("{")[0].strip() for case in CASES} | {"choose-spellings"}
+    assert {step.name for step in steps} <= tried
+    assert {name for name in targets() if targets().owner(name) == "graphopt"} <= {t.name for t in parse(TARGETS, targets(), "target")}
 
 
 def test_a_wrong_weight_fails_the_numbers() -> None:
@@ -66,9 +85,34 @@ def test_a_wrong_expectation_fails(change: dict[str, object], complaint: str) ->
         check_case(dataclasses.replace(right, **change))
 
 
-def test_a_dishonest_pass_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    from graphopt.core.registry import passes
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"loss": 0.001}, "more than loss: 0.001"),
+        ({"loss": 0.9}, "less than a tenth of loss: 0.9"),
+        ({"loss": None}, "off by"),
+        ({"resizes": ("y",)}, "outputs of another size"),
+        ({"pipeline": "canonicalize"}, "every pass is exact: no loss is allowed"),
+        ({"expect": "error", "expected": "it cannot be"}, "DID NOT RAISE"),
+        ({"expect": "error", "expected": "it cannot be", "pipeline": "quantize{mode=static}"}, "the error does not say `it cannot be`"),
+    ],
+    ids=["tight", "wide", "none", "resized", "exact", "no error", "another error"],
+)
+def test_a_wrong_loss_or_error_fails(change: dict[str, object], complaint: str) -> None:
+    text = "(float[B,16] x) => (float[B,8] y) <float[16,8] w> { y = MatMul(x, w) }"
+    right = Case("quantize", text, "ops", "MatMul 1, DynamicQuantizeLinear 1", "quantize", loss=0.05)
+    check_case(right)
+    with pytest.raises((AssertionError, pytest.fail.Exception), match=complaint):
+        check_case(dataclasses.replace(right, **change))
 
+
+def test_a_raw_error_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes()["fuse-activation"], "run", lambda self, model, ctx: 1 // 0)
+    with pytest.raises(AssertionError, match=r"a raw error: .*ZeroDivisionError"):
+        check_case(Case("raw", GELU, "error", "division by zero", "fuse-activation"))
+
+
+def test_a_dishonest_pass_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     cls = passes()["fuse-activation"]
     run = cls.run
     monkeypatch.setattr(cls, "run", lambda self, model, ctx: 0 * run(self, model, ctx))
@@ -77,8 +121,6 @@ def test_a_dishonest_pass_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_lost_input_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    from graphopt.core.registry import passes
-
     cls = passes()["fuse-activation"]
 
     def run(self: object, model: object, ctx: object) -> int:
