@@ -76,8 +76,6 @@ class MixPrecision(Pass):
     def __post_init__(self) -> None:
         if not self.choices:
             raise option_error(self.name, "choices", f"one of {', '.join(KNOWN)} at least", "none")
-        for choice in self.choices:
-            _step(choice)
         if self.loss is not None and not self.loss > 0:
             raise option_error(self.name, "loss", "a fraction above 0", self.loss)
         if not 0 < self.share <= 1:
@@ -86,6 +84,10 @@ class MixPrecision(Pass):
             raise option_error(self.name, "cost", "bytes with heads=true, as the time of a head by itself says little about all together", self.cost)
         if self.batches < 0:
             raise option_error(self.name, "batches", "a number of batches, or 0 for all", self.batches)
+
+    def check(self, known: Mapping[str, type[Pass]]) -> None:
+        for choice in self.choices:
+            _step(choice, known)
 
     def weaker(self) -> Self | None:
         return dataclasses.replace(self, share=self.share / 2) if self.share / 2 >= _LEAST_SHARE else None
@@ -100,7 +102,7 @@ class MixPrecision(Pass):
             work = model.clone()
             units.run(work, Context(work))
         refused: dict[str, str] = {}
-        fitting = Context(model, target=ctx.target, samples=self._others(samples), original=ctx.original)
+        fitting = Context(model, target=ctx.target, samples=self._others(samples), original=ctx.original, passes=ctx.passes)
         parts = parts_of(work, self._versions(work, fitting, refused), units.owner)
         self._tell_refused(work, parts, refused, ctx)
         if self.cost == "time" and feeds:
@@ -136,7 +138,7 @@ class MixPrecision(Pass):
         for choice in self.choices:
             copy, quiet = model.clone(), Remarks()
             own = Context(copy, target=ctx.target, samples=ctx.samples, remarks=quiet, original=ctx.original)
-            PassManager([_step(choice)]).run(copy, own)
+            PassManager([_step(choice, registry.passes() if ctx.passes is None else ctx.passes)]).run(copy, own)
             made[choice] = copy
             for remark in quiet:
                 if remark.kind == "missed" and remark.node:
@@ -211,9 +213,9 @@ def _change(part: Part, label: str) -> str:
     return f"{part.cost['']:.9g} -> {part.cost[label]:.9g} {part.unit}"
 
 
-def _step(choice: str) -> Pass:
+def _step(choice: str, known: Mapping[str, type[Pass]]) -> Pass:
     """The pass that a choice stands for."""
-    steps: list[Pass] = parse(KNOWN.get(choice, choice), registry.passes())
+    steps: list[Pass] = parse(KNOWN.get(choice, choice), known)
     if len(steps) != 1 or steps[0].exact or isinstance(steps[0], MixPrecision):
         raise option_error("mix-precision", "choices", f"{', '.join(KNOWN)}, or the text of one lossy pass in quotes", choice)
     return steps[0]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +14,13 @@ from graphopt.core.contract import Artifact, Pass, Session, Spelling, Target
 from graphopt.core.errors import TargetError
 from graphopt.core.machine import Machine, processor
 from graphopt.driver.lowering.choose import ChooseSpellings
+from graphopt.graph.opset.versions import Rise
 from graphopt.rewrite.choices import table_passes
 
 from ._decompose import portable
 from ._integer import integer_report
 from ._limits import save_within
+from ._provider import registered
 from ._table import cpu_table
 
 FUSE = "canonicalize, simplify-masks, fuse-norm, fuse-activation, fuse-rotary, fuse-attention"
@@ -51,14 +53,27 @@ class CpuProvider(Target):
         """The spellings of the table, then what keeps the artifact to `opset` and `vendor`."""
         return [ChooseSpellings(), *table_passes(self.spellings()), *portable(self.opset, self.vendor)]
 
+    def runs_here(self) -> bool:
+        return find_spec("onnxruntime") is not None
+
     def machine(self) -> Machine | None:
+        if not self.runs_here():
+            return None
         import onnxruntime
 
         runtime = f"onnxruntime {onnxruntime.__version__} ({onnxruntime.get_build_info()})"
         return Machine(self.processor or processor(), runtime, "CPUExecutionProvider", self.threads, in_process=True)
 
     def supports(self, node: ir.Node) -> bool:
-        return (node.domain or "", node.op_type) in kernels("CPUExecutionProvider")
+        """By the runtime's own list; where it has none to show, what the standard has."""
+        listed = registered("CPUExecutionProvider")
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        return any((k.domain, k.op_type) == (domain, node.op_type) for k in listed) if listed else not domain
+
+    def finish(self, model: ir.Model) -> tuple[ir.Model, tuple[Rise, ...]]:
+        from graphopt.io.save import finish
+
+        return finish(model, self.opset)
 
     def save(self, model: ir.Model, path: Path) -> Artifact:
         return save_within(model, path, self.opset, vendor=self.vendor)
@@ -83,11 +98,3 @@ def level_text(target: str, level: int, levels: Sequence[str]) -> str:
         has = ", ".join(map(str, range(len(levels))))
         raise TargetError(f"target {target} has the levels {has}, found {level}; sample-driven compression (level 3) is not in this version")
     return levels[level]
-
-
-@functools.cache
-def kernels(provider: str) -> frozenset[tuple[str, str]]:
-    """(domain, operator) of every kernel that the installed runtime has for a provider."""
-    import onnxruntime.capi.onnxruntime_pybind11_state as state
-
-    return frozenset(("" if k.domain == "ai.onnx" else k.domain, k.op_name) for k in state.get_all_opkernel_def() if k.provider == provider)

@@ -23,7 +23,7 @@ from graphopt.core.remarks import Remark
 from graphopt.graph.interface import interface
 from graphopt.graph.questions import nbytes
 from graphopt.graph.verify import verify
-from graphopt.run.clock import Timings, latency
+from graphopt.run.race import race
 from graphopt.run.distance import relative_l2
 from graphopt.run.samples import Samples
 
@@ -259,12 +259,12 @@ def test_text_round_trips() -> None:
 def timed(monkeypatch: pytest.MonkeyPatch, seconds: Mapping[str, float], text: str) -> list[Remark]:
     """The remarks of a run in which every part takes these seconds."""
 
-    def latency(sessions: Mapping[str, Any], given: Mapping[str, Any], **_: Any) -> Timings:
+    def latency(sessions: Mapping[str, Any], given: Mapping[str, Any], **_: Any) -> dict[str, tuple[float, ...]]:
         for runner in sessions.values():
-            assert all(np.isfinite(y).all() for y in runner.run(given[""]).values())
-        return Timings(("",), {label: (seconds[label],) for label in sessions})
+            assert all(np.isfinite(y).all() for y in runner.run(given).values())
+        return {label: (seconds[label],) for label in sessions}
 
-    monkeypatch.setattr("graphopt.compress.mix.cost.latency", latency)
+    monkeypatch.setattr("graphopt.run.race.latency", latency)
     result = graphopt.optimize(source(), text, target="quantized{tune=off}", samples=feeds(), promise=False)
     return [r for r in result.report.remarks("applied") + result.report.remarks("missed") if r.pass_name == "mix-precision"]
 
@@ -280,8 +280,8 @@ def test_what_is_not_clearly_faster_is_no_choice(monkeypatch: pytest.MonkeyPatch
 
 def test_each_part_is_timed_as_the_target_runs_it_and_equal_parts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
-    kept = latency
-    monkeypatch.setattr("graphopt.compress.mix.cost.latency", lambda sessions, *rest, **more: runs.append(sessions) or kept(sessions, *rest, **more))
+    kept = race
+    monkeypatch.setattr("graphopt.run.race.race", lambda sessions, *rest, **more: runs.append(sessions) or kept(sessions, *rest, **more))
     result = graphopt.optimize(source(), "mix-precision{cost=time loss=0.5}", target="cpu{tune=off}", samples=feeds(), promise=False)
     assert [list(sessions) for sessions in runs] == [["", "int4", "int8"]] * 2, "the table with the head, and eight layers of one shape"
     assert result.report.remarks("applied") or result.report.remarks("missed")

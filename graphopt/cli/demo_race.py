@@ -24,9 +24,10 @@ from graphopt.core.errors import GraphoptError
 from graphopt.driver.optimize import optimize
 from graphopt.graph import size
 from graphopt.run import race as bench
+from graphopt.run.clock import steady_clock
 
 Progress = Callable[[str, float], None]
-SHAPES = ((1, 16), (1, 128), (8, 64), (32, 128))
+SHAPES = (*bench.SHAPES, (32, 128))
 FAST_SHAPES = ((1, 16), (2, 32))
 _MAX_TOKENS, _BATCH = 128, 10
 _NAMES = ("plain export, float32", "onnxruntime quantize_dynamic", "graphopt -O2")
@@ -77,7 +78,10 @@ def run(*, target: str = "quantized", fast: bool = False, progress: Progress = l
         import onnx_ir as ir
 
         feeds = bench.feeds_for([ir.load(files[_NAMES[0]])], FAST_SHAPES if fast else SHAPES)
-        timings = bench.race(sessions, feeds, quick=fast, progress=lambda done: progress("timing, interleaved, one thread", 0.5 + done / 2))
+        timings = bench.race(
+            sessions, feeds, clock=steady_clock(1), effort=bench.QUICK if fast else bench.QUOTE,
+            progress=lambda done: progress("timing, interleaved, one thread", 0.5 + done / 2),
+        )  # fmt: skip
         base = embeddings[_NAMES[0]]
         rows = [
             Row(
@@ -110,11 +114,12 @@ def quantize_dynamic(source: Path, out: Path) -> None:
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization import quantize_dynamic as quantize
 
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         quantize(source, out, per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm", "Gather"])
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def embed(session: Any, tokenizer_file: Path, texts: Sequence[str]) -> Array:

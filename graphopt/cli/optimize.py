@@ -50,13 +50,12 @@ def optimize(
     """Optimize a model for a target and write it."""
     if level is not None and pipeline is not None:
         raise typer.BadParameter("give either -O LEVEL or --pipeline, not both")
-    writes = _places(model, out, report)
+    if report is not None and report.suffix not in (".json", ".html"):
+        raise SaveError(f"a report is FILE.json or FILE.html, found {report}")
     from graphopt.core import registry
     from graphopt.driver import optimize as api
     from graphopt.io import bind_shapes
-    from graphopt.run.race import parse_shapes
 
-    parse_shapes(shapes or "1")
     shaped = dict(bind_shapes.parse_shape(text) for text in input_shape or ())
     judge = None if metric is None else registry.load_metric(metric)
     with progress() as tell:
@@ -64,7 +63,8 @@ def optimize(
             model, pipeline, level=1 if level is None else level, target=target, samples=samples, tokenizer=tokenizer, metric=judge,
             max_loss=max_loss, require=require or (), plugins=plugin or (), input_shapes=shaped or None, task=task, with_past=with_past,
             verify_each=verify_each, check_numerics=check_numerics, time=time, print_changed=print_changed, dump=dump, fuel=fuel, progress=tell,
-            promise=measure and level != 0 and fuel is None, shapes=shapes, writes=writes,
+            promise=measure and level != 0 and fuel is None, shapes=shapes, out=out,
+            writes=() if report is None else [report],
         )  # fmt: skip
         if measure and result.report.speed_up.value is None:
             result.measure(shapes, progress=lambda done: tell("timing input and output, interleaved", done))
@@ -77,14 +77,3 @@ def optimize(
     print_report(result.report, console())
     if remarks is not None:
         print_remarks(result.report, remarks.value)
-
-
-def _places(model: str, out: Path, report: Path | None) -> list[Path]:
-    """The files that will be written; checked before any work: a run of minutes must not end at a folder that is missing."""
-    if report is not None and report.suffix not in (".json", ".html"):
-        raise SaveError(f"a report is FILE.json or FILE.html, found {report}")
-    from graphopt.core import places
-
-    files = [out, places.data_file(out), *([] if report is None else [report])]
-    places.check_places(files, [model])
-    return files

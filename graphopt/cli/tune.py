@@ -32,7 +32,7 @@ def fill(
     cache.require()
     with progress() as tell:
         result = api.optimize(model, level=level, target=target, plugins=plugin or (), shapes=shapes, promise=False, progress=tell)
-    if result.target.machine() is None:
+    if not result.target.runs_here():
         raise TargetError(f"{result.target} cannot run here, so nothing can be measured for it")
     for record in result.report.passes:
         if record.name == "choose-spellings":

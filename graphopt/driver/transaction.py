@@ -31,7 +31,7 @@ class TransactionManager(PassManager):
     def _step(self, step: Pass, position: int, model: ir.Model, ctx: Context) -> PassRecord:
         if step.exact:
             return super()._step(step, position, model, ctx)
-        before = model.clone()
+        before, fuel = model.clone(), ctx.fuel.burned
         seconds, refused = 0.0, list[Remark]()
         for _ in range(_TRIES):
             record = super()._step(step, position, model, ctx)
@@ -42,6 +42,7 @@ class TransactionManager(PassManager):
                 return PassRecord(record.name, record.changes, seconds, record.remarks + refused + (kept if record.changes else []))
             restore(model, before.clone())
             ctx.invalidate()
+            ctx.fuel.back_to(fuel)
             weaker = step.weaker()
             message = f"`{step}` loses {loss:.4g}, over the budget {self.max_loss:g}; " + ("undone" if weaker is None else f"trying `{weaker}`")
             refused.append(Remark("missed", step.name, "", message, {"loss": loss, "max_loss": self.max_loss}))

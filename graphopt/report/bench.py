@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from graphopt.core.errors import GraphoptError
-from graphopt.run.clock import Timings
-from graphopt.run.race import Picky, Progress, feeds_for, parse_shapes, race
+from graphopt.run.clock import Timings, steady_clock
+from graphopt.run.race import QUOTE, SHAPES, Picky, Progress, feeds_for, parse_shapes, race
 
 
 def bench_files(paths: Sequence[Path], shapes: str | None, *, threads: int = 1, progress: Progress | None = None) -> Timings:
@@ -20,10 +20,10 @@ def bench_files(paths: Sequence[Path], shapes: str | None, *, threads: int = 1, 
     from graphopt.io.load import load
     from graphopt.run.ort import session
 
-    wanted = None if shapes is None else parse_shapes(shapes)
+    wanted = SHAPES if shapes is None else parse_shapes(shapes)
     names = [str(path) for path in paths]
     if len(set(names)) < len(names):
         raise GraphoptError("a model is given twice; each needs a name of its own")
     feeds = feeds_for([load(path) for path in paths], wanted)
     sessions = {name: Picky(session(path, threads=threads)) for name, path in zip(names, paths, strict=True)}
-    return race(sessions, feeds, progress=progress)
+    return race(sessions, feeds, clock=steady_clock(threads), effort=QUOTE, progress=progress)

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import onnx_ir as ir
 
@@ -21,7 +21,7 @@ from graphopt.graph.size import Size, model_bytes, size
 from graphopt.io import load
 from graphopt.report.card import Card, card
 from graphopt.report.recognized import FUSE, RECOGNIZE
-from graphopt.run.race import default_shapes
+from graphopt.run.race import sizes_for
 
 Facts = dict[str, Any]
 
@@ -50,11 +50,11 @@ class Inspection:
         return out | {"ops": dict(self.ops), "inputs": _ports(self.inputs), "outputs": _ports(self.outputs), "card": parts}
 
 
-def inspect(source: Any, *, plugins: Sequence[str] = (), **options: Any) -> Inspection:
+def inspect(source: Any, *, plugins: Sequence[str] = (), **options: Unpack[load.LoadOptions]) -> Inspection:
     """Look at a model; nothing is changed.
 
     Args:
-        source: what `graphopt.load` takes; `options` go to it.
+        source: what `graphopt.load` takes, with its `options`.
 
     Raises:
         LoadError: it cannot be read.
@@ -82,7 +82,7 @@ def _card(model: ir.Model, plugins: tuple[str, ...]) -> Card:
     ctx = Context(model)
     PassManager(parse(FUSE, registry.passes(plugins))).run(model, ctx)
     ctx.invalidate()
-    return card(model, ctx, default_shapes(model)[:2][-1])
+    return card(model, ctx, list(sizes_for(model).values())[:2][-1])
 
 
 def attention(model: ir.Model, plugins: tuple[str, ...] = ()) -> tuple[list[Facts], list[Facts]]:

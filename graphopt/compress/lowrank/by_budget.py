@@ -16,7 +16,7 @@ from graphopt.compress.lowrank.sensitivity import sensitivities
 from graphopt.core.contract import Array, Context
 from graphopt.graph.dims import Bindings, dim_at, fed_inputs
 from graphopt.graph.size import flops, node_flops
-from graphopt.run.race import default_shapes
+from graphopt.run.race import sizes_for
 
 
 class Options(Protocol):
@@ -75,7 +75,7 @@ def by_budget(
 def bindings(model: ir.Model, ctx: Context) -> Bindings:
     """The sizes of the first sample, or the largest that models are timed at."""
     if ctx.samples is None:
-        return default_shapes(model)[-1]
+        return list(sizes_for(model).values())[-1]
     feed = next(iter(ctx.samples))
     found: dict[str, int] = {}
     for value in fed_inputs(model):
