@@ -23,8 +23,8 @@ from graphopt.core.remarks import Remark
 from graphopt.graph.interface import interface
 from graphopt.graph.questions import nbytes
 from graphopt.graph.verify import verify
-from graphopt.run.race import race
 from graphopt.run.distance import relative_l2
+from graphopt.run.race import race
 from graphopt.run.samples import Samples
 
 Array = np.ndarray[Any, Any]

@@ -34,6 +34,8 @@ def fill(
         result = api.optimize(model, level=level, target=target, plugins=plugin or (), shapes=shapes, promise=False, progress=tell)
     if not result.target.runs_here():
         raise TargetError(f"{result.target} cannot run here, so nothing can be measured for it")
+    if not result.target.spellings():
+        print(f"{result.target} has no table of spellings: nothing to time")
     for record in result.report.passes:
         if record.name == "choose-spellings":
             print(*record.remarks, sep="\n")

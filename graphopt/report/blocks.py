@@ -12,7 +12,7 @@ from graphopt.graph.questions import all_nodes, consumers
 from graphopt.report.recognized import FUSE, RECOGNIZE
 
 
-def block_ends(graph: ir.Model, other: ir.Model, a: ir.Model, b: ir.Model) -> tuple[dict[str, list[str]], str]:
+def block_ends(graph: ir.Model, other: ir.Model, a: ir.Model, b: ir.Model, plugins: tuple[str, ...] = ()) -> tuple[dict[str, list[str]], str]:
     """For each block, the values that both models have and that blocks behind it read; or why there are none.
 
     Args:
@@ -21,7 +21,7 @@ def block_ends(graph: ir.Model, other: ir.Model, a: ir.Model, b: ir.Model) -> tu
     shared = _floats(a) & _floats(b)
     reason = "neither model shows layers of attention or FFN"
     for model in (graph, other):
-        labels, names = _labels(model)
+        labels, names = _labels(model, plugins)
         if len(names) <= 2:  # embeddings and head alone
             continue
         ends: dict[str, list[str]] = {name: [] for name in names}
@@ -40,10 +40,10 @@ def block_ends(graph: ir.Model, other: ir.Model, a: ir.Model, b: ir.Model) -> tu
     return {}, reason
 
 
-def _labels(model: ir.Model) -> tuple[dict[ir.Node, int], list[str]]:
+def _labels(model: ir.Model, plugins: tuple[str, ...]) -> tuple[dict[ir.Node, int], list[str]]:
     """For each node the block that it belongs to, an index into their names: the last block that it stands in or depends on."""
     ctx = Context(model)
-    PassManager(parse(f"{RECOGNIZE}, {FUSE}", registry.passes())).run(model, ctx)
+    PassManager(parse(f"{RECOGNIZE}, {FUSE}", registry.passes(plugins))).run(model, ctx)
     ctx.invalidate()
     structure = ctx.get(Structure())
     names, own = ["embeddings"], dict.fromkeys(structure.before, 0)

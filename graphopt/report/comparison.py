@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import onnx_ir as ir
@@ -130,7 +130,9 @@ class Comparison:
             raise SaveError(f"cannot write {path}: {error.strerror}") from error
 
 
-def compare(a: Any, b: Any, *, samples: Any = None, tokenizer: Any = None, threads: int = 1) -> Comparison:
+def compare(
+    a: Any, b: Any, *, samples: Any = None, tokenizer: Any = None, threads: int = 1, plugins: Sequence[str] = (), **options: Unpack[load.LoadOptions]
+) -> Comparison:
     """Run two models on the same samples and measure how far B is from A.
 
     Args:
@@ -138,6 +140,8 @@ def compare(a: Any, b: Any, *, samples: Any = None, tokenizer: Any = None, threa
         samples: what `Samples.load` takes; by default three batches that are made up by type.
         tokenizer: for samples that are text.
         threads: of the runtime; 0 = its choice.
+        plugins: files or modules that bring passes.
+        options: of loading, for both models.
 
     Raises:
         GraphoptError: the models have different inputs or outputs.
@@ -145,7 +149,7 @@ def compare(a: Any, b: Any, *, samples: Any = None, tokenizer: Any = None, threa
     """
     from graphopt.run import ort
 
-    (first, graph), (second, other) = (load.load_both(x, remarks=Remarks()) for x in (a, b))
+    (first, graph), (second, other) = (load.load_both(x, remarks=Remarks(), **options) for x in (a, b))
     check_same_interface(first, second)
     sessions = [ort.session(x, threads=threads) for x in (first, second)]
     given = runnable_samples(graph, sessions[0]) if samples is None else Samples.load(samples, graph, tokenizer=tokenizer)
@@ -158,7 +162,7 @@ def compare(a: Any, b: Any, *, samples: Any = None, tokenizer: Any = None, threa
     del sessions
     found = tuple(_output(name, running) for name, running in outputs.items())
     least = min((x.snr for x in found), default=math.inf)
-    ends, note = block_ends(graph, other, first, second)
+    ends, note = block_ends(graph, other, first, second, tuple(plugins))
     blocks: tuple[BlockDifference, ...] = ()
     if ends:
         try:
