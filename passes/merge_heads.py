@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -17,10 +17,11 @@ from graphopt.compress.budget import Menu, solve
 from graphopt.compress.prune.merge import Asked, Merging, unmergeable
 from graphopt.compress.prune.pool import pool
 from graphopt.compress.prune.refit import fit_behind
-from graphopt.compress.prune.units import OutOfFuel, carry_out, planned, weaker
+from graphopt.compress.prune.units import OutOfFuel, carry_out, planned
 from graphopt.compress.weights import Editor
 from graphopt.core.contract import Context, Pass
-from graphopt.core.options import option_error
+from graphopt.core.options import exclusive, option
+from graphopt.core.strength import Dial
 from graphopt.rewrite.slicing.close import Slicing
 from graphopt.rewrite.slicing.plan import Refusal
 from graphopt.run.observe import limited, observable
@@ -56,36 +57,21 @@ class MergeHeads(Pass):
         SampleError: there are no samples.
     """
 
-    ratio: float | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    by: str = "maps"
+    ratio: float | None = option(None, above=0, below=1, what="a fraction")
+    heads: int | None = option(None, least=1)
+    kv_heads: int | None = option(None, least=1)
+    by: str = option("maps", one_of=("maps", "projections"))
     refit: bool = True
-    rows: int = 32768
+    rows: int = option(32768, least=1)
     resize: tuple[str, ...] = ()
     exact: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        given = [key for key in ("ratio", "heads", "kv_heads") if getattr(self, key) is not None]
-        if len(given) > 1:
-            raise option_error(self.name, given[1].replace("_", "-"), f"to stand without {given[0].replace('_', '-')}", "both")
-        if self.ratio is not None and not 0 < self.ratio < 1:
-            raise option_error(self.name, "ratio", "a fraction between 0 and 1", self.ratio)
-        for key in ("heads", "kv_heads", "rows"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise option_error(self.name, key.replace("_", "-"), "1 or more", value)
-        if self.by not in ("maps", "projections"):
-            raise option_error(self.name, "by", "maps or projections", self.by)
-
-    def weaker(self) -> Self | None:
-        return weaker(self)
+    ways = exclusive("ratio", "heads", "kv_heads", says="how many heads go")
+    dials = (Dial("ratio"),)
 
     def run(self, model: ir.Model, ctx: Context) -> int:
+        self.ways.require(self)
         if self.kv_heads is not None:
             return pool(model, ctx, self.kv_heads, rows=self.rows, refits=self.refit, resize=self.resize)
-        if self.ratio is None and self.heads is None:
-            raise option_error(self.name, "ratio", "how many heads go (or heads, or kv-heads)", "nothing")
         found = self._measured(model, ctx)
         clusters = _by_ratio(found, self.ratio) if self.ratio is not None else {m: _clusters(m, m.unit.heads - int(self.heads or 0)) for m in found}
         teacher = model.clone() if self.refit else model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
@@ -20,9 +20,10 @@ from graphopt.compress.select import check_patterns, passed_over
 from graphopt.core import registry
 from graphopt.core.contract import Batches, Context, Pass
 from graphopt.core.errors import PipelineError
-from graphopt.core.options import option_error
+from graphopt.core.options import option, option_error
 from graphopt.core.pipeline import PassManager, parse
 from graphopt.core.remarks import Remarks
+from graphopt.core.strength import Dial
 from graphopt.run import Feeds
 from graphopt.run.samples import Samples
 
@@ -32,7 +33,6 @@ KNOWN = {
     "dynamic": "quantize",
 }
 _MARGIN = 0.98  # of the budget: the target computes in another order than the measurement
-_LEAST_SHARE = 1 / 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,33 +64,26 @@ class MixPrecision(Pass):
     """
 
     choices: tuple[str, ...] = ("int4", "int8")
-    loss: float | None = None
-    share: float = 1.0
-    batches: int = 4
+    loss: float | None = option(None, above=0, what="a fraction")
+    share: float = option(1.0, above=0, most=1)
+    batches: int = option(4, least=0)
     cost: Literal["bytes", "time"] = "bytes"
     heads: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     exact: ClassVar[bool] = False
+    dials = (Dial("share", mild=1 / 16),)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.choices:
             raise option_error(self.name, "choices", f"one of {', '.join(KNOWN)} at least", "none")
-        if self.loss is not None and not self.loss > 0:
-            raise option_error(self.name, "loss", "a fraction above 0", self.loss)
-        if not 0 < self.share <= 1:
-            raise option_error(self.name, "share", "a number above 0 and at most 1", self.share)
         if self.heads and self.cost == "time":
             raise option_error(self.name, "cost", "bytes with heads=true, as the time of a head by itself says little about all together", self.cost)
-        if self.batches < 0:
-            raise option_error(self.name, "batches", "a number of batches, or 0 for all", self.batches)
 
     def check(self, known: Mapping[str, type[Pass]]) -> None:
         for choice in self.choices:
             _step(choice, known)
-
-    def weaker(self) -> Self | None:
-        return dataclasses.replace(self, share=self.share / 2) if self.share / 2 >= _LEAST_SHARE else None
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         samples, budget = ctx.require_samples(), self._budget(ctx)

@@ -13,8 +13,9 @@ import onnx_ir as ir
 from graphopt.core.contract import Artifact, Pass, Session, Spelling, Target
 from graphopt.core.errors import TargetError
 from graphopt.core.machine import Machine, processor
+from graphopt.core.options import option
 from graphopt.driver.lowering.choose import ChooseSpellings
-from graphopt.graph.opset.versions import Rise
+from graphopt.graph.opset.versions import NEWEST, OLDEST, Rise
 from graphopt.rewrite.choices import table_passes
 
 from ._decompose import portable
@@ -38,8 +39,8 @@ class CpuProvider(Target):
     8 bits where that is measured to be faster (accuracy_level=4 of MatMulNBits); it costs some accuracy, so it is off.
     """
 
-    threads: int = 1
-    opset: int | None = None
+    threads: int = option(1, least=1)
+    opset: int | None = option(None, least=OLDEST, most=NEWEST)
     vendor: bool = True
     shapes: tuple[str, ...] = ()
     tune: Literal["on", "cache", "off"] = "on"

@@ -16,8 +16,9 @@ import onnx_ir as ir
 
 from graphopt.core.contract import Artifact, Pass, Session, Target
 from graphopt.core.errors import TargetError
+from graphopt.core.options import option
 from graphopt.graph.opset.node_form import WORKING
-from graphopt.graph.opset.versions import OLDEST, Rise
+from graphopt.graph.opset.versions import NEWEST, OLDEST, Rise
 from graphopt.graph.questions import all_nodes
 
 from ._cuda_table import Kernel
@@ -32,8 +33,8 @@ class OrtProvider(Target):
     A subclass names its `provider`, the `package` that brings it, and what is known about it without one (`known`, or `supports`).
     """
 
-    threads: int = 1
-    opset: int | None = None
+    threads: int = option(1, least=1)
+    opset: int | None = option(None, least=OLDEST, most=NEWEST)
     vendor: bool = True
     shapes: tuple[str, ...] = ()
     provider: ClassVar[str] = ""

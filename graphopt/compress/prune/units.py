@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.heads import Heads, Unit
 from graphopt.compress.budget import Menu, solve
-from graphopt.compress.prune.importance import CRITERIA, Importance, Ranking
+from graphopt.compress.prune.importance import Importance, Ranking
 from graphopt.compress.prune.latency import savings as measured
 from graphopt.compress.prune.latency import speedup
 from graphopt.compress.prune.refit import fit_behind
 from graphopt.compress.prune.removable import Candidate, Removable
 from graphopt.core.contract import Context, Pass
 from graphopt.core.errors import PipelineError
-from graphopt.core.options import option_error
 from graphopt.rewrite.slicing.apply import apply
 from graphopt.rewrite.slicing.close import Slicing
 from graphopt.rewrite.slicing.plan import Refusal
-
-P = TypeVar("P")
 
 
 class OutOfFuel(Exception):
@@ -53,35 +50,6 @@ class Settings:
     def amount(self) -> float | None:
         """The fraction that is to go, whatever it is a fraction of."""
         return next((x for x in (self.ratio, self.flops, self.latency) if x is not None), None)
-
-
-def check(name: str, s: Settings, given: bool = False) -> None:
-    """Raises PipelineError for options that contradict each other or are out of range."""
-    if s.importance not in CRITERIA:
-        raise option_error(name, "importance", f"one of {', '.join(CRITERIA)}", s.importance)
-    ways = [key for key in ("ratio", "flops", "latency") if getattr(s, key) is not None] + (["heads"] if given else [])
-    if len(ways) > 1:
-        raise option_error(name, ways[1], f"to stand without {ways[0]}", "both")
-    for key in ("ratio", "flops", "latency"):
-        value = getattr(s, key)
-        if value is not None and not 0 < value < 1:
-            raise option_error(name, key, "a fraction between 0 and 1", value)
-    if s.rows < 1 or s.multiple < 1:
-        raise option_error(name, "rows" if s.rows < 1 else "multiple", "1 or more", s.rows if s.rows < 1 else s.multiple)
-
-
-def milder(value: float | None) -> float | None:
-    """Half of a ratio; None below one percent."""
-    return value / 2 if value is not None and value / 2 >= 0.01 else None
-
-
-def weaker(step: P) -> P | None:
-    """The same pass with half of its ratio, flops or latency; None where that is less than a percent."""
-    for key in ("ratio", "flops", "latency"):
-        less = milder(getattr(step, key, None))
-        if less is not None:
-            return dataclasses.replace(step, **{key: less})  # type: ignore[type-var]
-    return None
 
 
 def prune(model: ir.Model, ctx: Context, kinds: Collection[str], s: Settings) -> int:
