@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
 from graphopt.analysis.stream import StreamLayer, Streams
+from graphopt.calibration.observe import Reducer, observe
+from graphopt.calibration.padding import Paddings
 from graphopt.core.contract import Array, Context, Pass
 from graphopt.core.errors import PipelineError
 from graphopt.core.options import exclusive, option
 from graphopt.core.strength import Dial
-from graphopt.run.observe import observable, observe
+from graphopt.run.observe import observable
 
 from ._drop import DropSteps, Unit, cosines, inside, left_over, units
 
@@ -96,37 +98,35 @@ class DropLayers(Pass):
 
     def _scores(self, model: ir.Model, ctx: Context, found: Sequence[Unit]) -> dict[Unit, float]:
         """The mean over rows of the cosine of the stream behind a unit with what it would be without."""
-        now: dict[ir.Value, Array] = {}
         sums = {unit: [0.0, 0] for unit in found}
 
-        def keep(value: ir.Value) -> Callable[[Array], None]:
-            def add(array: Array) -> None:
-                now[value] = array
-                if len(now) == len(wanted):
-                    for unit in found:
-                        total, rows = cosines(_without(unit, now), now[unit.after])
-                        sums[unit][0] += total
-                        sums[unit][1] += rows
-                    now.clear()
+        def reducer(unit: Unit) -> Reducer:
+            values = _read(unit)
+            assert all(observable(model, v) for v in values), "a stream lies in the main graph"
 
-            return add
+            def add(*rows: Array) -> None:
+                total, count = cosines(_without(unit, rows), rows[0])
+                sums[unit][0] += total
+                sums[unit][1] += count
 
-        wanted = dict.fromkeys(v for unit in found for v in _read(unit))
-        assert all(observable(model, v) for v in wanted), "a stream lies in the main graph"
-        observe(model, ctx.require_samples(), {value: keep(value) for value in wanted})
+            return Reducer(values, add)
+
+        observe(model, ctx.require_samples(), ctx.get(Paddings()), [reducer(unit) for unit in found])
         return {unit: total / max(rows, 1) for unit, (total, rows) in sums.items()}
 
 
-def _read(unit: Unit) -> list[ir.Value]:
-    return [unit.before, unit.after] if unit.whole else [unit.after, *(b.value for b in unit.cuts[0][1])]
+def _read(unit: Unit) -> tuple[ir.Value, ...]:
+    """The stream behind a unit, and what tells how it would be without."""
+    return (unit.after, unit.before) if unit.whole else (unit.after, *(b.value for b in unit.cuts[0][1]))
 
 
-def _without(unit: Unit, now: Mapping[ir.Value, Array]) -> Array:
+def _without(unit: Unit, rows: Sequence[Array]) -> Array:
+    """The stream behind a unit without it, out of what `_read` names."""
     if unit.whole:
-        return now[unit.before]
-    rest = now[unit.after]
-    for branch in unit.cuts[0][1]:
-        rest = rest - now[branch.value]
+        return rows[1]
+    rest = rows[0]
+    for branch in rows[1:]:
+        rest = rest - branch
     return rest
 
 

@@ -122,7 +122,7 @@ class Factorize(Pass):
         if self.method == "svd" and ctx.samples is None:
             return {}
         values = dict.fromkeys(x.x for item in found for x in item.linears if _hidden(model, x) is None)
-        return dict(input_moments(model, ctx.require_samples(), list(values))) if values else {}
+        return dict(input_moments(ctx, list(values))) if values else {}
 
     def _plans(self, model: ir.Model, ctx: Context, single: Sequence[Item], moments: Mapping[ir.Value, Array]) -> tuple[list[Plan], list[Whole]]:
         """What is cut, and how far."""

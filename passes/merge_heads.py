@@ -125,8 +125,8 @@ class MergeHeads(Pass):
         if not asked:
             return []
         samples = ctx.require_samples()
-        averages.run(model, samples, self.rows)
-        maps = map_distances(model, limited(samples, self.rows), [a.unit.node for a in asked]) if self.by == "maps" else {}
+        averages.run(ctx, self.rows)
+        maps = map_distances(model, limited(samples, self.rows), {a.unit.node: a.unit.heads for a in asked}) if self.by == "maps" else {}
         for a in asked:
             if self.by == "maps" and a.unit.node not in maps:
                 ctx.remarks.missed(a.unit.node.name or "", "not merged: its attention weights cannot be observed")

@@ -67,7 +67,7 @@ class PruneHeadDim(Pass):
         found = [(unit, part) for unit in ctx.get(Units()).attention for part in self._parts(model, ctx, unit, averages)]
         if not found:
             return 0
-        averages.run(model, ctx.require_samples(), self.rows)
+        averages.run(ctx, self.rows)
         teacher = model.clone() if self.refit else model
         plan, editor, outputs, changes = Slicing(model, resize=self.resize), Editor(model), dict[str, None](), 0
         for unit, part in found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -60,7 +61,12 @@ class PruneHidden(Pass):
             if not 0 < stays < size:
                 ctx.remarks.missed(node.name or "", f"the hidden state has {size} channels; {stays} would stay")
                 continue
-            order = np.argsort(_worth(model, ctx, x, size), kind="stable")
+            try:
+                readers = self._readers(model, ctx, x, size - stays)
+            except Refusal as refusal:
+                ctx.remarks.missed(node.name or "", f"not pruned: {refusal}")
+                continue
+            order = np.argsort(_worth(ctx, readers, size), kind="stable")
             mask = np.isin(np.arange(size), order[: size - stays])
             if not ctx.fuel.burn():
                 break
@@ -82,15 +88,28 @@ class PruneHidden(Pass):
             return self.width
         return min(size, -(-int(size * (1 - float(self.ratio or 0))) // self.multiple) * self.multiple)
 
+    def _readers(self, model: ir.Model, ctx: Context, x: ir.Value, gone: int) -> dict[ir.Value, list[Linear]]:
+        """The multiplies that read the stream of x, or a norm of it, by their input: those whose input gets narrower with it.
 
-def _worth(model: ir.Model, ctx: Context, x: ir.Value, size: int) -> Array:
-    """Of each channel of the stream, over all projections that read it (or a norm of it): those with as many input features."""
-    readers: dict[ir.Value, list[Linear]] = {}
-    for linear in ctx.get(Linears()):
-        if linear.in_features == size and not linear.batch and not linear.trans_x and observable(model, linear.x):
-            readers.setdefault(linear.x, []).append(linear)
+        Raises:
+            Refusal: it cannot get narrower.
+        """
+        trial = Slicing(model, resize=self.resize)
+        size = static_dim(x, -1) or 0
+        trial.remove(x, -1, np.arange(size) < gone)
+        found: dict[ir.Value, list[Linear]] = {}
+        for linear in ctx.get(Linears()):
+            own = linear.x
+            narrower = trial.removed.get(own, {}).get(len(own.shape or ()) - 1) is not None
+            if narrower and linear.in_features == size and not linear.batch and not linear.trans_x and observable(model, own):
+                found.setdefault(own, []).append(linear)
+        return found
+
+
+def _worth(ctx: Context, readers: Mapping[ir.Value, Sequence[Linear]], size: int) -> Array:
+    """Of each channel of a stream, over all projections that read it."""
     total = np.zeros(size)
-    for value, moments in input_moments(model, ctx.require_samples(), list(readers)):
+    for value, moments in input_moments(ctx, list(readers)):
         power = np.diag(moments).astype(np.float64)
         for linear in readers[value]:
             effect = power * np.square(linear.matrix().astype(np.float64)).sum(1)

@@ -10,6 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Linear, StoredOperands
+from graphopt.calibration.activations import LinearInputs
+from graphopt.calibration.observe import together
 from graphopt.calibration.ranges import Ranges
 from graphopt.compress.quantize.activation_grid import METHODS, ActivationGrid, calibrated, even_rows, on_grid, row_scale, wants_rows
 from graphopt.compress.quantize.bias import CorrectBias
@@ -165,9 +167,15 @@ class Quantize(RewritePass[QuantizeMatch]):
         if not self.bias_correction:
             return turned + self._quantize(model, ctx)
         ctx.require_samples()
+        if self.mode == "static":
+            together(ctx, LinearInputs(), self._ranges)
         correct = CorrectBias.before(ctx)
         changes = turned + self._quantize(model, ctx)
         return changes + correct.run(model, ctx) if changes else 0
+
+    @property
+    def _ranges(self) -> Ranges:
+        return Ranges(self.calibrate, self.percentile)
 
     def _quantize(self, model: ir.Model, ctx: Context) -> int:
         if self.mode == "weight-only":
@@ -187,7 +195,7 @@ class Quantize(RewritePass[QuantizeMatch]):
         if self.mode == "dynamic":
             return dataclasses.replace(found, rows=wants_rows(node, self.rows, ctx))
         assert node.inputs[0] is not None
-        grid = calibrated(node.inputs[0], Ranges(self.calibrate, self.percentile), ctx)
+        grid = calibrated(node.inputs[0], self._ranges, ctx)
         return Miss(node, f"stays float: {grid}") if isinstance(grid, str) else dataclasses.replace(found, activation=grid)
 
     def _match(self, node: ir.Node, ctx: Context) -> QuantizeMatch | Miss | None:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Linears
+from graphopt.calibration.observe import Reducer, observe
 from graphopt.calibration.padding import Padding
 from graphopt.compress.attention_weights import Place, place_of
 from graphopt.core.contract import Array, Context, Pass
@@ -23,7 +24,7 @@ from graphopt.rewrite.match import Match, Miss
 from graphopt.rewrite.rules import RewritePass
 from graphopt.run import ort
 from graphopt.run.distance import Squares
-from graphopt.run.observe import observable, observe
+from graphopt.run.observe import observable
 
 from ._positional import FORMS, Nearest, Patterns, sentence
 from ._unread import DropUnread
@@ -129,17 +130,21 @@ def _nearest(model: ir.Model, ctx: Context, limits: Mapping[ir.Node, Array | Non
     for graph in graphs(copy):
         graph.sort()
     probes, gaps = {v: node for node, v in cut.probes.items() if observable(copy, v)}, collections.defaultdict[ir.Node, list[Array]](list)
-    padding = Padding(copy, [str(v.name) for v in probes], by_size=True)
+    padding = Padding(copy).about((str(v.name) for v in probes), by_size=True)
 
-    def reducer(value: ir.Value) -> Any:
-        def add(gap: Array) -> None:
-            rows = padding.now.rows(str(value.name), gap)
-            gaps[probes[value]] += [rows.max(0)] if len(rows) and gap.shape[1] > 1 else []  # all forms of one position are one
+    def reducer(value: ir.Value) -> Reducer:
+        def add(rows: Array) -> None:
+            gaps[probes[value]] += [rows.max(0)] if len(rows) else []
 
-        return add
+        return Reducer((value,), add, _of_several)
 
-    observe(copy, padding.watch(ctx.require_samples()), {v: reducer(v) for v in probes}, optimize=False)
+    observe(copy, ctx.require_samples(), padding, [reducer(v) for v in probes], optimize=False)
     return {twins[node]: Nearest.of(np.max(found, axis=0).reshape(len(FORMS), -1).T) for node, found in gaps.items() if found}
+
+
+def _of_several(gap: Array) -> Array:
+    """[batch, rows, K] -> [rows, K]; none of sequences of one position, where all forms are one."""
+    return gap[:, : gap.shape[1] if gap.shape[1] > 1 else 0].reshape(-1, gap.shape[-1])
 
 
 @dataclasses.dataclass(frozen=True)

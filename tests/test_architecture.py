@@ -28,7 +28,7 @@ ROOMS = {
     "io": "core graph rewrite analysis",
     "calibration": "core graph run analysis",
     "compress": "core graph rewrite run io analysis calibration",
-    "report": "core graph run io analysis",
+    "report": "core graph run io analysis calibration",
     "driver": "core graph rewrite run io analysis calibration report",
     "cli": "core graph rewrite run io analysis calibration report driver",
     "passes": "core graph rewrite run io analysis calibration compress",

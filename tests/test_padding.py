@@ -42,7 +42,7 @@ def batches(count: int, lengths: tuple[int, int], limit: int = 20000) -> tuple[l
 
 
 def moments_of(model: ir.Model, samples: list[Feed]) -> list[Array]:
-    return [m for _, m in input_moments(model, samples, [x.x for x in Linears().compute(model, Context(model))])]
+    return [m for _, m in input_moments(Context(model, samples=samples), [x.x for x in Linears().compute(model, Context(model))])]
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -68,7 +68,7 @@ def test_heads_and_neurons_are_worth_the_same_with_padding_as_without(criterion:
 
 def test_heads_look_as_alike_with_padding_as_without() -> None:
     model = graphopt.load(tiny("bert", "sdpa", "18"))
-    nodes = [u.node for u in Context(model).get(Units()).attention]
+    nodes = {u.node: u.heads for u in Context(model).get(Units()).attention}
     plain, full = batches(2, (6, 11), 99)
     for expected, found in zip(*(map_distances(model, s, nodes).values() for s in (plain, full)), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
@@ -184,7 +184,7 @@ def test_rows_in_another_order_keep_their_order() -> None:
     for batch, length in ((2, 5), (5, 5)):
         mask = (np.arange(length) < rng.integers(1, length, (batch, 1))).astype(np.int64)
         feed = {"x": rng.standard_normal((batch, length, 4)).astype(np.float32), "mask": mask}
-        kept = Padding(model, [*names, "c", "s", "f"]).kept(feed)
+        kept = Padding(model).about([*names, "c", "s", "f"]).kept(feed)
         ((_, kinds),) = kept.masks
         assert "s" not in kinds
         assert "f" not in kinds

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.attention import AttentionFacts, Attentions
+from graphopt.calibration.observe import Reducer, observe
 from graphopt.calibration.padding import Padding
 from graphopt.core.contract import Array, Context
 from graphopt.graph.questions import all_nodes, attr
 from graphopt.run import Feeds
-from graphopt.run.observe import observable, observe
+from graphopt.run.observe import observable
 
-Reduce = Callable[[Array, Array | None], None]
+Reduce = Callable[[Array], None]
 _AFTER_SOFTMAX = 3  # qk_matmul_output_mode of the operator Attention
 
 
-def observe_maps(model: ir.Model, samples: Iterable[Feeds], reducers: Mapping[ir.Node, Reduce]) -> int:
-    """Hand each batch of attention weights, [batch, heads, rows, keys], to the reducer of its attention.
+def observe_maps(model: ir.Model, samples: Iterable[Feeds], reducers: Mapping[ir.Node, tuple[int, Reduce]]) -> int:
+    """Hand each batch of attention weights, [rows, heads, keys] without rows of padding, to the reducer of its attention.
 
     Args:
-        reducers: by the Softmax or Attention node that makes the weights; also told which rows are no padding, bool [batch, heads, rows], or None.
+        reducers: by the Softmax or Attention node that makes the weights, with the number of its heads.
 
     Returns:
         the number of samples.
@@ -33,24 +35,18 @@ def observe_maps(model: ir.Model, samples: Iterable[Feeds], reducers: Mapping[ir
     copy = model.clone()
     twins = dict(zip(all_nodes(model), all_nodes(copy), strict=True))
     facts = Attentions().compute(copy, Context(copy))
-    wanted: dict[ir.Value, Reduce] = {}
-    for node, reduce in reducers.items():
+    wanted: list[Reducer] = []
+    for node, (heads, reduce) in reducers.items():
         value = _weights(twins[node], facts.get(twins[node]))
         if value is not None and observable(copy, value):
-            wanted[value] = reduce
-    padding = Padding(copy, [str(v.name) for v in wanted])
-
-    def told(value: ir.Value) -> Callable[[Array], None]:
-        return lambda weights: wanted[value](weights, padding.now.lead(str(value.name), weights.shape))
-
-    return observe(copy, padding.watch(samples), {value: told(value) for value in wanted}, optimize=False)
+            wanted.append(Reducer((value,), reduce, functools.partial(_by_row, heads=heads)))
+    return observe(copy, samples, Padding(copy), wanted, optimize=False)
 
 
-def kept_rows(weights: Array, heads: int, rows: Array | None) -> Array:
-    """[batch, heads, rows, keys] -> [rows, heads, keys], without the rows of padding."""
+def _by_row(weights: Array, heads: int) -> Array:
+    """[batch, heads, rows, keys] -> [rows, heads, keys]; the heads may be merged with the batch."""
     by_row = weights.reshape(-1, heads, *weights.shape[-2:]).transpose(0, 2, 1, 3)
-    flat = by_row.reshape(-1, *by_row.shape[2:])
-    return flat if rows is None else flat[rows[:, 0].reshape(-1)]
+    return by_row.reshape(-1, *by_row.shape[2:])
 
 
 def _weights(node: ir.Node, facts: AttentionFacts | str | None) -> ir.Value | None:
@@ -71,21 +67,23 @@ def _weights(node: ir.Node, facts: AttentionFacts | str | None) -> ir.Value | No
     return node.outputs[3]
 
 
-def map_distances(model: ir.Model, samples: Iterable[Feeds], nodes: Iterable[ir.Node]) -> dict[ir.Node, Array]:
-    """How unlike the heads of an attention look: for each node [heads, heads], the mean over rows of the squared distance of their weights."""
+def map_distances(model: ir.Model, samples: Iterable[Feeds], nodes: Mapping[ir.Node, int]) -> dict[ir.Node, Array]:
+    """How unlike the heads of an attention look: for each node [heads, heads], the mean over rows of the squared distance of their weights.
+
+    Args:
+        nodes: that make the weights, with their number of heads.
+    """
     sums: dict[ir.Node, tuple[Array, int]] = {}
 
     def reducer(node: ir.Node) -> Reduce:
-        def add(weights: Array, rows: Array | None) -> None:
+        def add(weights: Array) -> None:
             total, count = sums.get(node, (np.zeros(()), 0))
-            heads = weights.shape[1]
-            kept = kept_rows(weights, heads, rows)
-            by_head = kept.transpose(1, 0, 2).reshape(heads, -1)
-            sums[node] = total + (by_head @ by_head.T).astype(np.float64), count + len(kept)
+            by_head = weights.transpose(1, 0, 2).reshape(weights.shape[1], -1)
+            sums[node] = total + (by_head @ by_head.T).astype(np.float64), count + len(weights)
 
         return add
 
-    observe_maps(model, samples, {node: reducer(node) for node in nodes})
+    observe_maps(model, samples, {node: (heads, reducer(node)) for node, heads in nodes.items()})
     return {node: _squared(total / max(rows, 1)) for node, (total, rows) in sums.items()}
 
 

@@ -123,6 +123,14 @@ class Context:
         facts: Facts = self._facts[analysis]
         return facts
 
+    def knows(self, analysis: Analysis[Any]) -> bool:
+        """True if `get` need not compute it."""
+        return analysis in self._facts
+
+    def put(self, analysis: Analysis[Facts], facts: Facts) -> None:
+        """The facts of an analysis about the current graph, where several are computed at once."""
+        self._facts[analysis] = facts
+
     def invalidate(self) -> None:
         """Drop the facts of every analysis: the graph has changed."""
         self._facts = {}

@@ -17,6 +17,7 @@ from typing import Any, Unpack
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.calibration.padding import Kept, Padding
 from graphopt.core.contract import Array
 from graphopt.core.errors import GraphoptError, SaveError
 from graphopt.core.remarks import Remarks
@@ -133,7 +134,7 @@ class Comparison:
 def compare(
     a: Any, b: Any, *, samples: Any = None, tokenizer: Any = None, threads: int = 1, plugins: Sequence[str] = (), **options: Unpack[load.LoadOptions]
 ) -> Comparison:
-    """Run two models on the same samples and measure how far B is from A.
+    """Run two models on the same samples and measure how far B is from A; positions of padding (of A) do not count.
 
     Args:
         a, b: what `graphopt.load` takes; neither is changed. ONNX Runtime's CPU provider runs both.
@@ -154,19 +155,20 @@ def compare(
     sessions = [ort.session(x, threads=threads) for x in (first, second)]
     given = runnable_samples(graph, sessions[0]) if samples is None else Samples.load(samples, graph, tokenizer=tokenizer)
     outputs: dict[str, Running] = {str(v.name): Running() for v in first.graph.outputs}
+    ends, note = block_ends(graph, other, first, second, tuple(plugins))
+    padding = Padding(first).about(v for values in ends.values() for v in values)
     for feed in given:
         left, right = (s.run(feed) for s in sessions)
-        for name, running in outputs.items():
+        for name in outputs:
             _check_arrays(name, left[name], right[name])
-            running.add(left[name], right[name])
+        _add(outputs, padding.kept(feed), left, right)
     del sessions
     found = tuple(_output(name, running) for name, running in outputs.items())
     least = min((x.snr for x in found), default=math.inf)
-    ends, note = block_ends(graph, other, first, second, tuple(plugins))
     blocks: tuple[BlockDifference, ...] = ()
     if ends:
         try:
-            blocks, note = _blocks(first, second, given, ends, min(least, _EXACT) - _STRANGER, threads)
+            blocks, note = _blocks(first, second, given, padding, ends, min(least, _EXACT) - _STRANGER, threads)
         except GraphoptError as error:
             note = f"a model does not run with its inner values shown ({error})"
     return Comparison(_called(a), _called(b), len(given), samples is None, found, blocks, note)
@@ -201,7 +203,7 @@ def _check_arrays(name: str, a: Array, b: Array) -> None:
 
 
 def _blocks(
-    a: ir.Model, b: ir.Model, samples: Samples, ends: Mapping[str, Sequence[str]], floor: float, threads: int
+    a: ir.Model, b: ir.Model, samples: Samples, padding: Padding, ends: Mapping[str, Sequence[str]], floor: float, threads: int
 ) -> tuple[tuple[BlockDifference, ...], str]:
     """Run both with the ends of blocks as outputs, and B a second time with every block fed by A. What is below `floor` dB is left out."""
     from graphopt.run import ort
@@ -218,14 +220,20 @@ def _blocks(
             strangers = [name for name in names if _snr(base[name], other[name]) < floor]
             names = [name for name in names if name not in strangers]
             cut = ort.session(_cut(b, {name: other[name] for name in names}), threads=threads)
-        made = cut.run(_feed(cut, feed, base, other))
-        for name in names:
-            together[name].add(base[name], _like(other[name], base[name]))
-            alone[name].add(base[name], _like(made[name], base[name]))
+        made, kept = cut.run(_feed(cut, feed, base, other)), padding.kept(feed)
+        for sums, arrays in ((together, other), (alone, made)):
+            _add({name: sums[name] for name in names}, kept, base, {name: _like(arrays[name], base[name]) for name in names})
     found = {block: [v for v in values if v in names] for block, values in ends.items()}
     rows = tuple(_block(block, values, together, alone) for block, values in found.items() if values)
     note = f"{len(strangers)} values of the same name hold other numbers and were left out, such as `{strangers[0]}`" if strangers else ""
     return rows, note
+
+
+def _add(sums: Mapping[str, Running], kept: Kept, base: Mapping[str, Array], other: Mapping[str, Array]) -> None:
+    """One batch, without padding."""
+    shown, then = (kept.counted({name: arrays[name] for name in sums}) for arrays in (base, other))
+    for name, running in sums.items():
+        running.add(shown[name], then[name])
 
 
 def _snr(a: Array, b: Array) -> float:

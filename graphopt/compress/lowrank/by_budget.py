@@ -50,7 +50,7 @@ def by_budget(
     plans: dict[Item, Plan] = {item: plan(item, moments, options.method) for item in single}
     counts = dict.fromkeys(single, 1.0)
     if options.sensitivity and ctx.samples is not None:
-        counts = sensitivities(model, ctx.samples, list(plans.values()))
+        counts = sensitivities(ctx, list(plans.values()))
     for item in combined:
         if item.joint:
             parts = [counts[own[x.node]] for x in item.linears]

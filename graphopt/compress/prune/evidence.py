@@ -11,9 +11,9 @@ import onnx_ir as ir
 
 from graphopt.analysis.heads import Heads
 from graphopt.analysis.linear import Embeddings
-from graphopt.calibration.attention_maps import Reduce, kept_rows, observe_maps
+from graphopt.calibration.attention_maps import Reduce, observe_maps
 from graphopt.calibration.moments import input_moments
-from graphopt.calibration.padding import Kept, Padding
+from graphopt.calibration.padding import Kept, Paddings
 from graphopt.compress.prune.removable import Candidate
 from graphopt.core.contract import Array, Context
 from graphopt.core.errors import GraphoptError
@@ -44,28 +44,29 @@ class Evidence:
 
 
 def gather(
-    model: ir.Model, samples: Iterable[Feeds], candidates: Sequence[Candidate], criterion: str, loss: str | Loss, rows: int, seed: int
+    ctx: Context, candidates: Sequence[Candidate], criterion: str, loss: str | Loss, rows: int, seed: int
 ) -> Iterator[tuple[Candidate, Evidence]]:
     """The evidence that a criterion needs (see `importance.CRITERIA`), candidate by candidate; what it does not need is zeros.
 
     Args:
-        samples: iterated once for each group of candidates whose moments fit into `BYTES`.
+        ctx: its samples are iterated once for each group of candidates whose moments fit into `BYTES`.
         rows: stop after the batch in which so many rows (tokens) were seen.
     """
     nothing = np.zeros((0, 0))
     if criterion == "reconstruction":
         values = dict.fromkeys(u.output.x for c in candidates for u in c.units if u.output is not None)
-        moments = {v: m.astype(np.float64) for v, m in input_moments(model, limited(samples, rows), list(values))}
+        moments = {v: m.astype(np.float64) for v, m in input_moments(ctx, list(values), rows=rows)}
         for c in candidates:
             yield c, Evidence(sum((moments[u.output.x] for u in c.units if u.output is not None), np.zeros(())), nothing, nothing)
         return
+    few = limited(ctx.require_samples(), rows)
     if criterion in ("attention", "entropy"):
-        for c, scores in head_scores(model, limited(samples, rows), candidates, criterion).items():
+        for c, scores in head_scores(ctx.model, few, candidates, criterion).items():
             yield c, Evidence(nothing, nothing, scores)
         return
     for group in _groups(candidates):
-        collector = _Collector(model, group, criterion, loss, seed)
-        for feed in limited(samples, rows):
+        collector = _Collector(ctx, group, criterion, loss, seed)
+        for feed in few:
             collector.add(feed)
         if collector.rows:
             yield from collector.found()
@@ -88,7 +89,8 @@ def _groups(candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
 class _Collector:
     """Gradients by torch: no parameter needs one, so that the backward pass costs about as much as the forward pass."""
 
-    def __init__(self, model: ir.Model, candidates: Sequence[Candidate], criterion: str, loss: str | Loss, seed: int) -> None:
+    def __init__(self, ctx: Context, candidates: Sequence[Candidate], criterion: str, loss: str | Loss, seed: int) -> None:
+        model = ctx.model
         try:
             import torch
         except ImportError:
@@ -101,7 +103,7 @@ class _Collector:
         self.model = TorchModel(model, trainable=())
         self.linears = [u.output for c in candidates for u in c.units if u.output is not None]
         shown = [*(str(v.name) for x in self.linears for v in (x.x, x.node.outputs[0])), *(str(v.name) for v in model.graph.outputs)]
-        self.padding = Padding(model, shown)
+        self.padding = ctx.get(Paddings()).about(shown)
         self.weights = [torch.from_numpy(np.ascontiguousarray(x.matrix().T, np.float32)) for x in self.linears]
         self.inputs: list[Any] = [0.0] * len(self.linears)
         self.gradients: list[Any] = [0.0] * len(self.linears)
@@ -126,19 +128,20 @@ class _Collector:
         feeds = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feed.items()}
         outputs = self.model(feeds, observe=reads, edit={name: probed(name) for name in results})
         kept = self.padding.kept(feed)
-        wanted = {p.name: outputs[p.name] if self.own_loss else self._counted(p.name, outputs[p.name], kept) for p in self.model.outputs}
+        named = {p.name: outputs[p.name] for p in self.model.outputs}
+        wanted = named if self.own_loss else kept.counted(named)
         loss = self.loss(wanted, feeds, self.random)
         if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
             raise GraphoptError("the loss does not depend on any head or neuron: no float output of the model follows from them")
         gradients = torch.autograd.grad(loss, [probes[name] for name in results], allow_unused=True)
         for k, (name, result, gradient) in enumerate(zip(reads, results, gradients, strict=True)):
             self._sum(k, outputs[name].detach(), torch.zeros_like(probes[result]) if gradient is None else gradient, kept)
-        self.rows += len(self._flat(results[0], probes[results[0]], kept))
+        self.rows += len(kept.rows(results[0], probes[results[0]]))
 
     def _sum(self, k: int, x: torch.Tensor, g: torch.Tensor, kept: Kept) -> None:
         if self.criterion == "obs":
             linear = self.linears[k]
-            flat, grad = self._flat(str(linear.x.name), x, kept), self._flat(str(linear.node.outputs[0].name), g, kept)
+            flat, grad = kept.rows(str(linear.x.name), x), kept.rows(str(linear.node.outputs[0].name), g)
             self.inputs[k] = self.inputs[k] + (flat.T @ flat).double()
             self.seen[k] += len(flat)
             self.gradients[k] = self.gradients[k] + (grad.T @ grad).double()
@@ -147,16 +150,6 @@ class _Collector:
         per_sequence = effect.reshape(len(effect), -1, effect.shape[-1]).sum(1)
         on_groups = per_sequence.reshape(len(effect), self.counts[k], -1).sum(-1).double()
         self.masks[k] = self.masks[k] + (on_groups.abs() if self.criterion == "taylor" else on_groups.square()).sum(0)
-
-    def _flat(self, name: str, x: torch.Tensor, kept: Kept) -> torch.Tensor:
-        """[..., K] -> [rows, K], without the rows of padding."""
-        flat, lead = x.reshape(-1, x.shape[-1]), kept.lead(name, x.shape)
-        return flat if lead is None else flat[self.torch.from_numpy(lead.reshape(-1).copy())]
-
-    def _counted(self, name: str, output: Any, kept: Kept) -> Any:
-        """An output without its padding."""
-        hides = isinstance(output, self.torch.Tensor) and output.dim() > 1 and kept.lead(name, output.shape) is not None
-        return self._flat(name, output, kept) if hides else output
 
     def found(self) -> Iterator[tuple[Candidate, Evidence]]:
         place = 0
@@ -215,19 +208,19 @@ def _sampled(outputs: dict[str, Any], feeds: dict[str, Any], generator: Any) -> 
 def head_scores(model: ir.Model, samples: Iterable[Feeds], candidates: Sequence[Candidate], criterion: str) -> dict[Candidate, Array]:
     """For each group of heads the mean over rows that are no padding: `attention`: of the largest weight; `entropy`: of 1 - entropy / log(keys)."""
     heads = {u.node: u.heads for c in candidates for u in c.units if isinstance(u, Heads)}
-    means: dict[ir.Node, list[Array]] = {node: [] for node in heads}
+    sums: dict[ir.Node, tuple[Array, int]] = {}
 
     def reducer(node: ir.Node) -> Reduce:
-        def add(weights: Array, rows: Array | None) -> None:
-            scores = _by_row(kept_rows(weights, heads[node], rows), criterion)
-            means[node] += [scores.mean(0, dtype=np.float64)] if len(scores) else []
+        def add(weights: Array) -> None:
+            total, count = sums.get(node, (np.zeros(heads[node]), 0))
+            sums[node] = total + _by_row(weights, criterion).sum(0, dtype=np.float64), count + len(weights)
 
         return add
 
-    observe_maps(model, samples, {node: reducer(node) for node in means})
+    observe_maps(model, samples, {node: (count, reducer(node)) for node, count in heads.items()})
     found = {}
     for c in candidates:
-        scores = [np.mean(means[u.node], axis=0) for u in c.units if means[u.node]]
+        scores = [sums[u.node][0] / sums[u.node][1] for u in c.units if sums.get(u.node, (None, 0))[1]]
         if len(scores) == len(c.units):
             found[c] = np.sum(scores, axis=0).reshape(c.count, -1).mean(1)
     return found

@@ -83,7 +83,7 @@ class Importance(Analysis[Mapping[Candidate, Ranking]]):
         if self.criterion == "magnitude":
             return {c: self.ranked(c, np.sum([_magnitude(c, k) for k in range(len(c.units))], axis=0)) for c in candidates}
         found: dict[Candidate, Ranking] = {}
-        for candidate, evidence in gather(model, ctx.require_samples(), candidates, self.criterion, self.loss, self.rows, self.seed):
+        for candidate, evidence in gather(ctx, candidates, self.criterion, self.loss, self.rows, self.seed):
             found[candidate] = self._read(candidate, evidence)
         if not found:
             raise SampleError("importance needs samples, and there were 0: the source is empty, or a generator that was used before")

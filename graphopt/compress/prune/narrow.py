@@ -63,7 +63,7 @@ def keys_of(
     q, k, _ = operands
     free = turns and all(len(g) == 1 for g in groups) and all(o.rotary is None and unfit(o.linear) is None for o in (q, k))
     if not free:
-        handles = [averages.ask(o.value, "squares", squares(o)) for o in (q, k)]
+        handles = [averages.ask(o.value, "squares", squares, o.by_head) for o in (q, k)]
         return Part("query and key", q, stays, groups, lambda a: _scores(a[handles[0]], a[handles[1]]), None)
     assert q.linear is not None
     assert k.linear is not None
@@ -102,7 +102,7 @@ def values_of(unit: Heads, v: HeadOperand, stays: int, turns: bool, averages: Av
     groups = [np.array([d]) for d in range(v.dim)]
     out = unit.output
     if out is None:
-        handle = averages.ask(v.value, "squares", squares(v))
+        handle = averages.ask(v.value, "squares", squares, v.by_head)
         return Part("value", v, stays, groups, lambda a: a[handle].sum(0), None)
     places = np.arange(unit.heads * v.dim).reshape(unit.heads, v.dim)
     moment = averages.ask(out.x, "moments", moments(places))

@@ -40,7 +40,7 @@ def pool(model: ir.Model, ctx: Context, kv_heads: int, *, rows: int, refits: boo
             ctx.remarks.missed(unit.node.name or "", f"key heads not pooled: {reason}")
     if not todo:
         return 0
-    averages.run(model, ctx.require_samples(), rows)
+    averages.run(ctx, rows)
     teacher, editor = model.clone() if refits else model, Editor(model)
     for p in todo:
         groups = p.groups(averages)
