@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import onnx_ir as ir
 
+from graphopt.compress.prune.criterion import check_importance
 from graphopt.compress.prune.units import Settings, prune
 from graphopt.core.contract import Context, Pass
 from graphopt.core.options import exclusive, option
@@ -41,6 +43,9 @@ class Prune(Pass):
     exact: ClassVar[bool] = False
     ways = exclusive("flops", "latency", says="the fraction of multiplications to save")
     dials = (Dial("flops"), Dial("latency"))
+
+    def check(self, known: Mapping[str, type[Pass]]) -> None:
+        check_importance(self.name, self.importance, known)
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         self.ways.require(self)

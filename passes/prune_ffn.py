@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import onnx_ir as ir
 
+from graphopt.compress.prune.criterion import check_importance
 from graphopt.compress.prune.units import Settings, prune
 from graphopt.core.contract import Context, Pass
 from graphopt.core.options import exclusive, option
@@ -42,6 +44,9 @@ class PruneFfn(Pass):
     exact: ClassVar[bool] = False
     ways = exclusive("ratio", "flops", "latency", says="how much is to go")
     dials = (Dial("ratio"), Dial("flops"), Dial("latency"))
+
+    def check(self, known: Mapping[str, type[Pass]]) -> None:
+        check_importance(self.name, self.importance, known)
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         self.ways.require(self)

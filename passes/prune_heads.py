@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import onnx_ir as ir
 
+from graphopt.compress.prune.criterion import check_importance
 from graphopt.compress.prune.units import Settings, explicit, prune
 from graphopt.core.contract import Context, Pass
 from graphopt.core.options import exclusive, option, option_error
@@ -55,6 +57,9 @@ class PruneHeads(Pass):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._listed()
+
+    def check(self, known: Mapping[str, type[Pass]]) -> None:
+        check_importance(self.name, self.importance, known)
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         if self.heads:

@@ -12,7 +12,8 @@ from pruning import masked, prune, same, shapes, units  # type: ignore[import-no
 from tiny import tiny  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.compress.prune.importance import CRITERIA, Importance
+from graphopt.compress.prune.criterion import criteria
+from graphopt.compress.prune.importance import Importance
 from graphopt.compress.prune.removable import Removable
 from graphopt.core.contract import Context
 from graphopt.core.errors import PassError, PipelineError
@@ -79,7 +80,7 @@ def test_pruned_equals_masked(name: str, attention: str, route: str, fused: bool
     assert parameters(model) < before
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", criteria())
 def test_every_criterion_ranks_and_prunes(criterion: str) -> None:
     model = graphopt.load(tiny("bert", "sdpa", "18"))
     prune(model, FUSE)

@@ -11,7 +11,8 @@ import onnx_ir as ir
 
 from graphopt.analysis.heads import Heads, Unit
 from graphopt.compress.budget import Menu, solve
-from graphopt.compress.prune.importance import Importance, Ranking
+from graphopt.compress.prune.criterion import Ranking
+from graphopt.compress.prune.importance import Importance
 from graphopt.compress.prune.latency import savings as measured
 from graphopt.compress.prune.latency import speedup
 from graphopt.compress.prune.refit import fit_behind
