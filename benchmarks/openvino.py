@@ -5,7 +5,7 @@
 
 PYTHON has onnxruntime-openvino (it replaces onnxruntime) and graphopt: `pip install onnxruntime-openvino`, then `pip install --no-deps -e .` with
 numpy, onnx, onnx-ir, onnx-shape-inference, typer and rich beside it. All rows of one model are timed in interleaved warm blocks
-(graphopt.bench) in one process, so that they can be compared with each other; the first row is the baseline. `error` is the largest difference to
+(graphopt.run.race) in one process, so that they can be compared with each other; the first row is the baseline. `error` is the largest difference to
 the input without runtime optimizations, divided by 1 + the largest output.
 
 Static int8 (MiniLM only) needs text as token ids, which the first command writes in any environment with the packages gensim, tokenizers and

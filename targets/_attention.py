@@ -22,7 +22,7 @@ class AttentionMatch(Match):
 
 @dataclasses.dataclass(frozen=True)
 class DecomposeAttention(RewritePass[AttentionMatch]):
-    """Attention-23 -> MatMul, mask, Softmax, MatMul: `graphopt.unfused`.
+    """Attention-23 -> MatMul, mask, Softmax, MatMul: `graphopt.rewrite.attention`.
 
     Args:
         opset: the artifact's limit, where that is the reason; None: the runtime is faster so, or has no kernel.

@@ -265,10 +265,10 @@ MEMORY = """
 import resource, sys, weakref
 import numpy as np, onnx
 import graphopt
-from graphopt.pipeline import PassManager, parse
+from graphopt.core.pipeline import PassManager, parse
 from graphopt.core import Context
-from graphopt.registry import passes
-from graphopt.samples import Samples
+from graphopt.core.registry import passes
+from graphopt.run.samples import Samples
 
 count, method = int(sys.argv[1]), sys.argv[2]
 rng = np.random.default_rng(0)

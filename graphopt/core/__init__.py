@@ -18,14 +18,4 @@ __all__ = [
     "PassManager", "Piece", "PipelineError", "Remark", "Remarks", "SampleError", "SaveError", "Session", "Spelling", "Target",
     "TargetError", "VerifyError", "parse", "render",
 ]  # fmt: skip
-__getattr__ = hand_on(
-    __name__,
-    __all__,
-    (
-        "contract",
-        "errors",
-        "fuel",
-        "pipeline",
-        "remarks",
-    ),
-)
+__getattr__ = hand_on(__name__, __all__, ("contract", "errors", "fuel", "pipeline", "remarks"))

@@ -41,12 +41,4 @@ __all__ = [
     "infer_nodes", "infer_shapes", "initializer", "is_constant", "is_graph", "metadata_bytes", "nbytes", "parameters", "producer", "rank",
     "same_dim", "same_shape", "scalar", "shape_text", "static_dim", "used_once",
 ]  # fmt: skip
-__getattr__ = hand_on(
-    __name__,
-    __all__,
-    (
-        "questions",
-        "shapes",
-        "text",
-    ),
-)
+__getattr__ = hand_on(__name__, __all__, ("questions", "shapes", "text"))

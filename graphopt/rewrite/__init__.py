@@ -9,19 +9,11 @@ from graphopt.core.hand_on import hand_on
 if TYPE_CHECKING:
     from graphopt.rewrite.builder import Builder
     from graphopt.rewrite.dead import remove_dead
+    from graphopt.rewrite.engine import Driver
     from graphopt.rewrite.match import Match, Miss
     from graphopt.rewrite.rules import RewritePass
 
 __all__ = [
-    "Builder", "Match", "Miss", "RewritePass", "remove_dead",
+    "Builder", "Driver", "Match", "Miss", "RewritePass", "remove_dead",
 ]  # fmt: skip
-__getattr__ = hand_on(
-    __name__,
-    __all__,
-    (
-        "builder",
-        "dead",
-        "match",
-        "rules",
-    ),
-)
+__getattr__ = hand_on(__name__, __all__, ("builder", "dead", "engine", "match", "rules"))

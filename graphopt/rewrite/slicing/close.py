@@ -16,7 +16,7 @@ from graphopt.rewrite.slicing.zeros import zeros
 
 
 class Slicing(Plan):
-    """`remove` plans a removal and closes it over the graph; `graphopt.remove.apply` carries all of them out."""
+    """`remove` plans a removal and closes it over the graph; `apply.apply` carries all of them out."""
 
     def remove(self, value: ir.Value, axis: int, mask: Array, *, inside: Collection[ir.Value] | None = None) -> None:
         """Remove what `mask` marks along `axis` of `value`, and everything that must go with it.

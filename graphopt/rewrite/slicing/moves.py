@@ -185,7 +185,7 @@ def recut(node: ir.Node, axis: int, mask: Array | None) -> tuple[int, int, int]:
 
 
 def check_target(node: ir.Node, s: Plan, index: int) -> None:
-    """Raises Refusal where operand `index`, the sizes of the result, cannot be corrected (see `graphopt.remove`)."""
+    """Raises Refusal where operand `index`, the sizes of the result, cannot be corrected (see `graphopt.rewrite.slicing.apply`)."""
     out, value = Slot(node, 0, True), Slot(node, index).value
     axes = [k for k in range(rank(out)) if s.mask(out, k) is not None]
     if not axes or value is None or constant(value) is not None:
