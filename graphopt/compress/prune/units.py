@@ -75,7 +75,7 @@ def prune(model: ir.Model, ctx: Context, kinds: Collection[str], s: Settings) ->
         most = sum(max(v) for v in savings.values()) / whole
         ctx.remarks.missed("", f"at most {most:.1%} can go, and {budget / whole:.1%} was asked for; nothing was removed")
         return 0
-    steps = dict(zip(rankings, choice.settings, strict=True))
+    steps = dict(zip(reversed(list(rankings)), reversed(choice.settings), strict=True))  # from the last block to the first
     gone = {c: c.members(rankings[c].first(k).tolist()) for c, k in steps.items() if k}
     facts = {c: {"cost": round(float(rankings[c].cost[steps[c]]), 8), "importance": s.importance} for c in gone}
     before = model.clone() if s.latency is not None else model
