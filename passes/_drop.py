@@ -113,7 +113,7 @@ class DropSteps(RewritePass[DropMatch]):
         return [total]
 
 
-def left_over(model: ir.Model, unit: Unit, nodes: set[ir.Node]) -> list[str]:
+def left_over(model: ir.Model, nodes: set[ir.Node]) -> list[str]:
     """Outputs of the model (such as the cache of a dropped layer) for which multiplies of a dropped block are still computed."""
     still = nodes.intersection(all_nodes(model))
     if not any(n.op_type in ("MatMul", "Gemm", "Attention") for n in still):

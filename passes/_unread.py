@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.linear import Linear, Linears
+from graphopt.analysis.linear import Linear, StoredOperands
 from graphopt.core.contract import Context
 from graphopt.graph.questions import attr, constant, producer, rank, static_dim, used_once
 from graphopt.rewrite.builder import Builder
@@ -39,7 +39,7 @@ class DropUnread(RewritePass[SplitMatch]):
             return None
         reshape = producer(x, "Reshape")
         made = x if reshape is None else reshape.inputs[0]
-        linear = next((one for one in ctx.get(Linears()) if one.output is made), None)
+        linear = _linear_that_makes(made, ctx)
         if linear is None or x is None or not used_once(x) or not used_once(linear.output) or not used_once(linear.weight) or not _plain(linear):
             return None
         if static_dim(x, -1) != linear.out_features:
@@ -64,6 +64,14 @@ class DropUnread(RewritePass[SplitMatch]):
             return [out]
         parts: Sequence[ir.Value] = op.Split(out, op.const(np.array(m.sizes, np.int64), "sizes"), axis=-1, _outputs=len(m.sizes))
         return parts
+
+
+def _linear_that_makes(value: ir.Value | None, ctx: Context) -> Linear | None:
+    """The multiply whose result, after the bias, is `value`."""
+    add = producer(value, "Add")
+    operands, products = ctx.get(StoredOperands()), (value, *(() if add is None else add.inputs))
+    found = (operands.get(node) for v in products if v is not None and (node := v.producer()) is not None)
+    return next((x for x in found if isinstance(x, Linear) and x.output is value), None)
 
 
 def _plain(x: Linear) -> bool:

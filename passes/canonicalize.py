@@ -93,7 +93,10 @@ class _Work:
         """True if something changed."""
         before = self.total
         limit = before + _PER_NODE * (1 + sum(1 for _ in all_nodes(self.model)))
-        self.note("dead nodes removed", remove_dead(self.model))
+        dead = 0 if self.ctx.fuel.empty else remove_dead(self.model)
+        for _ in range(dead):
+            self.ctx.fuel.burn()
+        self.note("dead nodes removed", dead)
         self.merge_initializers()
         for graph in list(graphs(self.model)):
             self.seen = {}
@@ -104,8 +107,10 @@ class _Work:
         decided = any(n.op_type == "If" and n.domain == "" and is_constant(n.inputs[0]) for n in all_nodes(self.model))
         if decided and not self.dry and self.ctx.fuel.burn():
             self.note("decided Ifs replaced by the branch that runs", decided_ifs(self.model))
+        if self.total == before:
+            return False
         self.driver.clean()
-        return self.total > before
+        return True
 
     def visit(self, node: ir.Node) -> None:
         if node.domain != "":

@@ -64,7 +64,7 @@ class DropLayers(Pass):
         told = {unit: {"number": unit.number, "what": self.what, **_score(scores, unit)} for unit in chosen}
         changes = DropSteps(told).run(model, ctx)
         for unit, own in nodes.items():
-            names = left_over(model, unit, own)
+            names = left_over(model, own)
             if names:
                 ctx.remarks.missed("", f"{self.what} {unit.number} is dropped, but still computed in part for the output {', '.join(names)}")
         return changes

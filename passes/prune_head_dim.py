@@ -74,9 +74,10 @@ class PruneHeadDim(Pass):
             gone, lost = part.choose(averages)
             try:
                 self._try(model, unit, part, gone)
-                if not ctx.fuel.burn():
+                if ctx.fuel.empty:
                     break
                 plan.remove(part.operand.value, part.operand.dim_axis, part.operand.mask(gone), inside=unit.inside)
+                ctx.fuel.burn()
             except Refusal as refusal:
                 ctx.remarks.missed(unit.node.name or "", f"{part.what} not narrowed: {refusal}")
                 continue
@@ -126,7 +127,7 @@ class PruneHeadDim(Pass):
             if isinstance(groups, str):
                 ctx.remarks.missed(name, f"query and key not narrowed: {groups}")
             else:
-                parts.append(keys_of(unit, operands, self._stays(operands[0].dim), groups, turns, averages))
+                parts.append(keys_of(operands, self._stays(operands[0].dim), groups, turns, averages))
         if self.parts != "keys" and self._narrows(ctx, name, "value", operands[2]):
             parts.append(values_of(unit, operands[2], self._stays(operands[2].dim), turns, averages))
         return parts

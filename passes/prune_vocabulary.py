@@ -15,8 +15,8 @@ from graphopt.analysis.linear import Embedding, Embeddings, Linear, Linears
 from graphopt.core.contract import Array, Context, Pass
 from graphopt.core.errors import PipelineError
 from graphopt.core.options import option_error
-from graphopt.graph.questions import Names, consumers, initializer, is_constant, producer
-from graphopt.graph.shapes import infer_nodes
+from graphopt.graph.questions import consumers, is_constant, producer
+from graphopt.rewrite.insert import Inserter
 from graphopt.rewrite.slicing.apply import apply
 from graphopt.rewrite.slicing.close import Slicing
 from graphopt.rewrite.slicing.plan import Refusal, Slot
@@ -105,16 +105,11 @@ class PruneVocabulary(Pass):
 
 def _translate(model: ir.Model, lookup: ir.Node, table: Array) -> None:
     """The ids of a lookup go through `table` (int64 [old vocabulary]) first."""
-    names = Names(model)
-    stored = initializer(table, names.fresh("new_ids"))
-    model.graph.register_initializer(stored)
-    node = ir.node("Gather", [stored, lookup.inputs[1]], {"axis": 0})
-    node.name = names.fresh(f"{lookup.name}/new_ids")
-    node.outputs[0].name = names.fresh(f"{node.name}_output")
-    assert lookup.graph is not None
-    lookup.graph.insert_before(lookup, node)
-    lookup.replace_input_with(1, node.outputs[0])
-    infer_nodes(model, [node])
+    inserter = Inserter(model)
+    op = inserter.builder(lookup.graph)
+    ids = op.Gather(inserter.constant(table, "new_ids"), lookup.inputs[1], axis=0)
+    inserter.before(lookup, op)
+    lookup.replace_input_with(1, ids)
 
 
 def _plan(model: ir.Model, ctx: Context, lookup: Embedding, head: Linear | None, mask: Array) -> Slicing:

@@ -12,7 +12,7 @@ from graphopt.compress.quantize.folding import fold
 from graphopt.compress.quantize.smoothing import groups, scales
 from graphopt.core.contract import Context, Pass
 from graphopt.core.options import option_error
-from graphopt.graph.questions import Names
+from graphopt.rewrite.insert import Inserter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Smooth(Pass):
         for group in (g for g in found if g.stiff or (g.source is None and not self.multiply)):
             hint = "" if group.stiff else "; `multiply=true` puts a multiplication there"
             ctx.remarks.missed(group.readers[0].node.name or "", f"not smoothed: {group.reason}{hint}")
-        names, changes = Names(model), 0
+        inserter, changes = Inserter(model), 0
         for group in fitting:
             if group.x not in seen:
                 continue
@@ -61,7 +61,7 @@ class Smooth(Pass):
                 continue
             if not ctx.fuel.burn():
                 break
-            fold(model, names, group, s, "smooth")
+            fold(inserter, group, s, "smooth")
             ctx.remarks.applied(
                 where, f"strength {strength:g}: output error {before:.4f} -> {after:.4f}", strength=strength, before=before, after=after
             )

@@ -9,8 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.core.contract import Array, Context, Pass
-from graphopt.graph import shapes
-from graphopt.graph.questions import Names, all_nodes, constant, graphs, initializer
+from graphopt.graph.questions import all_nodes, constant
+from graphopt.rewrite.builder import Builder
+from graphopt.rewrite.dead import remove_dead
+from graphopt.rewrite.insert import Inserter
 
 from ._precision import FLOAT, Hidden, Precision, largest, tensor_attributes
 
@@ -37,23 +39,23 @@ class ToHalf(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         to = ir.DataType[self.dtype.upper()]
-        plan = Precision(model, to)
-        done = _Conversion(model, ctx, plan, to, self.keep_io).apply()
-        if not done:
-            ctx.remarks.missed("", "nothing to convert: no float32 node takes the type")
-        return done
+        return _Conversion(model, ctx, Precision(model, to), to, self.keep_io).apply()
 
 
 class _Conversion:
     def __init__(self, model: ir.Model, ctx: Context, plan: Precision, to: ir.DataType, keep_io: bool) -> None:
         self.model, self.ctx, self.plan, self.to, self.keep_io = model, ctx, plan, to, keep_io
-        self.names, self.half = Names(model), set[ir.Value]()
+        self.inserter, self.half = Inserter(model), set[ir.Value]()
         self._twins: dict[tuple[ir.Value, ir.DataType, ir.Graph | None], ir.Value] = {}
         self._public = {v for v in (*model.graph.inputs, *model.graph.outputs) if v.dtype == FLOAT}
 
     def apply(self) -> int:
         nodes = list(all_nodes(self.model))
-        changed = [n for n in nodes if self.plan.changes(n)]
+        fit = [n for n in nodes if self.plan.changes(n)]
+        if not fit:
+            self.ctx.remarks.missed("", "nothing to convert: no float32 node takes the type")
+        changed = [n for n in fit if self.ctx.fuel.burn()]
+        self.plan.wide.update(dict.fromkeys(fit[len(changed) :], "the fuel is used up"))
         if not changed:
             return 0
         for node in changed:
@@ -83,63 +85,38 @@ class _Conversion:
             if wanted == (value in self.half):
                 continue
             hidden = self.plan.hidden.get(value) if wanted and value.const_value is None else None
-            narrow = self._mask if hidden is not None and node.op_type == "Attention" else None
-            node.replace_input_with(index, self._twin(value, self.to if wanted else FLOAT, node, hidden, narrow is not None))
+            node.replace_input_with(index, self._twin(value, self.to if wanted else FLOAT, node, hidden))
 
-    def _twin(self, value: ir.Value, to: ir.DataType, reader: ir.Node, hidden: Hidden | None, attention: bool) -> ir.Value:
+    def _twin(self, value: ir.Value, to: ir.DataType, reader: ir.Node, hidden: Hidden | None) -> ir.Value:
         """The same numbers in the other type: a stored constant is stored so, anything else is cast, once for each graph that reads it."""
         array = constant(value)
         graph = reader.graph if array is None else self.model.graph
         key = (value, to, graph)
-        if key not in self._twins:
-            if array is not None:
-                self._twins[key] = self._stored(value, array)
-            else:
-                nodes = self._mask(value, hidden) if hidden is not None and attention else self._cast(value, to, hidden)
-                self._twins[key] = self._insert(nodes, value, reader)
+        if key not in self._twins and array is not None:
+            name = f"{value.name}_{self.to.name.lower()}"
+            self._twins[key] = self.inserter.constant(self._narrowed(array, value.name or ""), name)
+        elif key not in self._twins:
+            assert reader.graph is not None
+            op = self.inserter.builder(reader.graph)
+            bounded = value
+            if hidden is not None and reader.op_type == "Attention":
+                bounded = self._mask(op, value, hidden)
+            elif hidden is not None and to != FLOAT:
+                bounded = op.Max(value, _number(op, -largest(self.to)))
+            self._twins[key] = op.Cast(bounded, to=to)
+            self.inserter.behind(value, op, reader.graph, (reader,))
         return self._twins[key]
 
-    def _stored(self, value: ir.Value, array: Array) -> ir.Value:
-        twin = initializer(self._narrowed(array, value.name or ""), self.names.fresh(f"{value.name}_{self.to.name.lower()}"))
-        self.model.graph.register_initializer(twin)
-        return twin
-
-    def _cast(self, value: ir.Value, to: ir.DataType, hidden: Hidden | None) -> list[ir.Node]:
-        if hidden is None or to == FLOAT:
-            return [ir.node("Cast", [value], {"to": to.value})]
-        bounded = ir.node("Max", [value, self._number(-largest(self.to))])
-        return [bounded, ir.node("Cast", [bounded.outputs[0]], {"to": to.value})]
-
-    def _mask(self, value: ir.Value, hidden: Hidden) -> list[ir.Node]:
+    @staticmethod
+    def _mask(op: Builder, value: ir.Value, hidden: Hidden) -> ir.Value:
         """A mask of float32 fills as one of 16 bits: keys that two masks hide stay below those that one hides, and -inf stays."""
         once = _FLOOR / 2 if hidden.twice else _FLOOR
-        nodes = [ir.node("Max", [value, self._number(once)])]
+        out: ir.Value = op.Max(value, _number(op, once))
         if hidden.twice and np.isfinite(np.float32(1.5 * hidden.fill)):
-            deep = ir.node("Less", [value, self._number(1.5 * hidden.fill)])
-            nodes += [deep, ir.node("Where", [deep.outputs[0], self._number(_FLOOR), nodes[-1].outputs[0]])]
+            out = op.Where(op.Less(value, _number(op, 1.5 * hidden.fill)), _number(op, _FLOOR), out)
         if hidden.infinite:
-            infinite = ir.node("IsInf", [value])
-            nodes += [infinite, ir.node("Where", [infinite.outputs[0], value, nodes[-1].outputs[0]])]
-        return [*nodes, ir.node("Cast", [nodes[-1].outputs[0]], {"to": self.to.value})]
-
-    def _number(self, number: float) -> ir.Value:
-        value = initializer(np.array(number, np.float32), self.names.fresh("bound"))
-        self.model.graph.register_initializer(value)
-        return value
-
-    def _insert(self, nodes: list[ir.Node], value: ir.Value, reader: ir.Node) -> ir.Value:
-        """Put the nodes right behind `value`, or at the front of a subgraph that reads it."""
-        graph, maker = reader.graph, value.producer()
-        assert graph is not None
-        for node in nodes:
-            node.name = self.names.fresh(f"{value.name}/{node.op_type}")
-            node.outputs[0].name = self.names.fresh(f"{value.name}_{node.op_type.lower()}")
-        if maker is not None and maker.graph is graph:
-            graph.insert_after(maker, nodes)
-        else:
-            graph.insert_before(graph[0], nodes)
-        shapes.infer_nodes(self.model, nodes)
-        return nodes[-1].outputs[0]
+            out = op.Where(op.IsInf(value), value, out)
+        return out
 
     # ---- the public side ------------------------------------------------------------------------------------------------------------------
 
@@ -149,16 +126,13 @@ class _Conversion:
             wanted = FLOAT if self.keep_io else self.to
             if value not in self._public or value.is_graph_input() or value.dtype == wanted:
                 continue
-            maker = value.producer()
-            cast = ir.node("Cast", [value], {"to": wanted.value})
-            public, cast.name = value.name, self.names.fresh(f"{value.name}/Cast")
-            out = cast.outputs[0]
-            value.name = self.names.fresh(f"{public}_inner")
-            out.name, out.type, out.shape, out.doc_string = public, ir.TensorType(wanted), value.shape, value.doc_string
+            op, public, maker = self.inserter.builder(), value.name, value.producer()
+            out = op.Cast(value, to=wanted)
+            self.inserter.behind(value, op, graph, () if maker is None else (maker,))
+            value.name = self.inserter.names.fresh(f"{public}_inner")
+            out.name, out.shape, out.doc_string = public, value.shape, value.doc_string
             out.meta.update(value.meta)
             out.metadata_props.update(value.metadata_props)
-            assert maker is not None
-            graph.insert_after(maker, [cast]) if maker.graph is graph else graph.append(cast)
             graph.outputs[index] = out
 
     # ---- numbers --------------------------------------------------------------------------------------------------------------------------
@@ -190,10 +164,7 @@ class _Conversion:
             if same and source is not None and node.graph is not None:
                 out.replace_all_uses_with(source)
                 node.graph.remove(node, safe=True)
-        for graph in graphs(self.model):
-            for name, value in list(graph.initializers.items()):
-                if not value.uses() and not value.is_graph_input() and not value.is_graph_output():
-                    del graph.initializers[name]
+        remove_dead(self.model)
 
     def _tell(self) -> None:
         reasons: dict[str, list[str]] = {}
@@ -202,3 +173,7 @@ class _Conversion:
         reasons.pop("it is a border already", None)
         for reason, names in reasons.items():
             self.ctx.remarks.missed(names[0], f"{len(names)} nodes stay float32: {reason}", nodes=names)
+
+
+def _number(op: Builder, number: float) -> ir.Value:
+    return op.const(np.array(number, np.float32), "bound")

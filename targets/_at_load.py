@@ -10,7 +10,8 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Linear
-from graphopt.graph.serialize import fits_protobuf, to_proto, write
+from graphopt.graph.serialize import read
+from graphopt.run.ort import loadable
 
 INTEGER = ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")  # the weight is their second input
 ROUNDED = (
@@ -30,13 +31,9 @@ def multiplied_at_load(model: ir.Model, operands: Iterable[Linear | Embedding]) 
         options.optimized_model_filepath, options.log_severity_level = str(Path(folder, "fused.onnx")), 4
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "fused.bin")
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        source: str | bytes = str(Path(folder, "model.onnx"))
-        if fits_protobuf(model):
-            source = to_proto(model).SerializeToString()
-        else:
-            write(model, Path(folder, "model.onnx"))
+        source, _keep = loadable(model)
         onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        nodes = onnx.load(options.optimized_model_filepath, load_external_data=False).graph.node
+        nodes = read(Path(options.optimized_model_filepath), weights=False).graph.node
     made = {output for n in nodes if n.op_type == "MatMulNBits" and _level(n) == _INT8_BLOCKS for output in n.output}
     linears = [x for x in operands if isinstance(x, Linear)]
     rounded = {x.weight.name or "" for x in linears if made & {x.node.outputs[0].name, x.output.name}}  # weights are renamed, outputs are not

@@ -14,13 +14,15 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Grid, Linear, StoredOperands
-from graphopt.core.contract import Context
-from graphopt.graph.questions import constant, producer
+from graphopt.core.contract import Analysis, Context
+from graphopt.graph.questions import attr, constant, producer
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Match, Miss
 from graphopt.rewrite.rules import RewritePass
 
-_VENDOR = "com.microsoft"
+from ._vendored import VENDOR
+
+_HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _BITS = {ir.DataType.INT4: 4, ir.DataType.UINT4: 4, ir.DataType.INT8: 8, ir.DataType.UINT8: 8}
 _BLOCKS = (16, 32, 64, 128, 256)  # that the runtime's kernels have
 _WHOLE_ROWS = (64, 32, 16)  # in which a row of one scale is cut, its scale repeated
@@ -43,6 +45,10 @@ class Source:
     def bits(self) -> int:
         assert self.codes.dtype is not None
         return _BITS[self.codes.dtype]
+
+    @property
+    def signed(self) -> bool:
+        return self.codes.dtype in (ir.DataType.INT4, ir.DataType.INT8)
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -73,7 +79,7 @@ class SpellBlockedTable(RewritePass[BlockedMatch]):
         tied = any(isinstance(x, Linear) and x.weight is e.table and weight_only(x) for x in operands.values())
         if not e.grid.block and not tied:
             return None
-        source = _source(e.table, e.grid, 1, ctx.model)
+        source = _source(e.table, e.grid, 1, ir.DataType.FLOAT, ctx)
         if isinstance(source, str) or e.width % source.block:
             return Miss(node, f"the table is decoded as a whole: {source if isinstance(source, str) else 'its last block is short'}")
         return BlockedMatch((node,), (node.outputs[0],), e, source)
@@ -84,7 +90,7 @@ class SpellBlockedTable(RewritePass[BlockedMatch]):
         rows = op.Reshape(packed, op.const(np.array([m.operand.rows, -1], np.int64), "rows"))
         inputs = [v for v in (rows, m.operand.ids, scale, zero) if v is not None]
         options = {"bits": m.source.bits, "block_size": m.source.block, "gather_axis": 0, "quantize_axis": 1}
-        return [op.node("GatherBlockQuantized", inputs, _domain=_VENDOR, **options)]
+        return [op.node("GatherBlockQuantized", inputs, _domain=VENDOR, **options)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,18 +99,29 @@ class SpellBlockedMatmul(RewritePass[BlockedMatch]):
 
     Args:
         accuracy_level: 4: the runtime rounds each block of the activations to 8 bits and multiplies integers; None: it multiplies floats.
+        half: also activations of 16 bits, with scales of their type, which the CPU provider does not take.
+        rows: also a weight with one scale for each row, and one whose last block is short; False: whole blocks only.
     """
 
     accuracy_level: int | None = None
+    half: bool = False
+    rows: bool = True
     anchors: ClassVar[frozenset[str]] = frozenset({"MatMul", "Gemm"})
 
     def match(self, node: ir.Node, ctx: Context) -> BlockedMatch | Miss | None:
         linear = ctx.get(StoredOperands()).get(node)
-        if not isinstance(linear, Linear) or linear.grid is None or not weight_only(linear):
+        if not isinstance(linear, Linear):
+            decode = producer(node.inputs[1], "DequantizeLinear")
+            blocks = decode is not None and attr(decode, "block_size", 0)
+            return Miss(node, "stays DequantizeLinear: its weight is not stored") if blocks else None
+        if linear.grid is None or not weight_only(linear):
             return None
-        if linear.batch or linear.trans_x or linear.x.dtype != ir.DataType.FLOAT:
+        dtype = linear.x.dtype
+        if linear.batch or linear.trans_x or dtype not in ((ir.DataType.FLOAT, *_HALF) if self.half else (ir.DataType.FLOAT,)):
             return Miss(node, f"`{linear.weight.name}` is decoded as a whole: a batch of matrices, transposed or half-precision activations")
-        source = _source(linear.weight, linear.grid, 1 if linear.transposed else 0, ctx.model)
+        if not self.rows and (not linear.grid.block or linear.in_features % linear.grid.block):
+            return Miss(node, f"`{linear.weight.name}` is decoded as a whole: its scales are not of whole blocks")
+        source = _source(linear.weight, linear.grid, 1 if linear.transposed else 0, dtype, ctx)
         if isinstance(source, str):
             return Miss(node, f"`{linear.weight.name}` is decoded as a whole: {source}")
         return BlockedMatch((node,), (node.outputs[0],), linear, source)
@@ -115,7 +132,7 @@ class SpellBlockedMatmul(RewritePass[BlockedMatch]):
         packed, scale, zero = _packed(op, m.source)
         inputs = [v for v in (linear.x, packed, scale, zero) if v is not None]
         options = {"K": linear.in_features, "N": linear.out_features, "bits": m.source.bits, "block_size": m.source.block}
-        out = op.node("MatMulNBits", inputs, _domain=_VENDOR, accuracy_level=self.accuracy_level, **options)
+        out = op.node("MatMulNBits", inputs, _domain=VENDOR, accuracy_level=self.accuracy_level, **options)
         return [with_rest(op, linear, out)]
 
 
@@ -127,22 +144,23 @@ def weight_only(linear: Linear) -> bool:
 def with_rest(op: Builder, linear: Linear, product: ir.Value) -> ir.Value:
     """alpha * product + beta * C, where a Gemm has them."""
     out: Any = product
+    kind = (linear.x.dtype or ir.DataType.FLOAT).numpy()
     if linear.alpha != 1.0:
-        out = op.Mul(out, op.const(np.array(linear.alpha, np.float32), "alpha"))
+        out = op.Mul(out, op.const(np.array(linear.alpha, kind), "alpha"))
     added = linear.addend if linear.bias is None or linear.bias_node is not None else linear.bias
     if added is not None:
-        out = op.Add(out, added if linear.beta == 1.0 else op.Mul(added, op.const(np.array(linear.beta, np.float32), "beta")))
+        out = op.Add(out, added if linear.beta == 1.0 else op.Mul(added, op.const(np.array(linear.beta, kind), "beta")))
     value: ir.Value = out
     return value
 
 
-def _source(codes: ir.Value, grid: Grid, axis: int, model: ir.Model) -> Source | str:
+def _source(codes: ir.Value, grid: Grid, axis: int, dtype: ir.DataType | None, ctx: Context) -> Source | str:
     """What can be packed, or why it cannot; `axis` runs along the input features."""
     assert codes.const_value is not None
     width = int(codes.const_value.shape.numpy()[axis])
     if codes.dtype not in _BITS:
         return f"it is stored as {codes.dtype}"
-    if grid.scale.dtype != ir.DataType.FLOAT:
+    if grid.scale.dtype != dtype:
         return f"its scales are {grid.scale.dtype}"
     wanted = (axis,) if grid.block else (None, 1 - axis)
     if grid.axis not in wanted:
@@ -151,8 +169,20 @@ def _source(codes: ir.Value, grid: Grid, axis: int, model: ir.Model) -> Source |
         return f"the runtime has no kernel for blocks of {grid.block}"
     block = grid.block or next((b for b in _WHOLE_ROWS if width % b == 0), _WHOLE_ROWS[-1])
     source = Source(codes, grid, axis, block)
-    found = ((v.meta.get(PACKED), v) for v in model.graph.initializers.values())
-    return dataclasses.replace(source, known=tuple((str(key[3]), v) for key, v in found if key is not None and key[:3] == source.key))
+    return dataclasses.replace(source, known=ctx.get(_Known()).get(source.key, ()))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known(Analysis[Mapping[Any, tuple[tuple[str, ir.Value], ...]]]):
+    """What another spelling of the model has packed: the key of the source -> (part, initializer)."""
+
+    def compute(self, model: ir.Model, ctx: Context) -> Mapping[Any, tuple[tuple[str, ir.Value], ...]]:
+        found: dict[Any, tuple[tuple[str, ir.Value], ...]] = {}
+        for value in model.graph.initializers.values():
+            key = value.meta.get(PACKED)
+            if key is not None:
+                found[key[:3]] = (*found.get(key[:3], ()), (str(key[3]), value))
+        return found
 
 
 def _packed(op: Builder, source: Source) -> tuple[ir.Value, ir.Value, ir.Value | None]:
@@ -167,7 +197,8 @@ def _packed(op: Builder, source: Source) -> tuple[ir.Value, ir.Value, ir.Value |
 
         return known.get(part) or op.shared((PACKED, *source.key, part), build)
 
-    zero = None if source.grid.zero_point is None else once("block_zeros", lambda: _zeros(source))
+    # without zero points the operators take the middle for zero, and DequantizeLinear takes zero
+    zero = once("block_zeros", lambda: _zeros(source)) if source.grid.zero_point is not None or not source.signed else None
     return once("blocks", lambda: _codes(source)), once("block_scales", lambda: _by_block(source, source.grid.scale)), zero
 
 
@@ -181,8 +212,9 @@ def _codes(source: Source) -> Array:
 
 
 def _zeros(source: Source) -> Array:
-    assert source.grid.zero_point is not None
-    return _nibbles(_unsigned(_by_block(source, source.grid.zero_point), source), source.bits)
+    point = source.grid.zero_point
+    points = np.zeros(_by_block(source, source.grid.scale).shape, np.uint8) if point is None else _by_block(source, point)
+    return _nibbles(_unsigned(points, source), source.bits)
 
 
 def _by_block(source: Source, value: ir.Value) -> Array:
@@ -199,8 +231,7 @@ def _by_block(source: Source, value: ir.Value) -> Array:
 
 def _unsigned(array: Array, source: Source) -> Array:
     """uint8 around 2^(bits-1) where the codes are signed: the zero point that the operators assume."""
-    signed = source.codes.dtype in (ir.DataType.INT4, ir.DataType.INT8)
-    return (array.astype(np.int16) + ((1 << source.bits - 1) if signed else 0)).astype(np.uint8)
+    return (array.astype(np.int16) + ((1 << source.bits - 1) if source.signed else 0)).astype(np.uint8)
 
 
 def _nibbles(array: Array, bits: int) -> Array:

@@ -8,10 +8,12 @@ d double, i int32 and int64, s 8- and 16-bit and unsigned integers, l bool. An o
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
-VENDOR = "com.microsoft"
+from graphopt.driver.lowering.ort_target import Kernel
+
+from ._vendored import VENDOR
+
 _LETTERS = {
     "f": ("float",),
     "h": ("float16",),
@@ -170,23 +172,6 @@ RotaryEmbedding 1+ fhb
 SkipLayerNormalization 1+ fhb
 SkipSimplifiedLayerNormalization 1+ fhb
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """One kernel: the versions of the operator's schema that it serves (`last` None = only `first`), and its types by schema name."""
-
-    domain: str
-    op_type: str
-    first: int
-    last: int | None
-    types: tuple[frozenset[str], ...]  # one for each type variable of the schema; a node fits if all of its tensors fit one of them
-
-    def serves(self, since: int) -> bool:
-        return since == self.first if self.last is None else self.first <= since <= self.last
-
-    def takes(self, dtype: str) -> bool:
-        return any(dtype in allowed for allowed in self.types)
 
 
 @functools.cache

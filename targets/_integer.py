@@ -23,9 +23,8 @@ from graphopt.rewrite.match import Match, Miss
 from graphopt.rewrite.rules import RewritePass
 
 from ._at_load import INTEGER, ROUNDED, multiplied_at_load
-from ._vendored import blocked_weights
+from ._vendored import VENDOR, blocked_weights
 
-_VENDOR = "com.microsoft"
 _EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
 WEIGHT_ONLY = "its input is not quantized to 8 bits by one scale (weight-only)"
 _LOOKED_UP = "its codes are looked up in a codebook when the runtime loads it, which then holds and multiplies floats"
@@ -138,9 +137,9 @@ class SpellIntegerMatmul(RewritePass[MatmulMatch]):
             out = product if bias is None else op.Add(product, bias)
         elif m.shared:
             inputs = (codes, weight, m.x_scale, scale, m.x_zero, grid.zero_point, inside)
-            out = op.node("MatMulIntegerToFloat", _trim(inputs), _domain=_VENDOR)
+            out = op.node("MatMulIntegerToFloat", _trim(inputs), _domain=VENDOR)
         else:
-            out = op.node("DynamicQuantizeMatMul", _trim((m.x, weight, scale, grid.zero_point, inside)), _domain=_VENDOR)
+            out = op.node("DynamicQuantizeMatMul", _trim((m.x, weight, scale, grid.zero_point, inside)), _domain=VENDOR)
         if self.vendor and bias is not inside:
             out = op.Add(out, bias)
         if linear.addend is None:
@@ -241,6 +240,7 @@ def integer_report(model: ir.Model) -> dict[str, Any]:
     tables: dict[str, None] = {}
     floats: dict[str, str] = {}
     operands = Context(model).get(StoredOperands())
+    readers = {step: x for x in reversed(list(operands.values())) if isinstance(x, Linear) for step in x.path}  # the first of each
     blocked: dict[str, str] = {}
     for node in all_nodes(model):
         if (found := blocked_weights(node)) is not None:
@@ -255,7 +255,7 @@ def integer_report(model: ir.Model) -> dict[str, Any]:
             if rank(table.value) != 1 and table.codebook is None:  # not the zero points of the rows
                 tables[table.value.name or ""] = None
         elif node.op_type == "DequantizeLinear" and (weight := stored(node.outputs[0])) is not None:
-            floats[weight.value.name or ""] = _why_decoded(node, operands)
+            floats[weight.value.name or ""] = _why_decoded(node, readers)
     floats.update((name, _LOOKED_UP) for x in operands.values() if x.codebook is not None and (name := x.codebook.codes.name or ""))
     report: dict[str, Any] = {}
     if any(reason in (_UNSPELLED, WEIGHT_ONLY) for reason in floats.values()):
@@ -267,10 +267,8 @@ def integer_report(model: ir.Model) -> dict[str, Any]:
     return {"integer": list(integer), "float": told, "tables": list(tables), **report}
 
 
-def _why_decoded(decode: ir.Node, operands: Mapping[ir.Node, Linear | Embedding]) -> str:
-    for node in operands:
-        operand = operands[node]
-        if isinstance(operand, Linear) and decode in operand.path:
-            return why_float(operand) or _UNSPELLED
+def _why_decoded(decode: ir.Node, linears: Mapping[ir.Node, Linear]) -> str:
+    if decode in linears:
+        return why_float(linears[decode]) or _UNSPELLED
     readers = consumers(decode.outputs[0])
     return f"a {readers[0].op_type} reads it" if readers else "it is an output of the graph"

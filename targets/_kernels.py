@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from graphopt.analysis.stream import Residual, Residuals
+from graphopt.analysis.stream import Residual, residual_of
 from graphopt.core.contract import Context
 from graphopt.driver.lowering.extract import whole
 from graphopt.graph.questions import attr, is_constant, producer, rank, used_once
@@ -17,7 +17,7 @@ from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Match, Miss
 from graphopt.rewrite.rules import RewritePass
 
-_VENDOR = "com.microsoft"
+from ._vendored import VENDOR
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class SpellSkipNorm(RewritePass[SkipMatch]):
     anchors: ClassVar[frozenset[str]] = frozenset({"LayerNormalization", "RMSNormalization"})
 
     def match(self, node: ir.Node, ctx: Context) -> SkipMatch | Miss | None:
-        residual = next((r for r in ctx.get(Residuals()) if r.norm is node), None)
+        residual = residual_of(node)
         if residual is None:
             return None
         bias = [t.value for t in residual.terms if t.bias]
@@ -57,7 +57,7 @@ class SpellSkipNorm(RewritePass[SkipMatch]):
             inputs.pop()
         shared = len(m.outputs) > 1
         name = "SkipLayerNormalization" if layer else "SkipSimplifiedLayerNormalization"
-        made: Any = op.node(name, inputs, _domain=_VENDOR, _outputs=4 if shared else 1, epsilon=attr(m.norm, "epsilon", 1e-5))
+        made: Any = op.node(name, inputs, _domain=VENDOR, _outputs=4 if shared else 1, epsilon=attr(m.norm, "epsilon", 1e-5))
         if not shared:
             return [made]
         made[1].name = made[2].name = ""  # mean and deviation
@@ -96,7 +96,7 @@ class SpellBiasGelu(RewritePass[BiasMatch]):
 
     def build(self, op: Builder, m: BiasMatch) -> Sequence[ir.Value]:
         inputs = [m.x] if m.bias is None else [m.x, m.bias]
-        return [op.node("FastGelu" if m.tanh else "BiasGelu", inputs, _domain=_VENDOR)]
+        return [op.node("FastGelu" if m.tanh else "BiasGelu", inputs, _domain=VENDOR)]
 
 
 def _last(value: ir.Value) -> ir.Shape | None:
@@ -126,4 +126,4 @@ class SpellMultiHead(RewritePass[Match]):
         (node,) = m.nodes
         mask = node.inputs[3] if len(node.inputs) > 3 else None
         inputs = (*node.inputs[:3], *(() if mask is None else (None, None, mask)))
-        return [op.node("MultiHeadAttention", inputs, _domain=_VENDOR, num_heads=attr(node, "q_num_heads"), scale=attr(node, "scale"))]
+        return [op.node("MultiHeadAttention", inputs, _domain=VENDOR, num_heads=attr(node, "q_num_heads"), scale=attr(node, "scale"))]

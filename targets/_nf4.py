@@ -23,8 +23,8 @@ from graphopt.rewrite.match import Match, Miss
 from graphopt.rewrite.rules import RewritePass
 
 from ._blocked import PACKED, weight_only, with_rest
+from ._vendored import VENDOR
 
-_VENDOR = "com.microsoft"
 _BLOCKS = (16, 32, 64, 128, 256)  # that the runtime's kernel has; its documentation speaks of any power of two
 _NF4 = 1  # its quant_type
 
@@ -92,7 +92,7 @@ class SpellNf4Matmul(RewritePass[Nf4Match]):
         if linear.batch or linear.trans_x or linear.x.dtype != ir.DataType.FLOAT:
             reason = "a batch of matrices, transposed or half-precision activations"
             return Miss(node, f"`{linear.weight.name}` is looked up as a whole: {reason}")
-        if ctx.target is not None and not ctx.target.supports(ir.Node(_VENDOR, "MatMulBnb4", [])):
+        if ctx.target is not None and not ctx.target.supports(ir.Node(VENDOR, "MatMulBnb4", [])):
             return Miss(node, f"`{linear.weight.name}` is looked up as a whole: the provider has no MatMulBnb4")
         return _match(linear, linear.codebook, linear.transposed, ctx)
 
@@ -100,7 +100,7 @@ class SpellNf4Matmul(RewritePass[Nf4Match]):
         linear = m.operand
         assert isinstance(linear, Linear)
         options = {"K": linear.in_features, "N": linear.out_features, "block_size": m.block, "quant_type": _NF4}
-        return [with_rest(op, linear, op.node("MatMulBnb4", (linear.x, *_packed(op, m)), _domain=_VENDOR, **options))]
+        return [with_rest(op, linear, op.node("MatMulBnb4", (linear.x, *_packed(op, m)), _domain=VENDOR, **options))]
 
 
 def _match(operand: Linear | Embedding, codebook: Codebook, transposed: bool, ctx: Context) -> Nf4Match | Miss:

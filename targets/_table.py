@@ -13,8 +13,8 @@ from typing import Any
 from graphopt.analysis.pieces import Activation, AttentionCore, BlockedMatmul, IntegerMatmul, Lookup, Projections, ResidualNorm
 from graphopt.core import registry
 from graphopt.core.contract import Pass, Spelling
+from graphopt.driver.lowering.decompose import DecomposeAttention
 
-from ._attention import DecomposeAttention
 from ._blocked import SpellBlockedMatmul, SpellBlockedTable
 from ._integer import SpellIntegerMatmul, SpellQuantizedTable
 from ._kernels import SpellBiasGelu, SpellMultiHead, SpellSkipNorm

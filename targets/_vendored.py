@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from graphopt.graph.questions import is_constant, producer
 
-_VENDOR = "com.microsoft"
+VENDOR = "com.microsoft"  # the domain of the operators of ONNX Runtime
 _MULTIPLIES, _LOOKS_UP = ("MatMulNBits", "MatMulBnb4"), "GatherBlockQuantized"
 
 
@@ -14,7 +14,7 @@ def blocked_weights(node: ir.Node) -> tuple[str, str, bool] | None:
     """(`table` or `weight`, the name of the codes, whether it multiplies integers), or None for another operator."""
     if node.domain == "" and node.op_type == "Gather":
         return _packed_rows(node)
-    if node.domain != _VENDOR or node.op_type not in (*_MULTIPLIES, _LOOKS_UP):
+    if node.domain != VENDOR or node.op_type not in (*_MULTIPLIES, _LOOKS_UP):
         return None
     value = node.inputs[0 if node.op_type == _LOOKS_UP else 1]
     reshape = producer(value, "Reshape")

@@ -8,18 +8,18 @@ from typing import ClassVar, Literal
 
 from graphopt.core.contract import Pass
 from graphopt.core.errors import TargetError
+from graphopt.driver.lowering.decompose import DecomposeAttention, DecomposeGelu, DecomposeRms, DecomposeRotary
+from graphopt.driver.lowering.ort_target import Kernel
 
-from ._attention import DecomposeAttention
-from ._cuda import SpellGroupQuery, SpellNBits, SpellQuickGelu
-from ._cuda_table import Kernel, cuda_table
-from ._decompose import DecomposeGelu, DecomposeRms, DecomposeRotary
+from ._blocked import SpellBlockedMatmul
+from ._cuda import SpellGroupQuery, SpellQuickGelu
+from ._cuda_table import cuda_table
 from ._kernels import SpellBiasGelu, SpellMultiHead, SpellSkipNorm
-from ._ort import EXACT, level_text
-from ._provider import OrtProvider
+from ._ort import EXACT, OwnOperators, level_text
 
 
 @dataclasses.dataclass(frozen=True)
-class Cuda(OrtProvider):
+class Cuda(OwnOperators):
     """ONNX Runtime on an NVIDIA GPU: fused kernels for norms, activations and attention, in float32 or 16 bits.
 
     Nothing is timed: the spellings are the fused kernels, by the table of the provider's documentation (or its registry where it is installed).
@@ -41,7 +41,9 @@ class Cuda(OrtProvider):
 
     def spell(self) -> Sequence[Pass]:
         own: list[Pass] = (
-            [SpellNBits(), SpellGroupQuery(), SpellMultiHead(), SpellSkipNorm(), SpellBiasGelu(), SpellQuickGelu()] if self.vendor else []
+            [SpellBlockedMatmul(half=True, rows=False), SpellGroupQuery(), SpellMultiHead(), SpellSkipNorm(), SpellBiasGelu(), SpellQuickGelu()]
+            if self.vendor
+            else []
         )
         has = {(k.domain, k.op_type) for k in self.kernels()}
         missing: list[tuple[str, Pass]] = [

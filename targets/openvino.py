@@ -9,18 +9,16 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.core.contract import Pass
+from graphopt.driver.lowering.decompose import DecomposeAttention, DecomposeRms, DecomposeRotary
 
-from ._attention import DecomposeAttention
-from ._decompose import DecomposeRms, DecomposeRotary
-from ._ort import EXACT, level_text
-from ._provider import OrtProvider
+from ._ort import EXACT, OwnOperators, level_text
 
 _REFUSED = {"Attention", "RotaryEmbedding", "RMSNormalization", "DynamicQuantizeSequenceToSequence", "TensorScatter", "Optional", "SequenceEmpty"}
 _TAKEN = {"SkipLayerNormalization", "BiasGelu", "QuickGelu", "MatMulNBits", "FusedMatMul"}  # of the runtime's own operators
 
 
 @dataclasses.dataclass(frozen=True)
-class Openvino(OrtProvider):
+class Openvino(OwnOperators):
     """OpenVINO on the CPU through ONNX Runtime; it compiles the graph itself and fuses what it recognizes.
 
     It refuses standard Attention, RotaryEmbedding and RMSNormalization (onnxruntime-openvino 1.24.1, tried one by one), so they are

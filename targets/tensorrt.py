@@ -10,12 +10,10 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 
 from graphopt.core.contract import Pass
+from graphopt.driver.lowering.decompose import DecomposeAttention, DecomposeRms, DecomposeRotary
 from graphopt.graph.questions import attr, constant
 
-from ._attention import DecomposeAttention
-from ._decompose import DecomposeRms, DecomposeRotary
-from ._ort import EXACT, level_text
-from ._provider import OrtProvider
+from ._ort import EXACT, OwnOperators, level_text
 
 # The operator matrix of onnx-tensorrt (docs/operators.md), 8.4 and what 8.6 and 10 added.
 _PARSED = """
@@ -32,7 +30,7 @@ Sub Sum Tan Tanh ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Upsample Wh
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensorrt(OrtProvider):
+class Tensorrt(OwnOperators):
     """TensorRT through ONNX Runtime: it builds an engine of the graph and fuses by itself; int8 goes in as QDQ and stays QDQ.
 
     Args:

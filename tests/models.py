@@ -111,6 +111,14 @@ def parse(text: str, **weights: Array) -> onnx.ModelProto:
     return model
 
 
+def to_proto(model: Any, *, opset: int | None = None) -> onnx.ModelProto:
+    """The model as it is saved, in memory."""
+    from graphopt.graph import serialize
+    from graphopt.io.save import finish
+
+    return serialize.to_proto(finish(model, opset)[0])
+
+
 def run(model: Any, feeds: Mapping[str, Array]) -> dict[str, Array]:
     """The outputs, by ONNX Runtime with all optimizations off: the only numbers that count as a baseline."""
     from graphopt.run.ort import session

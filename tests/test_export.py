@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import Array, assert_same, minilm_folder, run, text_feeds  # type: ignore[import-not-found]
+from models import Array, assert_same, minilm_folder, run, text_feeds, to_proto  # type: ignore[import-not-found]
 
 from graphopt.core.errors import LoadError
 from graphopt.core.remarks import Remarks
 from graphopt.io.load import load
-from graphopt.io.save import to_proto
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")

@@ -11,13 +11,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from models import FOREIGN, MINILM_ROUTES, Array, assert_same, foreign, minilm, parse, run, text_feeds  # type: ignore[import-not-found]
+from models import FOREIGN, MINILM_ROUTES, Array, assert_same, foreign, minilm, parse, run, text_feeds, to_proto  # type: ignore[import-not-found]
 
 from graphopt.core.errors import LoadError
 from graphopt.core.remarks import Remarks
 from graphopt.graph.questions import all_nodes, graphs
 from graphopt.io.load import load
-from graphopt.io.save import save, to_proto
+from graphopt.io.save import save
 
 LINEAR = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[N,4] x) => (float[N,3] y) <float[4,3] w> { h = MatMul (x, w)  y = Relu (h) }"""

@@ -9,14 +9,14 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from models import Array, assert_same, parse, run  # type: ignore[import-not-found]
+from models import Array, assert_same, parse, run, to_proto  # type: ignore[import-not-found]
 from onnx import TensorProto, helper, numpy_helper
 
 from graphopt.core.errors import LoadError, TargetError
 from graphopt.graph.opset.node_form import WORKING
 from graphopt.graph.opset.versions import lower
 from graphopt.io.load import load
-from graphopt.io.save import finish, to_proto
+from graphopt.io.save import finish
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 3, 4)).astype(np.float32)

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from graphopt.core.errors import GraphoptError, TargetError
+from graphopt.core.errors import GraphoptError, SaveError, TargetError
 from graphopt.graph.serialize import to_proto, write
 from graphopt.run import ort, reference
 
@@ -56,9 +56,11 @@ def test_weights_in_external_files(load: object, tmp_path: Path) -> None:
 
 
 def test_above_the_protobuf_limit_goes_through_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("graphopt.graph.serialize.PROTOBUF_LIMIT", 16)
-    with pytest.raises(TargetError, match="do not fit into one protobuf message"):
+    monkeypatch.setenv("GRAPHOPT_PROTO_LIMIT", "16")
+    with pytest.raises(SaveError, match="one protobuf message at most 16"):
         to_proto(model())
+    with pytest.raises(TargetError, match="one protobuf message at most 16"):
+        reference.session(model())
     session = ort.session(model())
     np.testing.assert_array_equal(session.run({"x": X})["y"], X @ WEIGHT + 1)
     write(model(), tmp_path / "big.onnx")

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from graphopt.core.contract import Analysis, Context
-from graphopt.graph.questions import all_nodes, consumers, enclosed, producer, scalar
+from graphopt.graph.questions import consumers, enclosed, producer, scalar
 
 Polynomial = dict[int, float]  # power -> coefficient
 _OPS = ("Add", "Sub", "Mul", "Div", "Pow", "Neg")
@@ -90,16 +89,8 @@ class Gate:
     nodes: tuple[ir.Node, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Gates(Analysis[tuple[Gate, ...]]):
-    """Every gate whose alpha is a constant number, in graph order."""
-
-    def compute(self, model: ir.Model, ctx: Context) -> tuple[Gate, ...]:
-        found = (_gate(node) for node in all_nodes(model) if node.op_type == "Sigmoid" and node.domain == "")
-        return tuple(gate for gate in found if gate is not None)
-
-
-def _gate(node: ir.Node) -> Gate | None:
+def gate_of(node: ir.Node) -> Gate | None:
+    """The gate of a Sigmoid, if its alpha is a constant number."""
     gated = node.outputs[0]
     readers = consumers(gated)
     if len(readers) != 1 or gated.is_graph_output() or readers[0].graph is not node.graph or producer(readers[0].outputs[0], "Mul") is None:

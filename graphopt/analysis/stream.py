@@ -237,11 +237,11 @@ class Residuals(Analysis[tuple[Residual, ...]]):
     """Every LayerNormalization and RMSNormalization that reads a sum, in graph order."""
 
     def compute(self, model: ir.Model, ctx: Context) -> tuple[Residual, ...]:
-        found = (_residual(node) for node in all_nodes(model) if node.op_type in _NORMS and node.domain == "")
+        found = (residual_of(node) for node in all_nodes(model) if node.op_type in _NORMS and node.domain == "")
         return tuple(r for r in found if r is not None)
 
 
-def _residual(norm: ir.Node) -> Residual | None:
+def residual_of(norm: ir.Node) -> Residual | None:
     total = norm.inputs[0]
     last = producer(total, "Add", "Sum")
     if total is None or last is None or last.graph is not norm.graph:

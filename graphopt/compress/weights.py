@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Linear, StoredOperands, bias_of
 from graphopt.core.contract import Array, Context
-from graphopt.graph.questions import Names, constant, initializer, is_constant, used_once
+from graphopt.graph.questions import Names, constant, is_constant, used_once
+from graphopt.rewrite.insert import add_constant
 
 
 def tied_table(linear: Linear, ctx: Context, unfit: Callable[[Embedding], str | None]) -> Embedding | None:
@@ -67,8 +68,7 @@ def store(model: ir.Model, names: Names, linear: Linear, weight: Array, bias: Ar
     if used_once(old):
         old.const_value = ir.tensor(array, name=old.name)
         return
-    new = initializer(array, names.fresh(f"{old.name}_refit"))
-    model.graph.register_initializer(new)
+    new = add_constant(model, names, array, f"{old.name}_refit")
     reader = linear.bias_node or linear.node
     reader.replace_input_with(next(k for k, v in enumerate(reader.inputs) if v is old), new)
 

@@ -9,9 +9,13 @@ class Fuel:
     def __init__(self, limit: int | None = None) -> None:
         self.limit, self.burned = limit, 0
 
+    @property
+    def empty(self) -> bool:
+        return self.limit is not None and self.burned >= self.limit
+
     def burn(self) -> bool:
         """True if one more change may happen."""
-        if self.limit is not None and self.burned >= self.limit:
+        if self.empty:
             return False
         self.burned += 1
         return True

@@ -17,7 +17,8 @@ from graphopt.core.pipeline import PassRecord, render
 from graphopt.core.remarks import Remark
 from graphopt.graph import size
 from graphopt.graph.opset import versions
-from graphopt.graph.size import Size, model_bytes
+from graphopt.graph.serialize import model_bytes
+from graphopt.graph.size import Size
 from graphopt.io import save
 from graphopt.report.report import Measured, Report, Timing
 from graphopt.report.words import megabytes

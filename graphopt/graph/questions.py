@@ -36,6 +36,15 @@ def scalar(value: ir.Value | None) -> float | int | bool | None:
     return None if array is None else array.reshape(()).item()
 
 
+ORIGINS = "graphopt.origins"  # node.meta: the names of the input's nodes that a node stands for, where they are not its own
+
+
+def origins(node: ir.Node) -> frozenset[str]:
+    """The names of the input's nodes that a node stands for: its own, unless a change of the graph made it."""
+    found: frozenset[str] = node.meta.get(ORIGINS) or frozenset((node.name or "",))
+    return found
+
+
 def attr(node: ir.Node, name: str, default: Any = None) -> Any:
     """The value of an attribute, or `default` where the node does not spell it."""
     found = node.attributes.get(name)

@@ -1,30 +1,65 @@
-"""A graph as bytes: the one place that knows how much a protobuf message can hold."""
+"""A graph as bytes and back: the one place that knows how much a protobuf message can hold, and where in a file the weights lie."""
 
 from __future__ import annotations
 
+import mmap
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
-from graphopt.core.errors import SaveError, TargetError
-from graphopt.graph.questions import nbytes
+from graphopt.core.errors import GraphoptError, SaveError
+from graphopt.graph.questions import graphs, nbytes
 
-_HEADROOM = 2**27  # the nodes and the shapes beside the weights
+_LIMIT = 2**31 - 1  # bytes that one protobuf message can have
+_HEADROOM = 2**27  # more than the nodes and shapes of any graph take: with so much space beside the weights, nothing is counted
+_HEAVY = 1024  # bytes; weights above are counted, not copied
+_GRAPH, _INITIALIZER = 7, 5  # the field of ModelProto, and that of GraphProto
+_FIXED = {1: 8, 5: 4}  # wire type -> bytes
 
 
-def fits_protobuf(model: ir.Model) -> bool:
-    """True if the model, with its weights inside, stays below the limit of 2 GiB."""
-    return nbytes(model) + _HEADROOM < PROTOBUF_LIMIT
+# ---- to bytes -------------------------------------------------------------------------------------------------------------------------
+
+
+def proto_limit() -> int:
+    """Bytes that one message may have: 2 GiB, or what the environment variable GRAPHOPT_PROTO_LIMIT says."""
+    text = os.environ.get("GRAPHOPT_PROTO_LIMIT", str(_LIMIT))
+    if not text.isdecimal():
+        raise GraphoptError(f"GRAPHOPT_PROTO_LIMIT must be a number of bytes, found {text!r}")
+    return int(text)
+
+
+def fits(model: ir.Model) -> bool:
+    """True if the model, with its weights inside, can be one protobuf message."""
+    weights, limit = nbytes(model), proto_limit()
+    return weights + _HEADROOM <= limit or (weights <= limit and model_bytes(model) <= limit)
+
+
+def model_bytes(model: ir.Model) -> int:
+    """Bytes of the model as one file with its weights inside, which are counted and neither read nor copied."""
+    copy, heavy = model.clone(), 0
+    for graph in graphs(copy):
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if tensor is not None and tensor.nbytes > _HEAVY and tensor.dtype != ir.DataType.STRING:
+                value.const_value = ir.LazyTensor(_nothing, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)
+                without = ir.to_proto(value.const_value).ByteSize()
+                heavy += _field(_with_data(tensor, without)) - _field(without)
+    proto = ir.to_proto(copy)
+    rest = proto.graph.ByteSize()
+    return int(proto.ByteSize()) - _field(rest) + _field(rest + heavy)
 
 
 def to_proto(model: ir.Model) -> onnx.ModelProto:
-    """The model as one ModelProto with every weight inside it, also those that lie in external files. The model is not changed."""
-    import onnx
+    """The model as one ModelProto with every weight inside it, also those that lie in external files. The model is not changed.
 
-    if not fits_protobuf(model):
-        raise TargetError(f"the weights, {nbytes(model) / 1e9:.1f} GB, do not fit into one protobuf message; use a file with external data")
+    Raises:
+        SaveError: it is larger than one message can be.
+    """
+    if not fits(model):
+        raise SaveError(f"the model has {model_bytes(model)} bytes, and one protobuf message at most {proto_limit()}; save it with external data")
     proto: onnx.ModelProto = ir.to_proto(model)
     tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
     outside = {(t.name, str(t.location), t.offset or 0): t for t in tensors if isinstance(t, ir.ExternalTensor)}
@@ -33,16 +68,22 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
             continue
         place = {entry.key: entry.value for entry in stored.external_data}
         tensor = outside[stored.name, place["location"], int(place.get("offset", 0))]
-        del stored.external_data[:]
-        stored.data_location = onnx.TensorProto.DEFAULT
+        stored.ClearField("external_data")
+        stored.ClearField("data_location")
         stored.raw_data = tensor.tobytes()
     return proto
 
 
+def to_bytes(model: ir.Model) -> bytes:
+    """The file of `to_proto`; equal models give equal bytes."""
+    data: bytes = to_proto(model).SerializeToString(deterministic=True)
+    return data
+
+
 def write(model: ir.Model, path: Path) -> None:
     """Write for a session or a dump: one file where it fits into a protobuf, else with its weights in `NAME.data` beside it."""
-    if fits_protobuf(model):
-        path.write_bytes(to_proto(model).SerializeToString())
+    if fits(model):
+        path.write_bytes(to_bytes(model))
     else:
         ir.save(model, path, external_data=path.name + ".data")
 
@@ -55,22 +96,74 @@ def _initializers(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
                 yield from _initializers(inner)
 
 
-PROTOBUF_LIMIT = 2**31 - 1  # bytes that one protobuf message can have
+def _nothing() -> ir.TensorProtocol:
+    return ir.tensor([], dtype=ir.DataType.UINT8)
 
 
-def serialize(proto: onnx.ModelProto) -> bytes:
-    """The one place where a model becomes bytes.
+def _with_data(tensor: ir.TensorProtocol, without: int) -> int:
+    """Bytes of the message of a tensor; `without`: with empty data, which are a tag and a length already."""
+    if isinstance(tensor, ir.TensorProtoTensor):
+        return int(tensor.raw.ByteSize())  # written as it came
+    return without - 2 + _field(tensor.nbytes)
+
+
+def _field(size: int) -> int:
+    """Bytes of a field that holds so many: a tag, the length in groups of 7 bits, the contents."""
+    return 1 + max(1, -(-size.bit_length() // 7)) + size
+
+
+# ---- and back -------------------------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path, *, weights: bool = True) -> onnx.ModelProto:
+    """The ModelProto of a file, of which no second copy is held; `weights=False` leaves the large ones that lie inside away.
 
     Raises:
-        SaveError: it is larger than protobuf allows.
+        OSError: the file cannot be read.
+        Exception: it is no model; the kind of error is that of the protobuf library.
     """
-    size = proto.ByteSize()
-    if size > PROTOBUF_LIMIT:
-        raise SaveError(f"the model has {size} bytes, and one protobuf message at most {PROTOBUF_LIMIT}; save it with external data")
-    data: bytes = proto.SerializeToString(deterministic=True)
-    return data
+    proto = onnx.ModelProto()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        outer, inner = bytearray(), bytearray()
+        for number, start, begin, end in _fields(data, 0, len(data)):
+            if number != _GRAPH:
+                outer += data[start:end]
+                continue
+            for kind, at, first, last in _fields(data, begin, end):
+                if kind != _INITIALIZER:
+                    inner += data[at:last]
+                elif weights or last - first <= _HEAVY:
+                    proto.graph.initializer.add().ParseFromString(data[first:last])
+        proto.MergeFromString(bytes(outer))
+        if inner:
+            proto.graph.MergeFromString(bytes(inner))
+    return proto
 
 
-def fits(model: ir.Model) -> bool:
-    """True if the model with its weights can be one protobuf message."""
-    return nbytes(model) <= PROTOBUF_LIMIT * 0.95
+def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """(field number, where it starts, where its contents begin, where they end) of a message in the wire format of protobuf."""
+    while at < end:
+        start = at
+        key, at = _varint(data, at, end)
+        number, kind = key >> 3, key & 7
+        begin = at
+        if kind == 0:
+            _, at = _varint(data, at, end)
+        elif kind == 2:
+            size, begin = _varint(data, at, end)
+            at = begin + size
+        else:
+            at += _FIXED[kind]
+        if at > end:
+            raise ValueError(f"a field of {at - begin} bytes starts {end - begin} bytes before the end")
+        yield number, start, begin, at
+
+
+def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
+    value = shift = 0
+    while at < end:
+        byte = data[at]
+        value, at, shift = value | (byte & 127) << shift, at + 1, shift + 7
+        if byte < 128:
+            return value, at
+    raise ValueError("it ends within a number")

@@ -20,15 +20,6 @@ if TYPE_CHECKING:
     import onnx
 
 
-def model_bytes(model: ir.Model) -> int:
-    """Bytes of the model as a file with its weights; above 1 GB those of the weights alone."""
-    from graphopt.graph.questions import nbytes
-    from graphopt.graph.serialize import to_proto
-
-    weights = nbytes(model)
-    return weights if weights > 10**9 else int(to_proto(model).ByteSize())
-
-
 def size(path: str | os.PathLike[str]) -> int:
     """Bytes of a model on disk with its external data, each file once; of a folder, everything in it.
 
@@ -42,10 +33,10 @@ def size(path: str | os.PathLike[str]) -> int:
         raise LoadError(f"{path} does not exist")
     files = {path.resolve()}
     if path.suffix == ".onnx":
-        import onnx
+        from graphopt.graph.serialize import read
 
         try:
-            proto = onnx.load(os.fspath(path), load_external_data=False)
+            proto = read(path, weights=False)
         except Exception as error:
             raise LoadError(f"{path} is not an ONNX file: {error}") from error
         files |= {(path.parent / place).resolve() for place in _external(proto.graph)}

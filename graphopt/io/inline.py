@@ -10,9 +10,9 @@ import onnx_ir as ir
 from graphopt.core.errors import LoadError
 from graphopt.graph.fold import is_pure
 from graphopt.graph.opset.node_form import WORKING
-from graphopt.graph.questions import all_nodes, constant, is_constant
+from graphopt.graph.questions import ORIGINS, all_nodes, bodies, constant, is_constant, origins
 from graphopt.graph.shapes import contents
-from graphopt.rewrite.dead import bodies, detach
+from graphopt.rewrite.dead import detach
 
 _SMALL = 64  # elements of a value that is worth evaluating
 _DEEP = 100  # nodes on the way to a condition
@@ -102,6 +102,7 @@ def _splice(node: ir.Node, body: ir.Graph) -> None:
     for old, new in zip(node.outputs, results, strict=True):
         if old.is_graph_output() and (new.producer() not in mine or new in seen):
             copy = ir.node("Identity", [new])  # an output of the graph needs a value, and a name, of its own
+            copy.meta[ORIGINS] = origins(node)
             parent.insert_before(node, copy)
             new = copy.outputs[0]
         seen.add(new)
@@ -126,7 +127,7 @@ def decided_ifs(model: ir.Model) -> int:
         node = waiting.pop()
         taken = _taken_branch(node) if node.op_type == "If" and node.domain == "" else None
         if taken is None:
-            waiting += [n for a in node.attributes.values() for body in bodies(a) for n in body]
+            waiting += [n for body in bodies(node) for n in body]
             continue
         waiting += list(taken)
         _splice(node, taken)

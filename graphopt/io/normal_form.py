@@ -21,7 +21,7 @@ from graphopt.io import advisories as notices
 from graphopt.io import inline
 from graphopt.io.repair import repair
 from graphopt.io.save import STATES_SHAPES
-from graphopt.rewrite.dead import _read, _sweep
+from graphopt.rewrite.dead import is_read, remove_dead
 
 _FREE_INITIALIZERS = 4  # the IR version since which an initializer need not be a graph input
 
@@ -42,11 +42,11 @@ def normalize(model: ir.Model, remarks: Remarks) -> None:
     claims = notices.take_claims(model)
     model.graph.meta.setdefault(STATES_SHAPES, any(not v.is_graph_output() for v in claims))
     opset.lift(model)
-    remove_unread(model)
+    remove_dead(model)
     reason = infer_shapes(model)
     if inline.decided_ifs(model):
         _sort(model)
-        remove_unread(model)
+        remove_dead(model)
         reason = infer_shapes(model)
     name_everything(model)
     repair(model, remarks)
@@ -89,14 +89,6 @@ def _sort(model: ir.Model) -> None:
         model.graph.sort()
     except ValueError:
         raise LoadError("invalid graph: its nodes form a cycle") from None
-
-
-def remove_unread(model: ir.Model) -> None:
-    """Remove nodes and initializers that no graph output depends on, and trailing optional outputs that nobody reads. Inputs stay."""
-    _sweep(model.graph)
-    for name, value in list(model.graph.initializers.items()):
-        if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
-            del model.graph.initializers[name]
 
 
 # ---- constants ----------------------------------------------------------------------------------------------------------------------------
@@ -220,4 +212,4 @@ def _all_values(model: ir.Model) -> Iterator[ir.Value]:
     for graph in graphs(model):
         yield from dict.fromkeys((*graph.initializers.values(), *graph.inputs))
     for node in all_nodes(model):
-        yield from (v for v in node.outputs if v.name != "" or _read(v))
+        yield from (v for v in node.outputs if v.name != "" or is_read(v))

@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.core.errors import LoadError
+from graphopt.graph.serialize import read
 
 _MAGIC = {
     b"PK\x03\x04": "a zip archive; unpack it, or, if it is a PyTorch checkpoint, load the module in Python and pass it with example_inputs",
@@ -26,21 +27,20 @@ Loaded = tuple[ir.Model, str, list[str]]  # the model, its name in messages, and
 def from_file(path: Path) -> Loaded:
     """Read an .onnx file. Weights in external data stay on disk and are mapped when they are read."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            head = file.read(512)
     except OSError as error:
         raise LoadError(f"{path}: {error.strerror or error}; give an .onnx file or a Hugging Face model folder") from None
-    if not data:
+    if not head:
         raise LoadError(f"{path}: the file is empty; export or download it again")
     for magic, kind in _MAGIC.items():
-        if data.startswith(magic):
+        if head.startswith(magic):
             raise LoadError(f"{path}: expected an ONNX model, found {kind}")
-    proto = onnx.ModelProto()
     try:
-        proto.ParseFromString(data)
+        proto = read(path)
     except Exception as error:  # noqa: BLE001 -- DecodeError has another home in each protobuf implementation
-        found = "text" if _is_text(data) else "what no ONNX parser reads"
+        found = "text" if _is_text(head) else "what no ONNX parser reads"
         raise LoadError(f"{path}: expected an ONNX model, found {found}, or the file is truncated ({error}); export or download it again") from None
-    del data
     model = _deserialize(proto, str(path))
     keeper = _Keeper(str(path), path.absolute().parent, shared=False)
     _map_tensors(model, keeper)
@@ -67,9 +67,9 @@ def from_model(source: ir.Model) -> Loaded:
     return model, name, sorted(keeper.files)
 
 
-def _is_text(data: bytes) -> bool:
+def _is_text(head: bytes) -> bool:
     try:
-        return data[:512].decode("utf-8").isprintable() or b"\n" in data[:512]
+        return head.decode("utf-8").isprintable() or b"\n" in head
     except UnicodeDecodeError:
         return False
 

@@ -7,9 +7,9 @@ import onnx_ir as ir
 
 from graphopt.core.remarks import Remarks
 from graphopt.graph.mask_floor import LOWEST, may_be_too_low
-from graphopt.graph.questions import Names, all_nodes, constant, consumers, rank, same_dim
-from graphopt.graph.shapes import infer_nodes
-from graphopt.rewrite.insert import _Recipe
+from graphopt.graph.questions import all_nodes, constant, consumers, rank, same_dim
+from graphopt.rewrite.builder import Builder
+from graphopt.rewrite.insert import Inserter
 
 _LARGE = 1 << 16  # bytes; below it, storing a table twice costs less than the node that would read it off the other
 _ROWS = 4096
@@ -29,7 +29,7 @@ def repair(model: ir.Model, remarks: Remarks) -> int:
 
 def _mend_masks(model: ir.Model, remarks: Remarks) -> int:
     """Masks of Attention nodes: an axis for the query rows, and no number so low that runtimes take it for "no key"."""
-    names = Names(model)
+    inserter = Inserter(model)
     made: dict[tuple[ir.Value, str], ir.Value] = {}
     mended = 0
     for node in [n for n in all_nodes(model) if n.domain == "" and n.op_type == "Attention" and len(n.inputs) > 3]:
@@ -42,10 +42,10 @@ def _mend_masks(model: ir.Model, remarks: Remarks) -> int:
             continue
         key = (mask, str(query.shape[-2]) if flat else "")
         if key not in made:
-            recipe = _Recipe(model, node, names)
-            value = recipe.not_below(mask, LOWEST) if low else mask
-            made[key] = recipe.for_every_row(value, query) if flat else value
-            recipe.insert()
+            op = inserter.builder(node.graph)
+            value = _not_below(op, mask, LOWEST) if low else mask
+            made[key] = _for_every_row(op, value, query) if flat else value
+            inserter.before(node, op)
         node.replace_input_with(3, made[key])
         mended += 1
         what = " and ".join(w for w, there in (("has no axis for the query rows", flat), ("holds the lowest finite number", low)) if there)
@@ -53,6 +53,20 @@ def _mend_masks(model: ir.Model, remarks: Remarks) -> int:
     if mended:
         model.graph.sort()
     return mended
+
+
+def _not_below(op: Builder, mask: ir.Value, lowest: float) -> ir.Value:
+    """Finite numbers are raised to `lowest`; -inf stays."""
+    least, raised = op.const(np.array(np.finfo(np.float32).min, np.float32), "least"), op.const(np.array(lowest, np.float32), "lowest")
+    value: ir.Value = op.Where(op.Less(mask, least), mask, op.Max(mask, raised))
+    return value
+
+
+def _for_every_row(op: Builder, mask: ir.Value, query: ir.Value) -> ir.Value:
+    axis = len(query.shape or ()) - 2
+    rows = op.Shape(query, start=axis, end=axis + 1)
+    value: ir.Value = op.Expand(mask, op.Concat(rows, op.const(np.array([1], np.int64), "one"), axis=0))
+    return value
 
 
 def _share_tables(model: ir.Model, remarks: Remarks) -> int:
@@ -75,16 +89,12 @@ def _share_tables(model: ir.Model, remarks: Remarks) -> int:
 
 
 def _read_off(model: ir.Model, table: ir.Value, weight: ir.Value) -> None:
-    names = Names(model)
-    node = ir.node("Transpose", [table], {"perm": [1, 0]})
-    node.name = names.fresh(f"{weight.name}/Transpose")
-    first = next(iter(model.graph), None)
-    assert first is not None
-    model.graph.insert_before(first, node)
-    weight.replace_all_uses_with(node.outputs[0])
-    node.outputs[0].name = names.fresh(f"{weight.name}_shared")
+    inserter, readers = Inserter(model), consumers(weight)
+    op = inserter.builder()
+    turned = op.Transpose(table, perm=[1, 0])
+    inserter.before(model.graph[0], op, readers)
+    weight.replace_all_uses_with(turned)
     del model.graph.initializers[str(weight.name)]
-    infer_nodes(model, [node])
 
 
 def _transposes(table: ir.Value, weight: ir.Value) -> bool:
@@ -100,7 +110,7 @@ def _bytes(value: ir.Value) -> int:
 
 
 def _expand_caches(model: ir.Model, remarks: Remarks) -> int:
-    names = Names(model)
+    inserter = Inserter(model)
     expanded: dict[tuple[ir.Value, str], ir.Value] = {}
     mended = 0
     for node in [n for n in all_nodes(model) if n.domain == "" and n.op_type == "RotaryEmbedding"]:
@@ -114,10 +124,9 @@ def _expand_caches(model: ir.Model, remarks: Remarks) -> int:
             assert cache is not None
             key = (cache, str(x.shape[0]))
             if key not in expanded:
-                recipe = _Recipe(model, node, names)
-                batch = recipe.op("Concat", recipe.op("Shape", x, start=0, end=1), recipe.const(np.array([1, 1], np.int64)), axis=0)
-                expanded[key] = recipe.op("Expand", cache, batch)
-                recipe.insert()
+                op = inserter.builder(node.graph)
+                expanded[key] = op.Expand(cache, op.Concat(op.Shape(x, start=0, end=1), op.const(np.array([1, 1], np.int64), "ones"), axis=0))
+                inserter.before(node, op)
             node.replace_input_with(index, expanded[key])
         mended += 1
         text = "its cos and sin caches have batch 1, which runtimes refuse for larger batches; they are expanded to the batch of x"

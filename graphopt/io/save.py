@@ -1,17 +1,14 @@
-"""Writing a model: at the smallest opset, whole or not at all, and never over the files that it was loaded from.
-
-Every serialization of a model goes through `serialize`, which knows the limit of protobuf.
-"""
+"""Writing a model: at the smallest opset, whole or not at all, and never over the files that it was loaded from."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 
 from graphopt.core.contract import Artifact
@@ -20,7 +17,7 @@ from graphopt.core.places import beside, check_places, data_file
 from graphopt.graph.opset import versions
 from graphopt.graph.opset.versions import Rise
 from graphopt.graph.questions import all_nodes, graphs
-from graphopt.graph.serialize import fits, serialize
+from graphopt.graph.serialize import fits, read, to_bytes
 from graphopt.graph.shapes import declared_shape
 
 SOURCE_FILES = "graphopt.files"  # graph.meta: the files of the input, which no output may overwrite
@@ -54,13 +51,6 @@ def finish(model: ir.Model, opset: int | None = None) -> tuple[ir.Model, tuple[R
     return copy, tuple(rises)
 
 
-def to_proto(model: ir.Model, *, opset: int | None = None) -> onnx.ModelProto:
-    """The model in memory, complete: lowered, with the imports of the domains in use, and with its weights inside."""
-    copy, _ = finish(model, opset)
-    _load_external(copy)
-    return ir.to_proto(copy)
-
-
 def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool | None = None, opset: int | None = None) -> SaveInfo:
     """Write `path`, and `path`.data if the weights go outside; both or none.
 
@@ -89,12 +79,12 @@ def save_as_is(model: ir.Model, path: str | os.PathLike[str], source: Path | Non
 
     original, _, files = from_file(source)
     outside = len(files) > 1
-    written, size = _write(original, Path(path), {*files, *sources_of(model)}, outside, None if outside else source.read_bytes())
+    written, size = _write(original, Path(path), {*files, *sources_of(model)}, outside, None if outside else source)
     return SaveInfo(written, size, original.opset_imports.get("", 0), original.ir_version)
 
 
-def _write(model: ir.Model, path: Path, sources: set[str], external: bool, content: bytes | None = None) -> tuple[tuple[Path, ...], int]:
-    """Write model and data files, or neither; `content` is the model file where it is known. Changes where the weights of `model` lie."""
+def _write(model: ir.Model, path: Path, sources: set[str], external: bool, same: Path | None = None) -> tuple[tuple[Path, ...], int]:
+    """Write model and data files, or neither; `same` is a file to copy. Changes where the weights of `model` lie if they go outside."""
     out = path.absolute()
     data = data_file(out)
     check_places((out, data), sources)
@@ -102,9 +92,11 @@ def _write(model: ir.Model, path: Path, sources: set[str], external: bool, conte
         with beside(out) as folder:
             if external:
                 _write_data(model, folder / data.name)
+                (folder / out.name).write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+            elif same is None:
+                (folder / out.name).write_bytes(to_bytes(model))
             else:
-                _load_external(model)
-            (folder / out.name).write_bytes(serialize(ir.to_proto(model)) if content is None else content)
+                shutil.copyfile(same, folder / out.name)
             files = [f for f in (out, data) if (folder / f.name).exists()]
             size = sum((folder / f.name).stat().st_size for f in files)
             _move(folder, files, stale=[data] if data not in files and _refers(out, data) else [])
@@ -148,7 +140,7 @@ def _refers(model_file: Path, data: Path) -> bool:
     if not (model_file.is_file() and data.is_file()):
         return False
     try:
-        old = onnx.load(model_file, load_external_data=False)
+        old = read(model_file, weights=False)
     except Exception:  # noqa: BLE001 -- whatever it is, it is no model, and so the data are not known to be its
         return False
     return any(e.key == "location" and e.value == data.name for t in old.graph.initializer for e in t.external_data)
@@ -160,14 +152,6 @@ def _refers(model_file: Path, data: Path) -> bool:
 def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
     for graph in graphs(model):
         yield from (v.const_value for v in graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor))
-
-
-def _load_external(model: ir.Model) -> None:
-    """Weights that lie in files of the input come inside."""
-    for graph in graphs(model):
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = _inside(value.const_value)
 
 
 def _inside(tensor: ir.ExternalTensor) -> ir.Tensor[Any]:

@@ -17,7 +17,8 @@ from graphopt.core.contract import Context
 from graphopt.core.pipeline import PassManager, parse
 from graphopt.core.remarks import Remarks
 from graphopt.graph.questions import all_nodes, attr, shape_text, static_dim
-from graphopt.graph.size import Size, model_bytes, size
+from graphopt.graph.serialize import model_bytes
+from graphopt.graph.size import Size, size
 from graphopt.io import load
 from graphopt.report.card import Card, card
 from graphopt.report.recognized import FUSE, RECOGNIZE

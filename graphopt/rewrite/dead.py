@@ -6,74 +6,62 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.graph.opset.node_form import WORKING, schema
-from graphopt.graph.questions import graphs
+from graphopt.graph.questions import bodies, graphs
 
 
-def bodies(attribute: ir.Attr) -> tuple[ir.Graph, ...]:
-    """The subgraphs that an attribute holds."""
-    if attribute.is_ref():
-        return ()
-    if attribute.type == ir.AttributeType.GRAPH:
-        return (attribute.as_graph(),)
-    return tuple(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else ()
+def remove_dead(model: ir.Model) -> int:
+    """Remove nodes and initializers that no graph output depends on, and optional inputs and outputs at the end that are not there or not read.
+
+    Inputs of the model stay, also overridable ones, and so do nodes without outputs. Returns how many nodes went or got shorter.
+    """
+    changes = _sweep(model.graph)
+    for graph in graphs(model):
+        for name, value in list(graph.initializers.items()):
+            if not (is_read(value) or value.is_graph_input()):
+                del graph.initializers[name]
+    return changes
+
+
+def is_read(value: ir.Value) -> bool:
+    return bool(value.uses()) or value.is_graph_output()
+
+
+def _sweep(graph: ir.Graph) -> int:
+    changes = 0
+    for node in reversed(graph):
+        if node.outputs and not any(map(is_read, node.outputs)):
+            detach(node)
+            graph.remove(node)
+            changes += 1
+            continue
+        changes += _trim(node) + sum(map(_sweep, bodies(node)))
+    return changes
 
 
 def detach(node: ir.Node) -> None:
     """Make a node that is going away, and everything in its bodies, read nothing, so that what they read can be seen to be unused."""
     for index in range(len(node.inputs)):
         node.replace_input_with(index, None)
-    for attribute in node.attributes.values():
-        for body in bodies(attribute):
-            body.outputs.clear()
-            for inner in body:
-                detach(inner)
+    for body in bodies(node):
+        body.outputs.clear()
+        for inner in body:
+            detach(inner)
 
 
-def _sweep(graph: ir.Graph) -> None:
-    for node in reversed(graph):
-        if node.outputs and not any(_read(v) for v in node.outputs):
-            detach(node)
-            graph.remove(node)
-            continue
-        _trim(node)
-        for attribute in node.attributes.values():
-            for body in bodies(attribute):
-                _sweep(body)
-
-
-def _read(value: ir.Value) -> bool:
-    return bool(value.uses()) or value.is_graph_output()
-
-
-def _trim(node: ir.Node) -> None:
-    keep = len(node.inputs)
-    while keep and node.inputs[keep - 1] is None:
-        keep -= 1
-    node.resize_inputs(keep)
-    found = schema(node.op_type, WORKING) if node.domain == "" and len(node.outputs) > 1 else None
-    if found is None or node.op_type == "BatchNormalization":  # its arity selects training or inference
-        return
-    keep = len(node.outputs)
-    while keep > 1 and not _read(node.outputs[keep - 1]) and _optional(found, keep - 1):
-        keep -= 1
-    node.resize_outputs(keep)
+def _trim(node: ir.Node) -> int:
+    """1 if the node got shorter, else 0."""
+    before = len(node.inputs), len(node.outputs)
+    inputs, outputs = before
+    while inputs and node.inputs[inputs - 1] is None:
+        inputs -= 1
+    node.resize_inputs(inputs)
+    found = schema(node.op_type, WORKING) if node.domain == "" and outputs > 1 else None
+    if found is not None and node.op_type != "BatchNormalization":  # its arity selects training or inference
+        while outputs > 1 and not is_read(node.outputs[outputs - 1]) and _optional(found, outputs - 1):
+            outputs -= 1
+        node.resize_outputs(outputs)
+    return int((inputs, outputs) != before)
 
 
 def _optional(found: onnx.defs.OpSchema, index: int) -> bool:
     return index < len(found.outputs) and found.outputs[index].option == onnx.defs.OpSchema.FormalParameterOption.Optional
-
-
-def remove_dead(model: ir.Model) -> int:
-    """Remove nodes and initializers that nothing reads; inputs stay, also overridable ones. Returns how many nodes went."""
-    removed = 0
-    for graph in reversed(list(graphs(model))):
-        for node in reversed(graph):
-            if any(v.uses() or v.is_graph_output() for v in node.outputs):
-                continue
-            graph.remove(node, safe=True)
-            removed += 1
-    for graph in graphs(model):
-        for name, value in list(graph.initializers.items()):
-            if not value.uses() and not value.is_graph_input() and not value.is_graph_output():
-                del graph.initializers[name]
-    return removed

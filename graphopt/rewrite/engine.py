@@ -14,23 +14,22 @@ import onnx_ir as ir
 
 from graphopt.core.contract import Context
 from graphopt.graph import dims, shapes
-from graphopt.graph.questions import Names, all_nodes, graphs, is_constant, shape_text
+from graphopt.graph.questions import all_nodes, graphs, is_constant, shape_text
 from graphopt.rewrite.builder import _SMALL, Builder
 from graphopt.rewrite.dead import remove_dead
+from graphopt.rewrite.insert import Inserter
 from graphopt.rewrite.match import Match, Miss
 
 if TYPE_CHECKING:
     from graphopt.rewrite.rules import RewritePass
 
-ORIGINS = "graphopt.origins"  # node.meta: the names of the input's nodes that this node stands for
 
-
-class Driver:
+class Driver(Inserter):
     """The one place where a graph changes: guard, fuel, names, provenance. Rewrites and canonical spelling both go through `apply`."""
 
     def __init__(self, model: ir.Model, ctx: Context) -> None:
-        self.model, self.ctx, self.names = model, ctx, Names(model)
-        self.memo: dict[Any, list[ir.Value]] = self._stored()
+        super().__init__(model)
+        self.ctx, self.memo = ctx, self._stored()
 
     def round(self, rule: RewritePass[Any]) -> tuple[int, list[Miss]]:
         """Match everything, then splice what does not overlap."""
@@ -66,10 +65,6 @@ class Driver:
             applied += 1
         return applied, misses
 
-    def builder(self, graph: ir.Graph | ir.Function | None) -> Builder:
-        """For new nodes that will stand in `graph`."""
-        return Builder(self.names, self.memo, graph if isinstance(graph, ir.Graph) else None)
-
     def apply(
         self, op: Builder, new: Sequence[ir.Value], match: Match, anchor: ir.Node, replaced: dict[ir.Value, ir.Value]
     ) -> Sequence[ir.Node] | Miss | None:
@@ -89,7 +84,10 @@ class Driver:
         graph = match.nodes[-1].graph
         assert graph is not None
         names = [v.name for v in match.outputs]
-        self._adopt(op, match, anchor)
+        base = anchor.name or match.outputs[0].name or "node"
+        self.adopt(op, base, match.nodes)
+        if self.ctx.choices is not None:
+            self.ctx.choices.carry(match.nodes, op.nodes)
         graph.insert_after(match.nodes[-1], op.nodes)
         for old, value, name in zip(match.outputs, new, names, strict=True):
             made_here = value.producer() in op.nodes and value not in replaced.values()
@@ -98,10 +96,7 @@ class Driver:
                     old.replace_all_uses_with(value)
                     replaced[old] = value
                     continue
-                keep = ir.node("Identity", [value])  # both names are public
-                keep.name = self.names.fresh(f"{name}/Identity")
-                graph.insert_after(op.nodes[-1] if op.nodes else match.nodes[-1], keep)
-                value = keep.outputs[0]
+                value = self._second(value, str(name), match, op)
             _carry(old, value)
             old.replace_all_uses_with(value, replace_graph_outputs=True)
             old.name, value.name = None, name
@@ -109,24 +104,14 @@ class Driver:
         graph.remove(match.nodes, safe=True)
         return op.nodes
 
-    def _adopt(self, op: Builder, match: Match, anchor: ir.Node) -> None:
-        """Names and provenance for new nodes; initializers go to the main graph."""
-        origins: frozenset[str] = frozenset().union(*(n.meta.get(ORIGINS, frozenset((n.name or "",))) for n in match.nodes))
-        base = anchor.name or match.outputs[0].name or "node"
-        for node in op.nodes:
-            self.model.opset_imports.setdefault(node.domain, 1)
-            node.name = self.names.fresh(f"{base}/{node.op_type}")
-            node.meta[ORIGINS] = origins
-            for k, value in enumerate(node.outputs):
-                if value.name == "":  # an optional output that is not there
-                    continue
-                value.name = self.names.fresh(f"{node.name}_output_{k}")
-        if self.ctx.choices is not None:
-            self.ctx.choices.carry(match.nodes, op.nodes)
-        for value in op.initializers:
-            self.model.graph.register_initializer(value)
-        for key, value in op.made.items():
-            self.memo.setdefault(key, []).append(value)
+    def _second(self, value: ir.Value, name: str, match: Match, op: Builder) -> ir.Value:
+        """Another value of the same contents behind what was put in place, where both names are public."""
+        last, keep = op.nodes[-1] if op.nodes else match.nodes[-1], self.builder(match.nodes[-1].graph)
+        same: ir.Value = keep.Identity(value)
+        self.adopt(keep, name, match.nodes)
+        assert last.graph is not None
+        last.graph.insert_after(last, keep.nodes)
+        return same
 
     def clean(self) -> None:
         """Dead nodes and weights out, topological order back. What the memo holds may be dead now."""

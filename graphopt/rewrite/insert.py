@@ -1,48 +1,76 @@
-"""New nodes in front of a node that stays."""
+"""New nodes and constants: the one place that puts them into a graph, with names of their own and the names of what they stand for.
+
+A pass asks `ctx.fuel` once for each change that it counts, before it makes it; the rewrite engine does so for its passes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
-from graphopt.graph.questions import Names, initializer
+from graphopt.core.contract import Array
+from graphopt.graph.questions import ORIGINS, Names, initializer, origins
 from graphopt.graph.shapes import infer_nodes
+from graphopt.rewrite.builder import Builder
 
 
-class _Recipe:
-    """New nodes in front of one node."""
+class Inserter:
+    """Puts what a `Builder` recorded beside nodes that stay: a scale in front of a multiply, a Cast behind a value.
 
-    def __init__(self, model: ir.Model, before: ir.Node, names: Names) -> None:
-        self.model, self.before, self.names = model, before, names
-        self.nodes: list[ir.Node] = []
+    `op = inserter.builder()`, then `y = op.Mul(x, op.const(array, "scale"))`, then `inserter.before(node, op)`, and `node` may read y.
+    """
 
-    def op(self, op_type: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes)
-        node.name = self.names.fresh(f"{self.before.name}/{op_type}")
-        node.outputs[0].name = self.names.fresh(f"{node.name}_output_0")
-        self.nodes.append(node)
-        return node.outputs[0]
+    def __init__(self, model: ir.Model) -> None:
+        self.model, self.names = model, Names(model)
+        self.memo: dict[Any, list[ir.Value]] = {}
 
-    def const(self, array: np.ndarray[Any, Any]) -> ir.Value:
-        value = initializer(array, self.names.fresh("repair"))
-        self.model.graph.register_initializer(value)
-        return value
+    def builder(self, graph: ir.Graph | ir.Function | None = None) -> Builder:
+        """For new nodes that will stand in `graph`; by default the main graph."""
+        home = self.model.graph if graph is None else graph
+        return Builder(self.names, self.memo, home if isinstance(home, ir.Graph) else None)
 
-    def not_below(self, mask: ir.Value, lowest: float) -> ir.Value:
-        """Finite numbers are raised to `lowest`; -inf stays."""
-        least = self.const(np.array(np.finfo(np.float32).min, np.float32))
-        raised = self.op("Max", mask, self.const(np.array(lowest, np.float32)))
-        return self.op("Where", self.op("Less", mask, least), mask, raised)
+    def constant(self, array: Array, name: str) -> ir.Value:
+        """A new initializer of the main graph, under that name or one like it."""
+        return add_constant(self.model, self.names, array, name)
 
-    def for_every_row(self, mask: ir.Value, query: ir.Value) -> ir.Value:
-        axis = len(query.shape or ()) - 2
-        rows = self.op("Shape", query, start=axis, end=axis + 1)
-        return self.op("Expand", mask, self.op("Concat", rows, self.const(np.array([1], np.int64)), axis=0))
+    def before(self, node: ir.Node, op: Builder, stand_for: Iterable[ir.Node] = ()) -> None:
+        """Put the recorded nodes in front of `node`; they stand for it, or for `stand_for`."""
+        assert node.graph is not None
+        self.adopt(op, node.name or node.op_type, stand_for or (node,))
+        node.graph.insert_before(node, op.nodes)
+        infer_nodes(self.model, op.nodes)
 
-    def insert(self) -> None:
-        graph = self.before.graph
-        assert graph is not None
-        graph.insert_before(self.before, self.nodes)
-        infer_nodes(self.model, self.nodes)
+    def behind(self, value: ir.Value, op: Builder, graph: ir.Graph | ir.Function, stand_for: Iterable[ir.Node]) -> None:
+        """Put the recorded nodes right behind `value`, or at the front of `graph` where it is made in another one or not at all."""
+        maker = value.producer()
+        self.adopt(op, value.name or "value", stand_for)
+        if maker is not None and maker.graph is graph:
+            graph.insert_after(maker, op.nodes)
+        else:
+            graph.insert_before(graph[0], op.nodes)
+        infer_nodes(self.model, op.nodes)
+
+    def adopt(self, op: Builder, base: str, stand_for: Iterable[ir.Node]) -> None:
+        """Names that begin with `base`, and provenance; initializers go to the main graph. Where the nodes stand is the caller's to do."""
+        names = frozenset[str]().union(*map(origins, stand_for))
+        for node in op.nodes:
+            self.model.opset_imports.setdefault(node.domain, 1)
+            node.name = self.names.fresh(f"{base}/{node.op_type}")
+            node.meta[ORIGINS] = names
+            for k, value in enumerate(node.outputs):
+                if value.name == "":  # an optional output that is not there
+                    continue
+                value.name = self.names.fresh(f"{node.name}_output_{k}")
+        for value in op.initializers:
+            self.model.graph.register_initializer(value)
+        for key, value in op.made.items():
+            self.memo.setdefault(key, []).append(value)
+
+
+def add_constant(model: ir.Model, names: Names, array: Array, name: str) -> ir.Value:
+    """A new initializer of the main graph, under that name or one like it."""
+    value = initializer(array, names.fresh(name))
+    model.graph.register_initializer(value)
+    return value

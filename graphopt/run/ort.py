@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from graphopt.core.contract import Array
 from graphopt.core.errors import TargetError
-from graphopt.graph.serialize import fits_protobuf, to_proto, write
+from graphopt.graph.serialize import fits, proto_limit, to_bytes, write
 from graphopt.run import Dim, Feeds, Port, check_feeds, one_line
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def session(
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     options.log_severity_level = _SILENT
-    source, keep = _loadable(model)
+    source, keep = loadable(model)
     try:
         return OrtSession(onnxruntime.InferenceSession(source, options, providers=list(providers)), keep)
     except Exception as error:
@@ -94,7 +94,7 @@ def session(
         raise TargetError(f"onnxruntime cannot load {what}: {one_line(error)}") from error
 
 
-def _loadable(model: Any) -> tuple[str | bytes, object]:
+def loadable(model: Any) -> tuple[str | bytes, object]:
     """What InferenceSession takes, and what must live as long as the session does."""
     if isinstance(model, bytes):
         return model, None
@@ -104,11 +104,11 @@ def _loadable(model: Any) -> tuple[str | bytes, object]:
             raise TargetError(f"{path} is not a file; give a saved .onnx model")
         return str(path), None
     if not isinstance(model, ir.Model):
-        if model.ByteSize() < 2**31 - 1:
+        if model.ByteSize() <= proto_limit():
             return model.SerializeToString(), None
         model = ir.from_proto(model)
-    if fits_protobuf(model):
-        return to_proto(model).SerializeToString(), None
+    if fits(model):
+        return to_bytes(model), None
     folder = tempfile.TemporaryDirectory(prefix="graphopt-")
     path = Path(folder.name, "model.onnx")
     write(model, path)

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.core.contract import Array
-from graphopt.core.errors import TargetError
+from graphopt.core.errors import SaveError, TargetError
 from graphopt.graph.serialize import to_proto
 from graphopt.run import Dim, Feeds, Port, check_feeds, one_line
 
@@ -63,7 +63,10 @@ def _proto(model: Any) -> onnx.ModelProto:
     import onnx
 
     if isinstance(model, ir.Model):
-        return to_proto(model)
+        try:
+            return to_proto(model)
+        except SaveError as error:
+            raise TargetError(f"the ONNX reference evaluator takes one message: {error}") from error
     if isinstance(model, bytes):
         return onnx.load_model_from_string(model)
     if isinstance(model, (str, os.PathLike)):

@@ -8,14 +8,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from models import Array, assert_same, parse, run  # type: ignore[import-not-found]
+from models import Array, assert_same, parse, run, to_proto  # type: ignore[import-not-found]
 
 from graphopt.core.errors import LoadError
 from graphopt.core.remarks import Remarks
 from graphopt.graph.questions import all_nodes
 from graphopt.io.bind_shapes import parse_shape
 from graphopt.io.load import load
-from graphopt.io.save import to_proto
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17]> '
 RNG = np.random.default_rng(0)

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from models import MINILM_ROUTES, Array, assert_same, minilm, parse, run  # type: ignore[import-not-found]
+from models import MINILM_ROUTES, Array, assert_same, minilm, parse, run, to_proto  # type: ignore[import-not-found]
 
 from graphopt.graph.questions import is_constant
 from graphopt.io.load import load
-from graphopt.io.save import save, to_proto
+from graphopt.io.save import save
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17]> '
 RNG = np.random.default_rng(0)

@@ -6,12 +6,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from models import assert_same, parse, run  # type: ignore[import-not-found]
+from models import assert_same, parse, run, to_proto  # type: ignore[import-not-found]
 
 from graphopt.core.errors import TargetError
 from graphopt.graph.questions import all_nodes
 from graphopt.io.load import load
-from graphopt.io.save import finish, to_proto
+from graphopt.io.save import finish
 
 
 def imports(proto: onnx.ModelProto) -> list[tuple[str, int]]:

@@ -33,7 +33,7 @@ def refit(model: ir.Model, ctx: Context, plans: Sequence[Plan]) -> int:
         seen = pair.at(first, teachers[first.node.name]).moments()
         alone = len(group) == 1 and len(group[0].item.linears) == 1 and first.alpha == 1.0
         changes += PutFactors([fitted(p, seen if alone else dataclasses.replace(seen, drift=None)) for p in now]).run(model, ctx)
-        if ctx.fuel.limit is not None and ctx.fuel.burned >= ctx.fuel.limit:
+        if ctx.fuel.empty:
             break
     return changes
 

@@ -56,9 +56,7 @@ class Part:
         return chosen, float(worth[chosen].sum() / max(float(worth.sum()), 1e-300))
 
 
-def keys_of(
-    unit: Heads, operands: tuple[HeadOperand, HeadOperand, HeadOperand], stays: int, groups: Sequence[Array], turns: bool, averages: Averages
-) -> Part:
+def keys_of(operands: tuple[HeadOperand, HeadOperand, HeadOperand], stays: int, groups: Sequence[Array], turns: bool, averages: Averages) -> Part:
     """Query and key: the scores q^T k."""
     q, k, _ = operands
     free = turns and all(len(g) == 1 for g in groups) and all(o.rotary is None and unfit(o.linear) is None for o in (q, k))

@@ -14,7 +14,8 @@ from graphopt.calibration.moments import input_moments
 from graphopt.compress.quantize.folding import fold
 from graphopt.compress.quantize.smoothing import Group, groups
 from graphopt.core.contract import Array, Context
-from graphopt.graph.questions import Names, static_dim
+from graphopt.graph.questions import static_dim
+from graphopt.rewrite.insert import Inserter
 from graphopt.run.observe import observable
 
 STRENGTHS = tuple(k / 10 for k in range(1, 10))
@@ -55,7 +56,7 @@ def scale_inputs(model: ir.Model, ctx: Context, fits: Callable[[Linear], bool], 
             reason = f"all that read `{group.x.name}` would have to be quantized"
             ctx.remarks.missed(fit[0].node.name or "", f"its input channels are not scaled: {reason}, and its size known")
     planned = [(places[x], _search(places[x], m, rounded)) for x, m in input_moments(ctx, list(places))] if places else []
-    names, changes = Names(model), 0
+    inserter, changes = Inserter(model), 0
     for group, scaling in planned:
         where = group.readers[0].node.name or ""
         if scaling.strength == 0:
@@ -63,7 +64,7 @@ def scale_inputs(model: ir.Model, ctx: Context, fits: Callable[[Linear], bool], 
             continue
         if not ctx.fuel.burn():
             break
-        fold(model, names, group, scaling.scale, "awq")
+        fold(inserter, group, scaling.scale, "awq")
         text = f"input channels scaled, strength {scaling.strength:g}: output error {scaling.before:.4f} -> {scaling.after:.4f}"
         ctx.remarks.applied(where, text, strength=scaling.strength, before=scaling.before, after=scaling.after)
         changes += 1

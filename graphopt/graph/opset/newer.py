@@ -11,7 +11,7 @@ import onnx.version_converter
 import onnx_ir as ir
 
 from graphopt.graph.opset.node_form import SOFTMAX
-from graphopt.graph.questions import Names, is_constant
+from graphopt.graph.questions import ORIGINS, Names, is_constant, origins
 
 _SMALL = 1024  # elements of a constant input that the converter may see
 _AS_BEFORE_11 = (  # Resize before opset 11 had no such attributes; the converter leaves the new defaults, which mean something else
@@ -106,6 +106,7 @@ class Converter:
             value.name = name
         for extra in new[:-1]:
             extra.name = self._fresh(f"{node.name}_{extra.op_type}") if node.name else None
+            extra.meta[ORIGINS] = origins(node)
         node.graph.insert_before(node, new)
         node.graph.remove(node, safe=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -10,11 +11,10 @@ import onnx_ir as ir
 from graphopt.core.contract import Array
 from graphopt.graph.fold import known_integers
 from graphopt.graph.interface import RESIZED
-from graphopt.graph.questions import Names, attr, constant, consumers, graphs, is_constant, static_dim
+from graphopt.graph.questions import attr, constant, consumers, graphs, is_constant, static_dim
 from graphopt.graph.shapes import contents, declared_shape, infer_shapes
-from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.dead import remove_dead
-from graphopt.rewrite.engine import ORIGINS
+from graphopt.rewrite.insert import Inserter
 from graphopt.rewrite.slicing.moves import cut_axes, recut
 from graphopt.rewrite.slicing.places import rank
 from graphopt.rewrite.slicing.plan import Masks, Plan, Refusal, Slot, kept
@@ -34,8 +34,8 @@ def apply(s: Plan) -> None:
 class Applier:
     def __init__(self, s: Plan) -> None:
         self.s, self.model = s, s.model
-        self.names = Names(s.model)
-        self.op = Builder(self.names, {}, s.model.graph)
+        self.inserter = Inserter(s.model)
+        self.op = self.inserter.builder()  # for constants
         self._sliced: dict[tuple[ir.Value, tuple[tuple[int, bytes], ...]], ir.Value] = {}
 
     def run(self) -> None:
@@ -51,8 +51,7 @@ class Applier:
         for slot, masks in s.private.items():
             self._slice(slot, masks)
         self._resize()
-        for value in self.op.initializers:
-            self.model.graph.register_initializer(value)
+        self.inserter.adopt(self.op, "", ())
         remove_dead(self.model)
         self._rename()
         for graph in graphs(self.model):
@@ -85,7 +84,7 @@ class Applier:
 
     def _stored(self, value: ir.Value, masks: Masks) -> ir.Value:
         assert value.const_value is not None
-        tensor = self._left(value.const_value, masks, self.names.fresh(f"{value.name}_pruned"))
+        tensor = self._left(value.const_value, masks, self.inserter.names.fresh(f"{value.name}_pruned"))
         new = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
         self.model.graph.register_initializer(new)
         others = [use for use in value.uses() if Slot(use.node, use.idx) not in self.s.private]
@@ -114,14 +113,11 @@ class Applier:
     def integers(self, numbers: Sequence[int] | Array) -> ir.Value:
         return self.op.const(np.asarray(numbers, np.int64), "kept")
 
-    def _node(self, before: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], **attributes: object) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes)  # type: ignore[arg-type]
-        node.name = self.names.fresh(f"{before.name}/{op_type}")
-        node.outputs[0].name = self.names.fresh(f"{node.name}_output")
-        node.meta[ORIGINS] = before.meta.get(ORIGINS, frozenset((before.name or "",)))
-        assert before.graph is not None
-        before.graph.insert_before(before, node)
-        return node.outputs[0]
+    def _node(self, before: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], **attributes: Any) -> ir.Value:
+        op = self.inserter.builder(before.graph)
+        made: ir.Value = op.node(op_type, inputs, **attributes)
+        self.inserter.before(before, op)
+        return made
 
     def replace(self, node: ir.Node, index: int, value: ir.Value) -> None:
         if index < len(node.inputs):

@@ -1,4 +1,4 @@
-"""What `opset=` and `vendor=` mean for every target that writes ONNX."""
+"""What a limit on the opset, or on operators that are not standard, means for every target that writes ONNX."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from graphopt.core.errors import TargetError
 from graphopt.graph.opset import versions
 from graphopt.graph.questions import all_nodes
 
-VENDOR = "com.microsoft"
-
 
 @dataclasses.dataclass(frozen=True)
 class KeepWithin(Pass):
-    """Makes the limits hold for a model that no other pass changes, too: it is written anew, and not as the bytes that it came as."""
+    """Makes the limits hold for a model that no other pass changes, too: it is written anew, and not as the bytes that it came as.
+
+    Args:
+        opset: what the artifact must not exceed.
+        without: a domain whose operators it must not have.
+    """
 
     opset: int | None = None
-    vendor: bool = True
+    without: str = ""
 
     @property
     def binding(self) -> bool:
@@ -34,7 +37,7 @@ class KeepWithin(Pass):
             ctx.remarks.applied("", f"the artifact is written for opset {self.opset}; the input has {floor}", before=floor, after=self.opset)
             meta[versions.ORIGIN] = self.opset
             changes += 1
-        found = None if self.vendor else foreign_node(model)
+        found = foreign_node(model, self.without)
         if found is not None and not meta.get(_TOLD):
             ctx.remarks.warning(found.name or "", f"{found.domain}::{found.op_type} came with the input; with vendor=false it cannot be saved")
             meta[_TOLD] = True
@@ -45,8 +48,8 @@ class KeepWithin(Pass):
 _TOLD = "graphopt.vendor_told"  # graph.meta: the warning was given
 
 
-def save_within(model: ir.Model, path: Path, opset: int | None, *, vendor: bool) -> Artifact:
-    """Write the artifact, at no newer opset than `opset`, and without operators of the runtime where `vendor` is False.
+def save_within(model: ir.Model, path: Path, opset: int | None, without: str = "") -> Artifact:
+    """Write the artifact, at no newer opset than `opset`, and without operators of the domain `without`.
 
     Raises:
         TargetError: a node needs more; it is named.
@@ -54,22 +57,22 @@ def save_within(model: ir.Model, path: Path, opset: int | None, *, vendor: bool)
     """
     from graphopt.io.save import save
 
-    found = None if vendor else foreign_node(model)
+    found = foreign_node(model, without)
     if found is not None:
         where = f"node `{found.name}` is {found.domain}::{found.op_type}"
         raise TargetError(f"cannot write the artifact without vendor operators: {where}, and came with the input; leave out vendor=false")
     return save(model, path, opset=opset)
 
 
-def foreign_node(model: ir.Model) -> ir.Node | None:
-    """The first node of the runtime's own operators."""
-    return next((n for n in all_nodes(model) if n.domain == VENDOR), None)
+def foreign_node(model: ir.Model, domain: str) -> ir.Node | None:
+    """The first node of that domain, if one is given."""
+    return next((n for n in all_nodes(model) if domain and n.domain == domain), None)
 
 
-def vendor_report(model: ir.Model) -> dict[str, Any]:
+def vendor_report(model: ir.Model, domain: str) -> dict[str, Any]:
     """`vendor_ops`: how many nodes of each of the runtime's own operators there are; such an artifact runs on that runtime only."""
     counts: dict[str, int] = {}
     for node in all_nodes(model):
-        if node.domain == VENDOR:
+        if domain and node.domain == domain:
             counts[node.op_type] = counts.get(node.op_type, 0) + 1
     return {"vendor_ops": counts}

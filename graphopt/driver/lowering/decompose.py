@@ -14,21 +14,23 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.core.contract import Context, Pass
+from graphopt.driver.lowering.limits import KeepWithin
 from graphopt.graph.questions import attr, rank, static_dim
+from graphopt.rewrite.attention import Sizes, sizes_of, unfused
 from graphopt.rewrite.builder import Builder
-from graphopt.rewrite.match import Match, Miss
+from graphopt.rewrite.match import M, Match, Miss
 from graphopt.rewrite.rules import RewritePass
-
-from ._attention import DecomposeAttention
-from ._limits import KeepWithin
 
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _STASH = 1  # the value of stash_type that means float32
 
 
-def portable(opset: int | None, vendor: bool) -> list[Pass]:
-    """The passes that keep a graph to `opset`; none where there is no limit. What they cannot write is refused when the model is saved."""
-    limits = [KeepWithin(opset, vendor)] if opset is not None or not vendor else []
+def portable(opset: int | None, without: str = "") -> list[Pass]:
+    """The passes that keep a graph to `opset`, and warn of operators of the domain `without`; none where there is no limit.
+
+    What they cannot write is refused when the model is saved.
+    """
+    limits = [KeepWithin(opset, without)] if opset is not None or without else []
     since: list[tuple[int, Pass]] = [
         (23, DecomposeAttention(opset)),
         (23, DecomposeRotary(opset)),
@@ -41,11 +43,11 @@ def portable(opset: int | None, vendor: bool) -> list[Pass]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Decompose(RewritePass[Match]):
+class Decompose(RewritePass[M]):
     """An operator written as what it is made of.
 
     Args:
-        opset: the artifact's limit, where that is the reason; None: the runtime has no kernel.
+        opset: the artifact's limit, where that is the reason; None: the runtime has no kernel, or is faster so.
     """
 
     opset: int | None = None
@@ -56,7 +58,7 @@ class Decompose(RewritePass[Match]):
 
 
 @dataclasses.dataclass(frozen=True)
-class DecomposeRotary(Decompose):
+class DecomposeRotary(Decompose[Match]):
     """RotaryEmbedding-23 -> slices, products and Concat."""
 
     anchors: ClassVar[frozenset[str]] = frozenset({"RotaryEmbedding"})
@@ -115,7 +117,7 @@ def _ints(op: Builder, *values: int) -> ir.Value:
 
 
 @dataclasses.dataclass(frozen=True)
-class _DecomposeNorm(Decompose):
+class _DecomposeNorm(Decompose[Match]):
     """A norm over the last axes, computed in float32 as the operator does (stash_type 1)."""
 
     def match(self, node: ir.Node, ctx: Context) -> Match | Miss | None:
@@ -199,7 +201,7 @@ def _narrow(op: Builder, value: ir.Value, was: ir.DataType, to: ir.DataType | No
 
 
 @dataclasses.dataclass(frozen=True)
-class DecomposeGelu(Decompose):
+class DecomposeGelu(Decompose[Match]):
     """Gelu-20 -> the five nodes with Erf (or those with Tanh) that runtimes fuse again. Hendrycks and Gimpel, GELUs (2016)."""
 
     anchors: ClassVar[frozenset[str]] = frozenset({"Gelu"})
@@ -222,3 +224,27 @@ class DecomposeGelu(Decompose):
         else:
             inner = op.Erf(op.Div(x, number(np.sqrt(2), "root")))
         return [op.Mul(op.Mul(x, op.Add(inner, number(1, "one"))), number(0.5, "half"))]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionMatch(Match):
+    sizes: Sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class DecomposeAttention(Decompose[AttentionMatch]):
+    """Attention-23 -> MatMul, mask, Softmax, MatMul: `graphopt.rewrite.attention`.
+
+    With the numbers of ONNX Runtime's kernel.
+    """
+
+    anchors: ClassVar[frozenset[str]] = frozenset({"Attention"})
+
+    def match(self, node: ir.Node, ctx: Context) -> AttentionMatch | Miss:
+        sizes = sizes_of(node)
+        if isinstance(sizes, str):
+            return Miss(node, f"stays Attention: {sizes}")
+        return AttentionMatch((node,), tuple(node.outputs[i] for i in sizes.made), sizes)
+
+    def build(self, op: Builder, m: AttentionMatch) -> Sequence[ir.Value]:
+        return unfused(op, m.nodes[0], m.sizes)

@@ -1,4 +1,7 @@
-"""What the targets share that run through a provider of ONNX Runtime other than its CPU provider."""
+"""The base of targets that run through a provider of ONNX Runtime; what a provider has is data: its name, its kernels, the domain of its operators.
+
+A plugin may inherit from it, see docs/writing-a-target.md.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +20,43 @@ import onnx_ir as ir
 from graphopt.core.contract import Artifact, Pass, Session, Target
 from graphopt.core.errors import TargetError
 from graphopt.core.options import option
+from graphopt.driver.lowering.decompose import portable
+from graphopt.driver.lowering.limits import save_within, vendor_report
 from graphopt.graph.opset.node_form import WORKING
 from graphopt.graph.opset.versions import NEWEST, OLDEST, Rise
 from graphopt.graph.questions import all_nodes
 
-from ._cuda_table import Kernel
-from ._decompose import portable
-from ._limits import save_within, vendor_report
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One kernel: the versions of the operator's schema that it serves (`last` None = only `first`), and its types by schema name."""
+
+    domain: str
+    op_type: str
+    first: int
+    last: int | None
+    types: tuple[frozenset[str], ...]  # one for each type variable of the schema; a node fits if all of its tensors fit one of them
+
+    def serves(self, since: int) -> bool:
+        return since == self.first if self.last is None else self.first <= since <= self.last
+
+    def takes(self, dtype: str) -> bool:
+        return any(dtype in allowed for allowed in self.types)
 
 
 @dataclasses.dataclass(frozen=True)
-class OrtProvider(Target):
+class OrtTarget(Target):
     """A provider of ONNX Runtime: what it has no kernel for falls back to the CPU, node by node, and the report names these nodes.
 
-    A subclass names its `provider`, the `package` that brings it, and what is known about it without one (`known`, or `supports`).
+    A subclass says the level texts (`pipeline`), and as class variables:
+        provider: its name.
+        package: what `pip install` brings it.
+        own_domain: of the runtime's own operators, which `vendor=false` keeps out of the artifact.
+        has_kernels: False for one that compiles parts of the graph, and registers no kernels; it overrides `refusal`.
+    Optional are `known` (its kernels, for machines without it), `spell` (passes that write what it likes) and `providers`.
+
+    Options are `threads` of a session, the `opset` that the artifact keeps to, `vendor` (whether operators of the runtime may be used),
+    and `shapes`, BATCHxLENGTH sizes to measure at, such as `1x16+8x64`.
     """
 
     threads: int = option(1, least=1)
@@ -39,10 +65,16 @@ class OrtProvider(Target):
     shapes: tuple[str, ...] = ()
     provider: ClassVar[str] = ""
     package: ClassVar[str] = ""
-    has_kernels: ClassVar[bool] = True  # False: it compiles parts of the graph, and registers no kernels
+    own_domain: ClassVar[str] = ""
+    has_kernels: ClassVar[bool] = True
+
+    @property
+    def without(self) -> str:
+        """The domain whose operators the artifact must not have."""
+        return "" if self.vendor else self.own_domain
 
     def lowerings(self) -> Sequence[Pass]:
-        return [*self.spell(), *portable(self.opset, self.vendor)]
+        return [*self.spell(), *portable(self.opset, self.without)]
 
     def spell(self) -> Sequence[Pass]:
         """The spellings that the provider likes, before the limits."""
@@ -79,7 +111,7 @@ class OrtProvider(Target):
         return finish(model, self.opset)
 
     def save(self, model: ir.Model, path: Path) -> Artifact:
-        return save_within(model, path, self.opset, vendor=self.vendor)
+        return save_within(model, path, self.opset, self.without)
 
     def session(self, model: ir.Model) -> Session:
         from graphopt.run.ort import session
@@ -88,7 +120,7 @@ class OrtProvider(Target):
         return session(model, threads=self.threads, providers=(*self.providers(), "CPUExecutionProvider"))
 
     def providers(self) -> Sequence[str | tuple[str, Mapping[str, str]]]:
-        """What runs before the CPU does, with its options."""
+        """What runs before the CPU provider does, with its options."""
         return (self.provider,)
 
     def runs_here(self) -> bool:
@@ -109,7 +141,7 @@ class OrtProvider(Target):
         refused = [(n, self.refusal(n, finished.opset_imports[""])) for n in all_nodes(finished)]
         told = [{"node": n.name or "", "op": n.op_type, "reason": reason} for n, reason in refused if reason is not None]
         source = "the registry of the installed runtime" if self.has_kernels and registered(self.provider) else "the documentation of the provider"
-        return {"provider": self.provider, "known_from": source, "falls_back": told} | vendor_report(model)
+        return {"provider": self.provider, "known_from": source, "falls_back": told} | vendor_report(model, self.own_domain)
 
 
 def _domain(node: ir.Node) -> str:
