@@ -55,20 +55,17 @@ class CpuProvider(OwnOperators):
     def providers(self) -> Sequence[str | tuple[str, Mapping[str, str]]]:
         return ()
 
-    def runs_here(self) -> bool:
-        return find_spec("onnxruntime") is not None
-
     def machine(self) -> Machine | None:
         if not self.runs_here():
             return None
         import onnxruntime
 
         runtime = f"onnxruntime {onnxruntime.__version__} ({onnxruntime.get_build_info()})"
-        return Machine(self.processor or processor(), runtime, "CPUExecutionProvider", self.threads, in_process=True)
+        return Machine(self.processor or processor(), runtime, self.provider, self.threads, in_process=True)
 
     def supports(self, node: ir.Node) -> bool:
         """By the runtime's own list; where it has none to show, what the standard has."""
-        listed = registered("CPUExecutionProvider")
+        listed = registered(self.provider)
         domain = "" if node.domain == "ai.onnx" else node.domain
         return any((k.domain, k.op_type) == (domain, node.op_type) for k in listed) if listed else not domain
 

@@ -26,6 +26,7 @@ from graphopt.core.errors import PassError, PipelineError, SaveError
 from graphopt.core.registry import targets
 from graphopt.driver.job import Job, parse_target
 from graphopt.driver.loss import Loss
+from graphopt.driver.lowering import ort_target as provider
 from graphopt.driver.lowering.cache import Cache
 from graphopt.driver.lowering.extract import signature
 from graphopt.run.race import SHAPES
@@ -249,9 +250,6 @@ def test_compare_reads_the_plugins() -> None:
 @pytest.fixture
 def no_list(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A runtime in which listing the kernels fails, and would take this process along."""
-    from importlib import import_module
-
-    provider = import_module("graphopt.targets._provider")
     monkeypatch.setattr("onnxruntime.capi.onnxruntime_pybind11_state.get_all_opkernel_def", nowhere)
     provider.registered.cache_clear()
     yield
@@ -261,9 +259,6 @@ def no_list(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_kernels_are_listed_in_a_process_of_their_own(no_list: None, monkeypatch: pytest.MonkeyPatch) -> None:
     where, fused = parse_target("cpu"), ir.node("DynamicQuantizeMatMul", [None], domain="com.microsoft")
     assert where.supports(fused)
-    from importlib import import_module
-
-    provider = import_module("graphopt.targets._provider")
     provider.registered.cache_clear()
     monkeypatch.setattr(provider, "_LISTING", "import os; os.abort()")
     assert not where.supports(fused), "nothing is known of the runtime's own operators"

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from graphopt.cli.shell import Plugins
+
 
 def compare(
     a: Annotated[str, typer.Argument(metavar="A", help="The model to trust: an .onnx file, or a Hugging Face folder.", show_default=False)],
@@ -14,6 +16,7 @@ def compare(
     samples: Annotated[str | None, typer.Option(metavar="DATA", help="Inputs: .npz, a folder of .npz, or a text file.  [default: made up]")] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="FILE", help="tokenizer.json for samples that are text.")] = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE.html|FILE.json", help="Write the comparison; HTML has a plot.")] = None,
+    plugin: Plugins = None,
     threads: Annotated[int, typer.Option(min=0, help="Threads of the runtime; 0 = its choice.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -30,7 +33,7 @@ def compare(
 
     with progress() as tell:
         tell("run both models", 0.0)
-        found = measure(a, b, samples=samples, tokenizer=tokenizer, threads=threads)
+        found = measure(a, b, samples=samples, tokenizer=tokenizer, threads=threads, plugins=plugin or ())
     if report is not None:
         found.save(report)
     if as_json:
