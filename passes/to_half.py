@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.core.contract import Array, Context, Pass
+from graphopt.core.remarks import plural
 from graphopt.graph.questions import all_nodes, constant
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.dead import remove_dead
@@ -172,7 +173,7 @@ class _Conversion:
             reasons.setdefault(reason, []).append(node.name or "")
         reasons.pop("it is a border already", None)
         for reason, names in reasons.items():
-            self.ctx.remarks.missed(names[0], f"{len(names)} nodes stay float32: {reason}", nodes=names)
+            self.ctx.remarks.missed(names[0], f"{plural(len(names), 'node stays', 'nodes stay')} float32: {reason}", nodes=names)
 
 
 def _number(op: Builder, number: float) -> ir.Value:

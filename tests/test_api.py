@@ -457,7 +457,7 @@ def test_report_as_json(block: onnx.ModelProto, tmp_path: Path) -> None:
     result = graphopt.optimize(tmp_path / "in.onnx", samples=FEEDS)
     result.measure("1x4", quick=True)
     artifact = result.save(tmp_path / "out.onnx")
-    result.report.save(tmp_path / "report.json")
+    result.report.write(tmp_path / "report.json")
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report) >= {"input", "output", "passes", "latency", "loss", "target", "speed_up", "compression_ratio"}
     assert set(report["input"]) == set(report["output"]) == {"nodes", "bytes", "parameters", "opset", "ir_version", "metadata"}
@@ -493,7 +493,7 @@ def test_a_target_that_cannot_run_here_leaves_the_reason(block: onnx.ModelProto,
 
 
 def test_report_as_html_needs_nothing_else(block: onnx.ModelProto, tmp_path: Path) -> None:
-    graphopt.optimize(block).report.save(tmp_path / "report.html")
+    graphopt.optimize(block).report.write(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert page.startswith("<!doctype html>")
     assert "fuse-norm" in page
@@ -501,8 +501,8 @@ def test_report_as_html_needs_nothing_else(block: onnx.ModelProto, tmp_path: Pat
 
 
 def test_a_report_of_another_kind_is_refused(block: onnx.ModelProto, tmp_path: Path) -> None:
-    with pytest.raises(SaveError, match=r"FILE\.json or FILE\.html"):
-        graphopt.optimize(block).report.save(tmp_path / "report.txt")
+    with pytest.raises(SaveError, match=r"FILE\.json or FILE\.html or FILE\.md"):
+        graphopt.optimize(block).report.write(tmp_path / "report.txt")
 
 
 def test_measure_names_its_shapes(block: onnx.ModelProto) -> None:

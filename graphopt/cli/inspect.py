@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
-from graphopt.cli.shell import Json, Model, Plugins, Task, WithPast, console, progress
+from graphopt.cli.shell import Json, Model, Plugins, Task, WithPast, progress, show
 
 
 def inspect(model: Model, task: Task = None, with_past: WithPast = False, plugin: Plugins = None, as_json: Json = False) -> None:
@@ -14,9 +12,4 @@ def inspect(model: Model, task: Task = None, with_past: WithPast = False, plugin
     with progress() as tell:
         tell("load and recognize", 0.0)
         found = look(model, plugins=plugin or (), task=task, with_past=with_past)
-    if as_json:
-        print(json.dumps(found.as_dict(), indent=1))
-        return
-    from graphopt.report.terminal import print_inspection
-
-    print_inspection(found, console())
+    show(found, as_json)

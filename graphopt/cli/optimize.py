@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from graphopt.cli.shell import Json, Model, Plugins, Shapes, Task, WithPast, console, progress
-from graphopt.core.errors import SaveError
+from graphopt.cli.shell import REPORTS, Json, Model, Plugins, Shapes, Task, Tokenizer, WithPast, progress, show
 
 
 class Kind(StrEnum):
@@ -27,10 +26,10 @@ def optimize(
     pipeline: Annotated[str | None, typer.Option(metavar="TEXT|@FILE", help="Passes to run, instead of a level.")] = None,
     target: Annotated[str, typer.Option(metavar="T", help="Where the model will run, such as cpu{threads=2}.")] = "cpu",
     samples: Annotated[str | None, typer.Option(metavar="DATA", help="Inputs to judge by: .npz, a folder of .npz, or a text file.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(metavar="FILE", help="tokenizer.json for samples that are text.")] = None,
+    tokenizer: Tokenizer = None,
     metric: Annotated[str | None, typer.Option(metavar="FILE.py:FUNCTION", help="From a session to a number, larger is better.")] = None,
     max_loss: Annotated[float | None, typer.Option(min=0.0, metavar="X", help="What lossy passes may cost together; 0.01 is 1 %.")] = None,
-    report: Annotated[Path | None, typer.Option(metavar="FILE.json|FILE.html", help="Write the report.")] = None,
+    report: Annotated[Path | None, typer.Option(metavar=REPORTS, help="Write the report.")] = None,
     plugin: Plugins = None,
     require: Annotated[list[str] | None, typer.Option(metavar="PASS", help="Fail unless this pass changed something; repeatable.")] = None,
     verify_each: Annotated[bool, typer.Option("--verify-each", help="Check the graph after every pass.")] = False,
@@ -50,12 +49,12 @@ def optimize(
     """Optimize a model for a target and write it."""
     if level is not None and pipeline is not None:
         raise typer.BadParameter("give either -O LEVEL or --pipeline, not both")
-    if report is not None and report.suffix not in (".json", ".html"):
-        raise SaveError(f"a report is FILE.json or FILE.html, found {report}")
     from graphopt.core import registry
     from graphopt.driver import optimize as api
     from graphopt.io import bind_shapes
+    from graphopt.report.document import checked
 
+    writes = [] if report is None else [checked(report)]  # a run of minutes must not end at a report of an unknown kind
     shaped = dict(bind_shapes.parse_shape(text) for text in input_shape or ())
     judge = None if metric is None else registry.load_metric(metric)
     with progress() as tell:
@@ -63,17 +62,12 @@ def optimize(
             model, pipeline, level=1 if level is None else level, target=target, samples=samples, tokenizer=tokenizer, metric=judge,
             max_loss=max_loss, require=require or (), plugins=plugin or (), input_shapes=shaped or None, task=task, with_past=with_past,
             verify_each=verify_each, check_numerics=check_numerics, time=time, print_changed=print_changed, dump=dump, fuel=fuel, progress=tell,
-            promise=measure and level != 0 and fuel is None, shapes=shapes, out=out,
-            writes=() if report is None else [report],
+            promise=measure and level != 0 and fuel is None, shapes=shapes, out=out, writes=writes,
         )  # fmt: skip
         if measure and result.report.speed_up.value is None:
             result.measure(shapes, progress=lambda done: tell("timing input and output, interleaved", done))
     result.save(out, report)
-    if as_json:
-        print(result.report.json())
-        return
-    from graphopt.report.terminal import print_remarks, print_report
-
-    print_report(result.report, console())
-    if remarks is not None:
-        print_remarks(result.report, remarks.value)
+    show(result.report, as_json)
+    told = [] if remarks is None or as_json else result.report.remarks(remarks.value)
+    if told:
+        show("\n".join(map(str, told)))

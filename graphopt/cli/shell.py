@@ -1,4 +1,4 @@
-"""What all commands share: their common options, errors in one line, and progress."""
+"""What all commands share: their common options, errors in one line, progress, and how a result is printed."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec, TypeVar
 
 import typer
 
 from graphopt.core.errors import GraphoptError
 
+if TYPE_CHECKING:
+    from graphopt.report.document import Document
+
 P = ParamSpec("P")
 R = TypeVar("R")
 Progress = Callable[[str, float], None]
 INTERRUPTED = 130  # the exit code of shells after SIGINT
+REPORTS = "FILE.json|FILE.html|FILE.md"  # as in report/document.py, which is too much for a start
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="An .onnx file, or a Hugging Face model folder.", show_default=False)]
@@ -25,6 +29,8 @@ Plugins = Annotated[list[str] | None, typer.Option("--plugin", metavar="FILE|MOD
 Task = Annotated[str | None, typer.Option(metavar="T", help="What to load from a Hugging Face folder, such as text-classification.")]
 WithPast = Annotated[bool, typer.Option("--with-past", help="Export a decoder with its key/value cache.")]
 Shapes = Annotated[str | None, typer.Option(metavar="1x16,8x64", help="BATCHxSEQUENCE sizes to time.")]
+Threads = Annotated[int, typer.Option(min=0, help="Threads of the runtime; 0 = its choice.")]
+Tokenizer = Annotated[str | None, typer.Option(metavar="FILE", help="tokenizer.json for samples that are text.")]
 Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this one in full.", show_default=False)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also options and purpose; this imports every module.")]
 
@@ -63,10 +69,15 @@ def fail(message: str) -> NoReturn:
     raise typer.Exit(1)
 
 
-def console() -> Any:
-    from rich.console import Console
+def show(found: Document | str, as_json: bool = False) -> None:
+    """Print on stdout what a command has found, or a text as it stands."""
+    if as_json and not isinstance(found, str):
+        print(found.json())
+        return
+    from graphopt.report.elements import Text
+    from graphopt.report.writers import terminal
 
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=not sys.stdout.isatty())
+    terminal.show([Text(found)] if isinstance(found, str) else found.elements())
 
 
 @contextmanager

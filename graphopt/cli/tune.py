@@ -9,20 +9,20 @@ from typing import Annotated
 
 import typer
 
+from graphopt.cli.shell import Json, Model, Plugins, Shapes, progress, show
+from graphopt.core.remarks import plural
+
 app = typer.Typer(no_args_is_help=True, help="The timings that decide how a graph is spelled: fill, show, export, import, clear.")
-Plugins = Annotated[list[str] | None, typer.Option("--plugin", metavar="FILE|MODULE", help="Bring passes or targets from here; repeatable.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
 def fill(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="An .onnx file, or a Hugging Face model folder.", show_default=False)],
+    model: Model,
     target: Annotated[str, typer.Option(metavar="T", help="Where to measure, such as cpu{threads=2}.")] = "cpu",
     level: Annotated[int, typer.Option("-O", "--level", min=1, max=3, help="The level whose graph is lowered.")] = 1,
-    shapes: Annotated[str | None, typer.Option(metavar="1x16,8x64", help="BATCHxSEQUENCE sizes to time.")] = None,
+    shapes: Shapes = None,
     plugin: Plugins = None,
 ) -> None:
     """Time the pieces of a model in every spelling that the target knows, and keep the result."""
-    from graphopt.cli.shell import progress
     from graphopt.core.errors import TargetError
     from graphopt.driver import optimize as api
     from graphopt.driver.lowering.cache import Cache
@@ -34,50 +34,33 @@ def fill(
         result = api.optimize(model, level=level, target=target, plugins=plugin or (), shapes=shapes, promise=False, progress=tell)
     if not result.target.runs_here():
         raise TargetError(f"{result.target} cannot run here, so nothing can be measured for it")
+    chosen = [str(remark) for record in result.report.passes if record.name == "choose-spellings" for remark in record.remarks]
     if not result.target.spellings():
-        print(f"{result.target} has no table of spellings: nothing to time")
-    for record in result.report.passes:
-        if record.name == "choose-spellings":
-            print(*record.remarks, sep="\n")
-    print(f"{len(Cache().rows()) - before} new timings in {cache.path}")
+        chosen = [f"{result.target} has no table of spellings: nothing to time"]
+    show("\n".join([*chosen, f"{plural(len(Cache().rows()) - before, 'new timing')} in {cache.path}"]))
 
 
-def show(as_json: Json = False) -> None:
+def show_cache(as_json: Json = False) -> None:
     """Print every timing, the newest first."""
     from graphopt.driver.lowering.cache import Cache
+    from graphopt.report.listing import Cached
 
     cache = Cache()
     rows = cache.rows()
     cache.require()
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
-    from graphopt.cli.shell import console
-    from graphopt.report.terminal import table
-
-    machines: dict[tuple[object, ...], list[tuple[object, ...]]] = {}
-    for row in sorted(rows, key=lambda r: (r["description"], r["shape"], r["seconds"])):
-        where = (row["processor"], row["runtime"], row["provider"], row["threads"])
-        machines.setdefault(where, []).append((row["description"], row["spelling"].partition(" (")[0], f"{row['seconds'] * 1e3:.4f}"))
-    for (processor, runtime, provider, threads), lines in machines.items():
-        console().print(f"{processor} | {runtime} | {provider} | {threads} thread{'' if threads == 1 else 's'}", markup=False)
-        console().print(table("", ["piece", "spelling", "ms"], lines))
-    print(f"{len(rows)} timings in {cache.path}")
+    show(Cached(rows, str(cache.path)), as_json)
 
 
 def export_file(file: Annotated[Path, typer.Argument(metavar="FILE", help="The .json to write.", show_default=False)]) -> None:
     """Write every timing to a file, to be imported on the machine where models are built."""
-    from graphopt.core.errors import SaveError
+    from graphopt.core.places import write_text
     from graphopt.driver.lowering.cache import Cache
 
     cache = Cache()
-    text = cache.export()
+    rows, text = cache.rows(), cache.export()
     cache.require()
-    try:
-        file.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise SaveError(f"cannot write {file}: {error.strerror}") from error
-    print(f"{len(cache.rows())} timings written to {file}")
+    write_text(file, text + "\n")
+    show(f"{plural(len(rows), 'timing')} written to {file}")
 
 
 def import_file(file: Annotated[Path, typer.Argument(metavar="FILE", help="What `graphopt tune export` wrote.", show_default=False)]) -> None:
@@ -92,7 +75,7 @@ def import_file(file: Annotated[Path, typer.Argument(metavar="FILE", help="What 
     cache = Cache()
     count = cache.take(text)
     names = sorted({row["processor"] for row in json.loads(text)["timings"]})
-    print(f"{count} timings of {', '.join(names) or 'no processor'} taken into {cache.path}")
+    show(f"{plural(count, 'timing')} of {', '.join(names) or 'no processor'} taken into {cache.path}")
 
 
 def clear() -> None:
@@ -101,7 +84,7 @@ def clear() -> None:
 
     cache = Cache()
     cache.clear()
-    print(f"{cache.path} is gone")
+    show(f"{cache.path} is gone")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"fill": fill, "show": show, "export": export_file, "import": import_file, "clear": clear}
+COMMANDS: dict[str, Callable[..., None]] = {"fill": fill, "show": show_cache, "export": export_file, "import": import_file, "clear": clear}

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from graphopt.core.errors import SaveError
@@ -71,3 +71,40 @@ def beside(out: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def staged(path: Path, text: Callable[[], str]) -> Iterator[None]:
+    """Write a text file around something else: drafted beside `path` before the body, so that what cannot be written shows before the body
+    has left anything, and put in place after it, with what the body has changed; not at all if the body fails.
+
+    Raises:
+        SaveError: the file cannot be written.
+    """
+    check_places((path,))
+    with beside(path.absolute()) as folder:
+        draft = folder / path.name
+        with _named(path):
+            draft.write_text(text(), encoding="utf-8")
+        yield
+        with _named(path):
+            draft.write_text(text(), encoding="utf-8")
+            os.replace(draft, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all.
+
+    Raises:
+        SaveError: the file cannot be written.
+    """
+    with staged(path, lambda: text):
+        pass
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SaveError(f"cannot write {path}: {error.strerror or error}") from error

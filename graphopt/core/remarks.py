@@ -52,3 +52,8 @@ class Remarks:
 
     def warning(self, node: str, message: str, **facts: Any) -> None:
         self._all.append(Remark("warning", self.current, node, message, facts))
+
+
+def plural(count: int, noun: str, many: str = "") -> str:
+    """`1 node`, `2 nodes`: a count in a message."""
+    return f"{count} {noun if count == 1 else many or noun + 's'}"

@@ -31,6 +31,7 @@ from graphopt.graph.interface import interface
 from graphopt.graph.verify import verify
 from graphopt.io.load import LoadOptions, check_options, load_both
 from graphopt.io.save import sources_of
+from graphopt.report.words import called
 from graphopt.run.race import parse_shapes
 from graphopt.run.samples import Samples
 
@@ -47,6 +48,7 @@ class Job:
         passes, lowerings: what runs, in this order.
         required: names of passes that must change something, and are never taken back.
         original, model: the input as it came, and its normal form; `run` changes neither.
+        name: what the input is called.
         loaded: what loading did; its changes are repairs of the input.
         source: the file that the input came from as it is, if it did.
         samples: all of them, for fitting, for choosing and for the loss alike; who splits them splits here, and gives `loss` its own part.
@@ -66,6 +68,7 @@ class Job:
     required: tuple[str, ...]
     original: ir.Model
     model: ir.Model
+    name: str
     loaded: PassRecord
     source: Path | None
     samples: Samples | None
@@ -126,7 +129,7 @@ class Job:
         check_places(files, sources_of(original), dumped)
         fed = _samples(samples, tokenizer, model, given)
         return cls(
-            where, tuple(passes), lowerings, tuple(require), original, model, loaded,
+            where, tuple(passes), lowerings, tuple(require), original, model, called(source), loaded,
             given if given is not None and given.is_file() and not options.get("input_shapes") else None,
             fed, Loss(where, original, fed, metric), max_loss, known, tuple(watchers), fuel, _promised(promise, pipeline, level, fuel),
             parse_shapes(shapes) if shapes else (), tell,

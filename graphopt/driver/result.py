@@ -125,4 +125,5 @@ def report_of(job: Job, lowered: ir.Model, records: list[PassRecord]) -> Report:
         records.append(PassRecord("save", 0, 0.0, [Remark("warning", "save", "", larger)]))
     described = {"name": str(target)} | target.report(lowered)
     judged = job.loss.report(lambda: target.session(lowered))
-    return Report(render(job.passes), described, before, after, records, judged, rises=[rise.as_dict() for rise in rises])
+    told = [rise.as_dict() for rise in rises]
+    return Report(render(job.passes), described, before, after, records, judged, rises=told, model=job.name, threads=target.threads)

@@ -1,4 +1,4 @@
-"""What a run has to say: elements, and the writers for a terminal, HTML and JSON."""
+"""What a run has to say: elements, and the writers for a terminal, HTML, Markdown and JSON."""
 
 from __future__ import annotations
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from graphopt.analysis.structure import AttentionBlock, Structure
-from graphopt.core import registry
-from graphopt.core.contract import Context
-from graphopt.core.pipeline import PassManager, parse
 from graphopt.graph.questions import all_nodes, consumers
-from graphopt.report.recognized import FUSE, RECOGNIZE
+from graphopt.report.recognized import FUSE, RECOGNIZE, read_behind
 
 
-def block_ends(graph: ir.Model, other: ir.Model, a: ir.Model, b: ir.Model, plugins: tuple[str, ...] = ()) -> tuple[dict[str, list[str]], str]:
+def block_ends(graph: ir.Model, other: ir.Model, a: ir.Model, b: ir.Model, plugins: Sequence[str] = ()) -> tuple[dict[str, list[str]], str]:
     """For each block, the values that both models have and that blocks behind it read; or why there are none.
 
     Args:
@@ -40,12 +39,9 @@ def block_ends(graph: ir.Model, other: ir.Model, a: ir.Model, b: ir.Model, plugi
     return {}, reason
 
 
-def _labels(model: ir.Model, plugins: tuple[str, ...]) -> tuple[dict[ir.Node, int], list[str]]:
+def _labels(model: ir.Model, plugins: Sequence[str]) -> tuple[dict[ir.Node, int], list[str]]:
     """For each node the block that it belongs to, an index into their names: the last block that it stands in or depends on."""
-    ctx = Context(model)
-    PassManager(parse(f"{RECOGNIZE}, {FUSE}", registry.passes(plugins))).run(model, ctx)
-    ctx.invalidate()
-    structure = ctx.get(Structure())
+    structure = read_behind(f"{RECOGNIZE}, {FUSE}", model, plugins).get(Structure())
     names, own = ["embeddings"], dict.fromkeys(structure.before, 0)
     for number, layer in enumerate(structure.layers):
         for block in layer.blocks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
@@ -13,6 +13,8 @@ from graphopt.analysis.structure import AttentionBlock, FfnBlock, Layer, Model, 
 from graphopt.core.contract import Context
 from graphopt.graph.questions import is_constant, static_dim
 from graphopt.graph.size import node_flops
+from graphopt.report.document import Document
+from graphopt.report.elements import Table
 
 _KINDS = {"self": "self-attention", "cross": "cross-attention"}
 
@@ -32,12 +34,27 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Card:
+class Card(Document):
     """`sizes`: the bindings at which FLOPs are counted; `declined`: every Softmax that is not part of an attention, with the reason."""
+
+    title: ClassVar[str] = "graphopt card"
 
     parts: tuple[Part, ...]
     sizes: Mapping[str, int]
     declined: tuple[tuple[str, str], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"parts": [part.as_dict() for part in self.parts], "sizes": dict(self.sizes)}
+
+    def elements(self) -> Sequence[Table]:
+        """Layers that follow each other and are alike are one line."""
+        rows = [
+            (f"{p.count} x" if p.count > 1 else "", p.part, p.what, f"{p.parameters:,}", f"{p.flops / 1e6:,.1f}" if p.flops else "")
+            for p in self.parts
+        ]
+        sizes = ", ".join(f"{name}={size}" for name, size in self.sizes.items()) or "static sizes"
+        title = f"blocks (parameters and MFLOPs of one, at {sizes})"
+        return [Table(("", "block", "what", "parameters", "MFLOPs"), rows, title, "lllrr")]
 
 
 def card(model: ir.Model, ctx: Context, sizes: Mapping[str, int]) -> Card:

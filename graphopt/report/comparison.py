@@ -7,24 +7,24 @@ as the models run, so that errors pile up, and alone, fed with the values of A, 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.calibration.padding import Kept, Padding
 from graphopt.core.contract import Array
-from graphopt.core.errors import GraphoptError, SaveError
-from graphopt.core.remarks import Remarks
+from graphopt.core.errors import GraphoptError
+from graphopt.core.remarks import Remarks, plural
 from graphopt.core.replay import Batch
 from graphopt.graph import interface
 from graphopt.io import load
 from graphopt.report.blocks import block_ends
+from graphopt.report.document import Document
+from graphopt.report.elements import Element, Line, Plot, Table
+from graphopt.report.words import called, head, plain
 from graphopt.run.distance import Running
 from graphopt.run.observe import exposed
 from graphopt.run.samples import Samples, runnable_samples
@@ -77,8 +77,10 @@ class BlockDifference:
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class Comparison(Document):
     """How B differs from A. `note` says why inner values were not (or not all) compared."""
+
+    title: ClassVar[str] = "graphopt compare"
 
     a: str
     b: str
@@ -108,27 +110,24 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         """JSON values; an infinite ratio is the text `inf` or `-inf`."""
         facts = dataclasses.asdict(self) | {"enters": None if self.enters is None else self.enters.name, "verdict": self.verdict}
-        found: dict[str, Any] = _plain(facts)
+        found: dict[str, Any] = plain(facts)
         return found
 
-    def json(self) -> str:
-        return json.dumps(self.as_dict(), indent=1)
-
-    def save(self, path: str | Path) -> None:
-        """Write FILE.json, or FILE.html with a plot.
-
-        Raises:
-            SaveError: another suffix, or the file cannot be written.
-        """
-        from graphopt.report import html
-
-        path = Path(path)
-        if path.suffix not in (".json", ".html"):
-            raise SaveError(f"a report is FILE.json or FILE.html, found {path}")
-        try:
-            path.write_text(html.comparison_page(self) if path.suffix == ".html" else self.json() + "\n", encoding="utf-8")
-        except OSError as error:
-            raise SaveError(f"cannot write {path}: {error.strerror}") from error
+    def elements(self) -> Sequence[Element]:
+        """Every output with its worst channels, every block with its error, and where the error enters."""
+        title = f"outputs on {plural(self.samples, 'batch', 'batches')}{', made up' if self.made_up else ''}"
+        columns = ("output", "SNR dB", "relative L2", "cosine", "smallest", "max |d|", "worst channels (relative L2)")
+        found: list[Element] = [
+            head(A=self.a, B=self.b),
+            Table(columns, [_output_row(x) for x in self.outputs], title, "lrrrrrl"),
+        ]
+        if self.blocks:
+            ratios = [(x.name, x.snr, x.own) for x in self.blocks]
+            found.append(Plot("signal-to-noise ratio", ratios, "as the models run", "the block alone", "dB", tick=20, detail=True))
+            columns = ("block", "SNR dB", "alone", "relative L2", "cosine", "max |d|", "value")
+            rows = [(x.name, f"{x.snr:.1f}", f"{x.own:.1f}", f"{x.l2:.3g}", f"{x.cosine:.6f}", f"{x.max_abs:.3g}", x.value) for x in self.blocks]
+            found.append(Table(columns, rows, "blocks, in order", "lrrrrrl"))
+        return [*found, Line(self.verdict), *([Line(self.note)] if self.note and self.blocks else [])]
 
 
 def compare(
@@ -141,7 +140,7 @@ def compare(
         samples: what `Samples.load` takes; by default three batches that are made up by type.
         tokenizer: for samples that are text.
         threads: of the runtime; 0 = its choice.
-        plugins: files or modules that bring passes.
+        plugins: files or modules that bring passes, as the blocks are read by passes.
         options: of loading, for both models.
 
     Raises:
@@ -171,7 +170,7 @@ def compare(
             blocks, note = _blocks(first, second, given, padding, ends, min(least, _EXACT) - _STRANGER, threads)
         except GraphoptError as error:
             note = f"a model does not run with its inner values shown ({error})"
-    return Comparison(_called(a), _called(b), len(given), samples is None, found, blocks, note)
+    return Comparison(called(a), called(b), len(given), samples is None, found, blocks, note)
 
 
 def check_same_interface(a: ir.Model, b: ir.Model) -> None:
@@ -225,7 +224,8 @@ def _blocks(
             _add({name: sums[name] for name in names}, kept, base, {name: _like(arrays[name], base[name]) for name in names})
     found = {block: [v for v in values if v in names] for block, values in ends.items()}
     rows = tuple(_block(block, values, together, alone) for block, values in found.items() if values)
-    note = f"{len(strangers)} values of the same name hold other numbers and were left out, such as `{strangers[0]}`" if strangers else ""
+    many = plural(len(strangers), "value of the same name holds other numbers and was", "values of the same name hold other numbers and were")
+    note = f"{many} left out, such as `{strangers[0]}`" if strangers else ""
     return rows, note
 
 
@@ -281,13 +281,6 @@ def _output(name: str, running: Running) -> OutputDifference:
     return OutputDifference(name, running.snr, running.l2, running.cosine, running.cosine_min, running.max_abs, channels)
 
 
-def _called(source: Any) -> str:
-    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+def _output_row(x: OutputDifference) -> tuple[str, ...]:
+    channels = ", ".join(f"{channel} ({share:.2g})" for channel, share in x.channels)
+    return (x.name, f"{x.snr:.1f}", f"{x.l2:.3g}", f"{x.cosine:.6f}", f"{x.cosine_min:.6f}", f"{x.max_abs:.3g}", channels)

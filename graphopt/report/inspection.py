@@ -7,29 +7,31 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import onnx_ir as ir
 
 from graphopt.analysis.attention import AttentionFacts, Attentions
-from graphopt.core import registry
-from graphopt.core.contract import Context
-from graphopt.core.pipeline import PassManager, parse
 from graphopt.core.remarks import Remarks
 from graphopt.graph.questions import all_nodes, attr, shape_text, static_dim
 from graphopt.graph.serialize import model_bytes
 from graphopt.graph.size import Size, size
 from graphopt.io import load
 from graphopt.report.card import Card, card
-from graphopt.report.recognized import FUSE, RECOGNIZE
+from graphopt.report.document import Document
+from graphopt.report.elements import Element, Line, Table
+from graphopt.report.recognized import FUSE, RECOGNIZE, read_behind
+from graphopt.report.words import called, head, megabytes
 from graphopt.run.race import sizes_for
 
 Facts = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Inspection:
+class Inspection(Document):
     """Sizes and operators are those of the model as it came; `blocks` and `declined` come from its normal form, canonicalized."""
+
+    title: ClassVar[str] = "graphopt inspect"
 
     source: str
     size: Size
@@ -47,8 +49,36 @@ class Inspection:
         for field in dataclasses.fields(self):
             if field.name != "size":
                 out[field.name] = getattr(self, field.name)
-        parts = {"parts": [part.as_dict() for part in self.card.parts], "sizes": dict(self.card.sizes)}
-        return out | {"ops": dict(self.ops), "inputs": _ports(self.inputs), "outputs": _ports(self.outputs), "card": parts}
+        return out | {"ops": dict(self.ops), "inputs": _ports(self.inputs), "outputs": _ports(self.outputs), "card": self.card.as_dict()}
+
+    def elements(self) -> Sequence[Element]:
+        """What it is, its interface, its card, its operators, and every attention or why it is none."""
+        known = dataclasses.asdict(self.size)
+        rows = [
+            (key.replace("_", " "), megabytes(known[key]) if key in ("bytes", "metadata") else f"{known[key]:,}")
+            for key in ("nodes", "parameters", "bytes", "metadata", "opset", "ir_version")
+        ]
+        ports = [("in", *p) for p in self.inputs] + [("out", *p) for p in self.outputs]
+        counts = sorted(self.ops.items(), key=lambda item: (-item[1], item[0]))
+        found = [
+            head(),
+            Table(("model", self.source), [*rows, ("producer", self.producer or "not named")]),
+            Table(("", "name", "type"), ports, "inputs and outputs"),
+            *self.card.elements(),
+            Table(("operator", "count"), counts, "operators", "lr"),
+        ]
+        if self.blocks:
+            columns = ("node", "heads", "kv_heads", "head_dim", "scale", "mask")
+            found.append(Table(columns, [[_cell(block[c]) for c in columns] for block in self.blocks], "attention", "lrrrrl"))
+        if self.declined:
+            found.append(Table(("node", "reason"), [(d["node"], d["reason"]) for d in self.declined], "not attention"))
+        return found if self.blocks or self.declined else [*found, Line("no attention found")]
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else "" if value is None else str(value)
 
 
 def inspect(source: Any, *, plugins: Sequence[str] = (), **options: Unpack[load.LoadOptions]) -> Inspection:
@@ -65,7 +95,7 @@ def inspect(source: Any, *, plugins: Sequence[str] = (), **options: Unpack[load.
     is_file = isinstance(source, (str, os.PathLike)) and Path(source).is_file()
     blocks, declined = attention(model, tuple(plugins))
     return Inspection(
-        source=str(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__,
+        source=called(source),
         size=Size.of(original, size(source) if is_file else model_bytes(original)),
         producer=" ".join(filter(None, (original.producer_name, original.producer_version))),
         ops=Counter(f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in all_nodes(original)),
@@ -80,16 +110,12 @@ def inspect(source: Any, *, plugins: Sequence[str] = (), **options: Unpack[load.
 
 def _card(model: ir.Model, plugins: tuple[str, ...]) -> Card:
     """The card of a canonicalized model, which is fused for it; FLOPs for one sequence of 128, or what the model has instead."""
-    ctx = Context(model)
-    PassManager(parse(FUSE, registry.passes(plugins))).run(model, ctx)
-    ctx.invalidate()
-    return card(model, ctx, list(sizes_for(model).values())[:2][-1])
+    return card(model, read_behind(FUSE, model, plugins), list(sizes_for(model).values())[:2][-1])
 
 
 def attention(model: ir.Model, plugins: tuple[str, ...] = ()) -> tuple[list[Facts], list[Facts]]:
     """The attentions of a model in normal form, and the candidates that are none, in the order of the graph; `model` is canonicalized."""
-    ctx = Context(model)
-    PassManager(parse(RECOGNIZE, registry.passes(plugins))).run(model, ctx)
+    ctx = read_behind(RECOGNIZE, model, plugins)
     blocks, declined = [], []
     for node, facts in ctx.get(Attentions()).items():
         if not isinstance(facts, str):

@@ -1,22 +1,79 @@
-"""What there is to choose from: names without importing anything, options and purposes where they are asked for."""
+"""What there is: passes and targets to choose from, and timings in the cache."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from graphopt.core.errors import PipelineError
 from graphopt.core.options import near
 from graphopt.core.registry import Registry
+from graphopt.core.remarks import plural
+from graphopt.report.document import Document
+from graphopt.report.elements import Element, Line, Table, Text
 
 
-def rows(known: Registry, *, options: bool = False) -> list[dict[str, str]]:
+@dataclasses.dataclass(frozen=True)
+class Listing(Document):
+    """Facts about each of several things, as text; all have the same keys."""
+
+    rows: Sequence[Mapping[str, str]]
+
+    def as_dict(self) -> list[dict[str, str]]:
+        return [dict(row) for row in self.rows]
+
+    def elements(self) -> Sequence[Table]:
+        columns = tuple(next(iter(self.rows), {}))
+        return [Table(columns, [[row[column] for column in columns] for row in self.rows])]
+
+
+@dataclasses.dataclass(frozen=True)
+class Described(Document):
+    """One pass or target in full."""
+
+    facts: Mapping[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(self.facts)
+
+    def elements(self) -> Sequence[Text]:
+        facts = self.facts
+        kind = "" if facts.get("exact", True) else ", may change the numbers"
+        return [Text(f"{facts['name']} ({facts['owner']}{kind})\n  options: {facts['options'] or 'none'}\n\n{facts['doc']}")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cached(Document):
+    """The timings of a tuning cache, as its `rows` give them, and where it is."""
+
+    rows: Sequence[Mapping[str, Any]]
+    path: str
+
+    def as_dict(self) -> list[dict[str, Any]]:
+        return [dict(row) for row in self.rows]
+
+    def elements(self) -> Sequence[Element]:
+        """A table for each machine."""
+        machines: dict[tuple[Any, ...], list[tuple[str, ...]]] = {}
+        for row in sorted(self.rows, key=lambda r: (r["description"], r["shape"], r["seconds"])):
+            where = (row["processor"], row["runtime"], row["provider"], row["threads"])
+            machines.setdefault(where, []).append((row["description"], row["spelling"].partition(" (")[0], f"{row['seconds'] * 1e3:.4f}"))
+        found: list[Element] = []
+        for (processor, runtime, provider, threads), lines in machines.items():
+            found.append(Line(f"{processor} | {runtime} | {provider} | {plural(threads, 'thread')}"))
+            found.append(Table(("piece", "spelling", "ms"), lines, align="llr"))
+        return [*found, Text(f"{plural(len(self.rows), 'timing')} in {self.path}")]
+
+
+def listed(known: Registry, *, options: bool = False) -> Listing:
     """Name and owner of each; with `options` also its options and the first line of its docstring, which imports every module.
 
     A module that cannot be imported is listed with the reason.
     """
     if not options:
-        return [{"name": name, "owner": known.owner(name)} for name in known]
+        return Listing([{"name": name, "owner": known.owner(name)} for name in known])
     found = []
     for name in known:
         try:
@@ -25,10 +82,10 @@ def rows(known: Registry, *, options: bool = False) -> list[dict[str, str]]:
         except Exception as error:  # noqa: BLE001 -- one broken module must not hide the others; its reason stands in the list
             options_text, purpose = "", f"cannot be imported: {type(error).__name__}: {error}"
         found.append({"name": name, "options": options_text, "purpose": purpose, "owner": known.owner(name)})
-    return found
+    return Listing(found)
 
 
-def describe(known: Registry, name: str, kind: str) -> dict[str, Any]:
+def described(known: Registry, name: str, kind: str) -> Described:
     """Everything about one pass or target.
 
     Raises:
@@ -38,12 +95,7 @@ def describe(known: Registry, name: str, kind: str) -> dict[str, Any]:
         raise PipelineError(f"there is no {kind} `{name}`{near(name, known)}; `graphopt {kind}{'es' if kind == 'pass' else 's'}` lists them")
     cls = known[name]
     facts = {"name": name, "owner": known.owner(name), "options": cls.describe(), "doc": _doc(cls)}
-    return facts | ({"exact": cls.exact} if kind == "pass" else {})
-
-
-def text(facts: dict[str, Any]) -> str:
-    kind = "" if facts.get("exact", True) else ", may change the numbers"
-    return f"{facts['name']} ({facts['owner']}{kind})\n  options: {facts['options'] or 'none'}\n\n{facts['doc']}"
+    return Described(facts | ({"exact": cls.exact} if kind == "pass" else {}))
 
 
 def _doc(cls: type) -> str:

@@ -1,24 +1,21 @@
-"""What an optimization did, as data: JSON for tools, HTML for people, and a text summary."""
+"""What an optimization did."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import os
 import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
-from graphopt.core.errors import SaveError
 from graphopt.core.pipeline import PassRecord
-from graphopt.core.places import beside, check_places
-from graphopt.core.remarks import Remark
+from graphopt.core.remarks import Remark, plural
 from graphopt.graph.size import Size
-from graphopt.report.words import _plain, megabytes, plural, rise_text
+from graphopt.report.document import Document
+from graphopt.report.elements import Element, Line, Table
+from graphopt.report.words import head, megabytes
 
 _VARYING = re.compile(r"`[^`]*`|\d+(\.\d+)?%?")  # what differs between remarks that say the same
+_SHOWN = 12  # kinds of remark, at most, before the list is cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +50,15 @@ class Timing:
 
 
 @dataclasses.dataclass
-class Report:
+class Report(Document):
     """The record of one `optimize` call; every number that is missing says why.
 
-    `rises` are versions that the output needs and the input did not: {what, before, after, reason}.
+    Attributes:
+        rises: versions that the output needs and the input did not: {what, before, after, reason}.
+        model, threads: what the input is called, and the threads that it was timed with, where they are known.
     """
+
+    title: ClassVar[str] = "graphopt report"
 
     pipeline: str
     target: dict[str, Any]
@@ -68,6 +69,8 @@ class Report:
     speed_up: Measured = Measured(None, "not measured; leave out --no-measure, or call Result.measure()")
     latency: Sequence[Timing] = ()
     rises: Sequence[dict[str, Any]] = ()
+    model: str = ""
+    threads: int | None = None
 
     @property
     def changes(self) -> int:
@@ -78,8 +81,8 @@ class Report:
         """Bytes of the input over bytes of the output."""
         return self.input.bytes / max(1, self.output.bytes)
 
-    def remarks(self, kind: str) -> list[Remark]:
-        return [remark for record in self.passes for remark in record.remarks if remark.kind == kind]
+    def remarks(self, kind: str = "all") -> list[Remark]:
+        return [remark for record in self.passes for remark in record.remarks if kind in ("all", remark.kind)]
 
     def grouped(self, kind: str) -> list[str]:
         """One line for remarks of one pass that differ in names and numbers only; the most frequent first."""
@@ -107,55 +110,80 @@ class Report:
             "passes": [record.as_dict() for record in self.passes],
         }
 
-    def json(self) -> str:
-        return json.dumps(self.as_dict(), indent=1, default=_plain)
+    def elements(self) -> Sequence[Element]:
+        """Sizes, latency, what each pass did, and why candidates were declined; every remark is a detail."""
+        changed = ", ".join(record.name for record in self.passes if record.changes)
+        found: list[Element] = [
+            head(
+                model=self.model,
+                pipeline=self.pipeline,
+                changed_by=changed,
+                target=self.target.get("name", ""),
+                threads="" if self.threads is None else self.threads,
+            ),
+            self._sizes(),
+            self._latency() if self.latency else Line(self._speed_up()),
+            Line(self._loss()),
+        ]
+        told = [f"{key} {len(value) if isinstance(value, list) else value}" for key, value in self.target.items() if key != "name" and value]
+        if told:
+            found.append(Line(f"target {self.target['name']}: {', '.join(told)}"))
+        found += [Line(_rise(rise)) for rise in self.rises]
+        passes = [(r.name, r.changes, f"{r.seconds:.2f}", sum(x.kind == "missed" for x in r.remarks) or "") for r in self.passes]
+        found.append(Table(("pass", "changes", "seconds", "missed"), passes, plural(self.changes, "change"), "lrrr"))
+        for kind in ("missed", "warning"):
+            reasons = self.grouped(kind)
+            found += map(Line, reasons[:_SHOWN])
+            if len(reasons) > _SHOWN:
+                found.append(Line(f"... and {plural(len(reasons) - _SHOWN, 'more reason')}: --remarks all"))
+        if remarks := self.remarks():
+            rows = [(x.kind, x.pass_name, x.node, x.message) for x in remarks]
+            found.append(Table(("kind", "pass", "node", "message"), rows, "remarks", detail=True))
+        return found
 
-    def save(self, path: str | Path) -> None:
-        """Write `.json` or `.html` (one file that needs nothing else), whole or not at all.
+    def _sizes(self) -> Table:
+        a, b = self.input, self.output
+        rows = [
+            ("size", megabytes(a.bytes), megabytes(b.bytes), _ratio(a.bytes, b.bytes)),
+            ("nodes", a.nodes, b.nodes, ""),
+            ("parameters", f"{a.parameters:,}", f"{b.parameters:,}", ""),
+            ("opset", a.opset, b.opset, ""),
+            ("IR version", a.ir_version, b.ir_version, ""),
+            ("metadata", megabytes(a.metadata), megabytes(b.metadata), ""),
+        ]
+        return Table(("model", "input", "output", ""), rows, align="lrrr")
 
-        Raises:
-            SaveError: another extension, or the file cannot be written.
-        """
-        with self.staged(path):
-            pass
+    def _latency(self) -> Table:
+        rows = [(t.shape, f"{t.input_ms:.2f}", f"{t.output_ms:.2f}", f"{t.speed_up:.2f}x") for t in self.latency]
+        rows.append(("geometric mean", "", "", self.speed_up.text("{:.2f}x")))
+        return Table(("shape", "input", "output", "speed-up"), rows, "latency in ms", "lrrr")
 
-    @contextlib.contextmanager
-    def staged(self, path: str | Path) -> Iterator[None]:
-        """As `save`, around something else: written beside `path` before the body, so that what cannot be written shows before the body
-        has left anything, and put in place after it; not at all if the body fails.
-        """
-        path = Path(path)
-        if path.suffix not in (".json", ".html"):
-            raise SaveError(f"a report is FILE.json or FILE.html, found {path}")
-        check_places((path,))
-        with beside(path.absolute()) as folder:
-            draft = folder / path.name
-            self._write(draft, path)
-            yield
-            self._write(draft, path)  # the body may have found out more
-            os.replace(draft, path)
+    def _speed_up(self) -> str:
+        return f"speed-up {self.speed_up.text('{:.2f}x')}"
 
-    def _write(self, draft: Path, path: Path) -> None:
-        try:
-            draft.write_text(self._text(path.suffix), encoding="utf-8")
-        except OSError as error:
-            raise SaveError(f"cannot write the report {path}: {error.strerror or error}") from error
-
-    def _text(self, suffix: str) -> str:
-        if suffix == ".json":
-            return self.json() + "\n"
-        from graphopt.report.html import page
-
-        return page(self)
+    def _loss(self) -> str:
+        return f"loss {self.loss.text('{:.3g}')}" + (f" ({self.loss.how})" if self.loss.how else "")
 
     def __str__(self) -> str:
         lines = [
             f"{plural(self.changes, 'change')} by `{self.pipeline}`",
             f"nodes {self.input.nodes} -> {self.output.nodes}, {megabytes(self.input.bytes)} -> {megabytes(self.output.bytes)} "
             f"({self.compression_ratio:.2f}x smaller), opset {self.input.opset} -> {self.output.opset}",
-            f"speed-up {self.speed_up.text('{:.2f}x')}",
-            f"loss {self.loss.text('{:.3g}')}",
+            self._speed_up(),
+            self._loss(),
         ]
-        lines += [rise_text(rise) for rise in self.rises]
+        lines += map(_rise, self.rises)
         lines += [f"{record.name}: {plural(record.changes, 'change')}" for record in self.passes if record.changes]
         return "\n".join(lines + self.grouped("missed") + self.grouped("warning"))
+
+
+def _rise(rise: Mapping[str, Any]) -> str:
+    return f"{rise['what']} {rise['before']} -> {rise['after']}: {rise['reason']}"
+
+
+def _ratio(before: int, after: int) -> str:
+    if before == after:
+        return ""
+    if abs(after - before) < before / 200:
+        return f"{after - before:+,} bytes"
+    return f"{before / max(1, after):.2f}x smaller" if after < before else f"{after / max(1, before):.2f}x larger"

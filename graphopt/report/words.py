@@ -1,26 +1,55 @@
-"""Numbers and counts as words."""
+"""Numbers, names and circumstances as words."""
 
 from __future__ import annotations
 
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from graphopt.core.machine import processor
+from graphopt.report.elements import Table
 
-def rise_text(rise: dict[str, Any]) -> str:
-    return f"{rise['what']} {rise['before']} -> {rise['after']}: {rise['reason']}"
+_PACKAGES = ("graphopt", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "torch")
 
 
 def megabytes(nbytes: int) -> str:
     return f"{nbytes / 1e6:.1f} MB" if nbytes >= 100_000 else f"{nbytes / 1e3:.1f} kB"
 
 
-def plural(count: int, noun: str, many: str = "") -> str:
-    return f"{count} {noun if count == 1 else many or noun + 's'}"
+def called(source: Any) -> str:
+    """What a model is called: its path, or the type of an object."""
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__
 
 
-def _plain(value: object) -> Any:
-    """Numbers of numpy and sets, as JSON has neither."""
+def head(**facts: object) -> Table:
+    """The head of a page: `facts` that are not empty, and what every number in it depends on: versions, the processor, the day."""
+    told = {key.replace("_", " "): text for key, value in facts.items() if (text := str(value))}
+    told |= {"versions": ", ".join(_versions()), "processor": processor(), "date": time.strftime("%Y-%m-%d %H:%M %z")}
+    return Table(("", ""), list(told.items()), detail=True)
+
+
+def _versions() -> Iterator[str]:
+    from importlib import metadata
+
+    for name in _PACKAGES:
+        try:
+            yield f"{name} {metadata.version(name)}"
+        except metadata.PackageNotFoundError:
+            continue
+
+
+def plain(value: Any) -> Any:
+    """JSON values: numbers of numpy and sets have no form in JSON, and nor has a number that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
     if hasattr(value, "item"):
-        return value.item()
-    if isinstance(value, (set, frozenset, tuple)):
-        return sorted(map(str, value)) if not isinstance(value, tuple) else list(value)
-    return str(value)
+        return plain(value.item())
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)

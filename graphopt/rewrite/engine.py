@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from graphopt.core.contract import Context
+from graphopt.core.remarks import plural
 from graphopt.graph import dims, shapes
 from graphopt.graph.questions import all_nodes, graphs, is_constant, shape_text
 from graphopt.rewrite.builder import _SMALL, Builder
@@ -141,7 +142,7 @@ def can_rename(value: ir.Value, graph: ir.Graph | ir.Function) -> bool:
 
 def rule_text(match: Match, new: Sequence[ir.Node]) -> str:
     made = ", ".join(n.op_type for n in new) or "nothing"
-    return f"{len(match.nodes)} nodes -> {made}"
+    return f"{plural(len(match.nodes), 'node')} -> {made}"
 
 
 def remap(thing: Any, replaced: Mapping[ir.Value, ir.Value]) -> Any:

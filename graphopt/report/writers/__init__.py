@@ -1,0 +1,1 @@
+"""The writers of elements, one file a format."""
