@@ -26,8 +26,8 @@ from graphopt.run.observe import observable
 class PruneHidden(Pass):
     """Remove channels of the hidden state: columns of embeddings, scales and biases of norms, rows and columns of projections, the head.
 
-    A channel is worth what leaving it out changes in the results of the projections that read its stream, E[x_c^2] ||W_c||^2 relative to the whole, added
-    over the projections (the activation-based width importance of Muralidharan et al. 2024, weighted by the readers). The norms see fewer
+    A channel is worth what leaving it out changes in the results of the projections that read its stream, E[x_c^2] ||W_c||^2 relative to the whole,
+    added over the projections (the activation-based width importance of Muralidharan et al. 2024, weighted by the readers). The norms see fewer
     channels afterwards, so that this costs more than pruning heads or neurons, and wants training behind it.
 
     Args:

@@ -208,6 +208,7 @@ def _blocks(
     from graphopt.run import ort
 
     names = list(dict.fromkeys(v for values in ends.values() for v in values))
+    padding.about(names)
     left, right = (ort.session(exposed(x, names), threads=threads) for x in (a, b))
     together, alone = ({name: Running() for name in names} for _ in range(2))
     cut: Any = None
