@@ -6,16 +6,18 @@ This file holds what they share. Each engine is imported by name, so that none c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
+import onnx_ir as ir
 
 from graphopt.core.contract import Array
 from graphopt.core.errors import TargetError
 
 Feeds = Mapping[str, Array]
-Dim = int | str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,54 @@ class Port:
 
     name: str
     dtype: np.dtype[Any] | None
-    shape: tuple[Dim, ...]
+    shape: tuple[int | str | None, ...]
+
+    @classmethod
+    def of(cls, value: ir.Value) -> Port:
+        """That of an input or output of a graph."""
+        dims = () if value.shape is None else tuple(d if isinstance(d, int) else d.value for d in value.shape)
+        try:
+            dtype = value.dtype.numpy() if isinstance(value.type, ir.TensorType) and value.dtype is not None else None
+        except TypeError:
+            dtype = None
+        return cls(str(value.name), dtype, dims)
+
+
+class Loaded(ABC):
+    """A loaded model. `inputs` are what `run` must be fed; an overridable initializer may be fed as well."""
+
+    engine: ClassVar[str]  # its name in errors
+
+    def __init__(self, inputs: Iterable[Port], outputs: Iterable[Port], defaults: Iterable[str]) -> None:
+        self.inputs, self.outputs, self._defaults = tuple(inputs), tuple(outputs), frozenset(defaults)
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """The outputs by name, in order.
+
+        Raises:
+            TargetError: an input is missing or unknown, or the engine failed; one line.
+        """
+        check_feeds({k: v for k, v in feeds.items() if k not in self._defaults}, self.inputs)
+        names = [port.name for port in self.outputs]
+        try:
+            arrays = self._call(names, dict(feeds))
+        except Exception as error:
+            raise TargetError(f"{self.engine} failed to run the model: {one_line(error)}") from error
+        return dict(zip(names, arrays, strict=True))
+
+    @abstractmethod
+    def _call(self, outputs: list[str], feeds: dict[str, Array]) -> Sequence[Array]: ...
+
+
+def saved(path: str | os.PathLike[str]) -> str:
+    """The path of a saved model.
+
+    Raises:
+        TargetError: there is no such file.
+    """
+    if not os.path.isfile(path):
+        raise TargetError(f"{os.fspath(path)} is not a file; give a saved .onnx model")
+    return os.fspath(path)
 
 
 def one_line(error: BaseException) -> str:
