@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Grid, Linear, StoredOperands
-from graphopt.core.contract import Analysis, Context
+from graphopt.core.contract import Analysis, Array, Context
 from graphopt.graph.questions import attr, constant, producer
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Match, Miss
@@ -27,8 +27,6 @@ _BITS = {ir.DataType.INT4: 4, ir.DataType.UINT4: 4, ir.DataType.INT8: 8, ir.Data
 _BLOCKS = (16, 32, 64, 128, 256)  # that the runtime's kernels have
 _WHOLE_ROWS = (64, 32, 16)  # in which a row of one scale is cut, its scale repeated
 PACKED = "graphopt.packed"  # value.meta of an initializer: (what it was packed from, the block); another spelling of the model finds it there
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclasses.dataclass(frozen=True)

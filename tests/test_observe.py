@@ -10,7 +10,7 @@ import graphopt
 from graphopt.calibration.moments import input_moments
 from graphopt.core.contract import Context
 from graphopt.core.errors import GraphoptError, SampleError
-from graphopt.run.observe import limited, shown
+from graphopt.run.observe import Limited, shown
 
 TEXT = """<ir_version: 10, opset_import: ["": 23]>
 g (float[B,4] x, bool c) => (float[B,4] y) <float[4,4] w> {
@@ -69,7 +69,7 @@ def test_inputs_alone_can_be_observed() -> None:
 
 def test_limited_batches_start_anew_for_every_group_of_values() -> None:
     graph, batches = graphopt.load(model()), feeds(4)
-    few = limited(batches, 6)  # 1 + 2 + 3 rows
+    few = Limited(batches, 6)  # 1 + 2 + 3 rows
     assert [len(list(few)) for _ in range(2)] == [3, 3]
     values = [graph.graph.inputs[0], next(iter(graph.graph)).outputs[0]]
     together, apart = (list(input_moments(Context(graph, samples=batches), values, rows=6, limit=limit)) for limit in (2**20, 1))

@@ -19,9 +19,9 @@ from graphopt.core.fuel import Fuel
 from graphopt.core.options import near
 from graphopt.core.pipeline import Instrument, PassManager, PassRecord, parse, render
 from graphopt.core.places import check_places
-from graphopt.core.remarks import Remarks
+from graphopt.core.remarks import Progress, Remarks
 from graphopt.driver import promise as promises
-from graphopt.driver.history import History, Progress
+from graphopt.driver.history import History
 from graphopt.driver.instruments import Dump
 from graphopt.driver.loss import NO_SAMPLES, Loss
 from graphopt.driver.promise import Outcome

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.core.contract import Array
 from graphopt.core.errors import LoadError
 from graphopt.graph.fold import is_pure
 from graphopt.graph.opset.node_form import WORKING
@@ -16,7 +17,6 @@ from graphopt.rewrite.dead import detach
 
 _SMALL = 64  # elements of a value that is worth evaluating
 _DEEP = 100  # nodes on the way to a condition
-Array = np.ndarray[Any, Any]
 
 
 # ---- functions ----------------------------------------------------------------------------------------------------------------------------

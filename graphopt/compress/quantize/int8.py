@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+from graphopt.core.contract import Array
+
 REDUCED = 64  # codes up to this size are safe where a CPU adds two products with uint8 in 16 bits
 _CHUNK = 1 << 22  # elements that are coded at a time, so that a large table needs little memory beside its codes
 
