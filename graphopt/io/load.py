@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack
 import onnx
 import onnx_ir as ir
 
-from graphopt.core.errors import LoadError
+from graphopt.core.errors import LoadError, about
 from graphopt.core.options import near
 from graphopt.core.remarks import Remarks
 from graphopt.graph.opset import versions as opset
 from graphopt.graph.opset.node_form import WORKING
+from graphopt.io import huggingface, torch_module
 from graphopt.io import onnx_file as reading
 from graphopt.io.bind_shapes import override_shapes
 from graphopt.io.normal_form import normalize
@@ -92,7 +93,7 @@ def _open(source: Source, options: LoadOptions, remarks: Remarks) -> tuple[ir.Mo
     shapes = options.get("input_shapes")
     model, name, files = read(source, options, remarks)
     remember(model, name, files)
-    with _named(name):
+    with about(name):
         check_outputs(model)
         if shapes:
             override_shapes(model, shapes)
@@ -100,18 +101,9 @@ def _open(source: Source, options: LoadOptions, remarks: Remarks) -> tuple[ir.Mo
 
 
 def _normal(model: ir.Model, name: str, remarks: Remarks) -> ir.Model:
-    with _named(name):
+    with about(name):
         normalize(model, remarks)
     return model
-
-
-@contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
-    """An error says of which model it is."""
-    try:
-        yield
-    except LoadError as error:
-        raise LoadError(f"{name}: {error}") from None
 
 
 @contextlib.contextmanager
@@ -138,9 +130,8 @@ def read(source: Any, options: LoadOptions, remarks: Remarks) -> tuple[ir.Model,
     if (example_inputs is not None or example_kwargs is not None) and "torch.Module" not in kinds:
         raise LoadError(f"example inputs are for a torch.nn.Module, and {_describe(source)} is none")
     if folder:
-        from graphopt.io import huggingface
-
-        return huggingface.export_folder(Path(source), task, with_past, remarks), str(source), _files_under(Path(source))
+        files = [str(p.absolute()) for p in Path(source).rglob("*") if p.is_file()]
+        return huggingface.export_folder(Path(source), task, with_past, remarks), str(source), files
     if isinstance(source, str | os.PathLike):
         return reading.from_file(Path(source))
     if isinstance(source, onnx.ModelProto):
@@ -148,22 +139,14 @@ def read(source: Any, options: LoadOptions, remarks: Remarks) -> tuple[ir.Model,
     if isinstance(source, ir.Model):
         return reading.from_model(source)
     if "torch.ExportedProgram" in kinds:
-        from graphopt.io import torch_module as export
-
-        return export.export_program(source, remarks), "the ExportedProgram", []
+        return torch_module.export_program(source, remarks), "the ExportedProgram", []
     if "torch.Module" in kinds:
-        from graphopt.io import torch_module as export
-
-        return export.export_module(source, example_inputs, example_kwargs, options.get("dynamic_shapes"), remarks), _describe(source), []
+        return torch_module.export_module(source, example_inputs, example_kwargs, options.get("dynamic_shapes"), remarks), _describe(source), []
     raise LoadError(f"cannot load {_describe(source)}: give a path, an onnx.ModelProto, an onnx_ir.Model, a torch.nn.Module or an ExportedProgram")
 
 
 def _describe(source: Any) -> str:
     return str(source) if isinstance(source, str | os.PathLike) else f"an object of type {type(source).__module__}.{type(source).__qualname__}"
-
-
-def _files_under(folder: Path) -> list[str]:
-    return [str(p.absolute()) for p in folder.rglob("*") if p.is_file()]
 
 
 # ---- what is remembered, and overridden -----------------------------------------------------------------------------------------------

@@ -36,24 +36,24 @@ def resize(
     factors, targets = _targets(x, dims, scales, sizes, keep_aspect_ratio_policy)
     kernels: dict[str, Kernel] = {"nearest": _ROUNDING[nearest_mode], "linear": _linear, "cubic": functools.partial(_cubic, cubic_coeff_a)}
     kernel = kernels[mode]
-    crop = [] if roi is None else roi.tolist()
+    cropped = coordinate_transformation_mode == "tf_crop_and_resize"
+    crop = roi.tolist() if cropped and roi is not None else [0.0] * len(dims) + [1.0] * len(dims)
     outside = torch.zeros((), dtype=torch.bool, device=x.device)
     dtype = x.dtype
     if mode != "nearest" and not x.is_floating_point():
         x = x.float()
     for i, (dim, factor, target) in enumerate(zip(dims, factors, targets, strict=True)):
-        bounds = (crop[i], crop[i + len(dims)]) if coordinate_transformation_mode == "tf_crop_and_resize" else (0.0, 1.0)
         size = x.shape[dim]
-        at = _coordinates(size, target, factor, coordinate_transformation_mode, bounds)
-        if coordinate_transformation_mode == "tf_crop_and_resize":
+        at = _coordinates(size, target, factor, coordinate_transformation_mode, (crop[i], crop[i + len(dims)]))
+        if cropped:
             outside = outside | along((at < 0) | (at > size - 1), dim, x.dim()).to(x.device)
         if target == size and torch.equal(at, torch.arange(size, dtype=at.dtype)):
             continue
         if mode == "nearest":
             x = x.index_select(dim, kernel(at.double()).clamp(0, size - 1).long().to(x.device))
-            continue
-        matrix = _matrix(at.double(), size, kernel, min(factor, 1.0) if antialias else 1.0, exclude_outside)
-        x = torch.tensordot(x, matrix.to(x.device, x.dtype), dims=([dim], [1])).movedim(-1, dim)
+        else:
+            matrix = _matrix(at.double(), size, kernel, min(factor, 1.0) if antialias else 1.0, exclude_outside)
+            x = torch.tensordot(x, matrix.to(x.device, x.dtype), dims=([dim], [1])).movedim(-1, dim)
     if outside.any():
         x = torch.where(outside, torch.full_like(x, extrapolation_value), x)
     return x.to(dtype)
