@@ -34,14 +34,11 @@ def resize(
     """One axis after the other: every mode of the operator is a product of a small matrix [new size, old size] for each axis."""
     dims = [a % x.dim() for a in (range(x.dim()) if axes is None else axes)]
     factors, targets = _targets(x, dims, scales, sizes, keep_aspect_ratio_policy)
-    kernels: dict[str, Kernel] = {"nearest": _ROUNDING[nearest_mode], "linear": _linear, "cubic": functools.partial(_cubic, cubic_coeff_a)}
-    kernel = kernels[mode]
+    kernel = _kernel(mode, nearest_mode, cubic_coeff_a)
     cropped = coordinate_transformation_mode == "tf_crop_and_resize"
     crop = roi.tolist() if cropped and roi is not None else [0.0] * len(dims) + [1.0] * len(dims)
     outside = torch.zeros((), dtype=torch.bool, device=x.device)
-    dtype = x.dtype
-    if mode != "nearest" and not x.is_floating_point():
-        x = x.float()
+    dtype, x = x.dtype, x if mode == "nearest" or x.is_floating_point() else x.float()
     for i, (dim, factor, target) in enumerate(zip(dims, factors, targets, strict=True)):
         size = x.shape[dim]
         at = _coordinates(size, target, factor, coordinate_transformation_mode, (crop[i], crop[i + len(dims)]))
@@ -101,6 +98,10 @@ _ROUNDING: dict[str, Kernel] = {
     "round_prefer_floor": lambda at: torch.ceil(at - 0.5),
     "round_prefer_ceil": lambda at: torch.floor(at + 0.5),
 }
+
+
+def _kernel(mode: str, rounding: str, a: float) -> Kernel:
+    return {"nearest": _ROUNDING[rounding], "linear": _linear, "cubic": functools.partial(_cubic, a)}[mode]
 
 
 def _linear(distance: Tensor) -> Tensor:
