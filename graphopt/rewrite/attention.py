@@ -72,9 +72,9 @@ def weights(op: Builder, node: ir.Node, s: Sizes) -> ir.Value:
 
 
 def _weights(op: Builder, node: ir.Node, s: Sizes, q: ir.Value, k: ir.Value, past: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-    """Scores, weights, and which rows see a key (None: all do)."""
+    """Raw scores, weights, and which rows see a key (None: all do)."""
     scores = _scores(op, node, s, q, k)
-    masked = _masked(op, node, scores, q, k, past)
+    masked = _masked(op, node, _capped(op, node, scores), q, k, past)
     probabilities = _softmax(op, node, masked)
     if not s.guarded:
         return scores, probabilities, None
@@ -130,12 +130,15 @@ def _scores(op: Builder, node: ir.Node, s: Sizes, q: ir.Value, k: ir.Value) -> i
     scale = op.const(np.array(attr(node, "scale") or 1 / np.sqrt(s.dim), dtype.numpy()), "scale")
     keys = op.Transpose(k, perm=[0, 1, 3, 2])
     narrow = dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-    scores = op.MatMul(op.Mul(q, scale), keys) if narrow else op.Mul(op.MatMul(q, keys), scale)
+    return op.MatMul(op.Mul(q, scale), keys) if narrow else op.Mul(op.MatMul(q, keys), scale)  # type: ignore[no-any-return]
+
+
+def _capped(op: Builder, node: ir.Node, scores: ir.Value) -> ir.Value:
     cap = attr(node, "softcap", 0.0)
-    if cap:
-        limit = op.const(np.array(cap, dtype.numpy()), "softcap")
-        scores = op.Mul(op.Tanh(op.Div(scores, limit)), limit)
-    return scores  # type: ignore[no-any-return]
+    if not cap:
+        return scores
+    limit = op.const(np.array(cap, _dtype(node).numpy()), "softcap")
+    return op.Mul(op.Tanh(op.Div(scores, limit)), limit)  # type: ignore[no-any-return]
 
 
 def _masked(op: Builder, node: ir.Node, scores: ir.Value, q: ir.Value, k: ir.Value, past: ir.Value | None) -> ir.Value:
