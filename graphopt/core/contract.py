@@ -41,7 +41,7 @@ class Pass(Configurable, ABC):
 
     @property
     def binding(self) -> bool:
-        """True if a limit of the user asks for it (`opset=17`): it is never taken back for being slow."""
+        """True if a limit of the user asks for it (`opset=17`, `vnni=false`): it is never taken back, neither for being slow nor for its loss."""
         return False
 
     def weaker(self) -> Self | None:

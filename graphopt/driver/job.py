@@ -132,7 +132,7 @@ def _instruments(verify_each: bool, check_numerics: bool, time: bool, print_chan
 
 
 def _manager(steps: Sequence[Pass], watchers: Sequence[Instrument], loss: Loss, max_loss: float | None) -> PassManager:
-    lossy = [step for step in steps if not step.exact]
+    lossy = [step for step in steps if not (step.exact or step.binding)]
     if max_loss is None or not lossy:
         return PassManager(steps, watchers)
     if not loss.known:

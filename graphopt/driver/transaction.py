@@ -29,7 +29,7 @@ class TransactionManager(PassManager):
         self.loss, self.max_loss = loss, max_loss
 
     def _step(self, step: Pass, position: int, model: ir.Model, ctx: Context) -> PassRecord:
-        if step.exact:
+        if step.exact or step.binding:
             return super()._step(step, position, model, ctx)
         before = model.clone()
         seconds, refused = 0.0, list[Remark]()
