@@ -19,7 +19,8 @@ import numpy as np
 from _perplexity import feed_of, perplexity
 
 import graphopt
-from graphopt.compress.prune.importance import Importance, Ranking
+from graphopt.compress.prune.criterion import Ranking
+from graphopt.compress.prune.importance import Importance
 from graphopt.compress.prune.removable import Removable
 from graphopt.core.contract import Context
 from graphopt.core.pipeline import PassManager, parse
@@ -27,7 +28,7 @@ from graphopt.core.registry import passes, targets
 from graphopt.graph.size import flops, size
 from graphopt.io.save import save
 from graphopt.run import race as bench
-from graphopt.run.clock import latency, steady_clock
+from graphopt.run.clock import steady_clock
 from graphopt.run.ort import session
 from graphopt.run.samples import Samples
 
@@ -223,5 +224,5 @@ def raced(base: Path, files: Sequence[Path]) -> dict[Path, float]:
     """Speed-ups over `base`, geometric mean over SHAPES: interleaved warm blocks in processor time."""
     sessions = {str(path): bench.Picky(session(path)) for path in (base, *files)}
     feeds = bench.feeds_for([graphopt.load(base)], list(SHAPES))
-    timed = latency(sessions, feeds, rounds=5, block=2, clock=steady_clock(1))
+    timed = bench.race(sessions, feeds, clock=steady_clock(1), effort=bench.CHOICE)
     return {path: timed.speedup(str(path)) for path in files}

@@ -31,7 +31,6 @@ from _worker import Worker, reason, serve
 SHAPES, LONG = [(1, 16), (1, 128), (8, 64)], [(1, 16), (1, 128)]
 PEERS = ("onnxruntime", "onnxsim", "onnxslim")
 BEGIN, END = "<!-- lowering: begin -->", "<!-- lowering: end -->"
-EFFORT = ((0.001, 10, 20), (0.02, 6, 5), (0.2, 4, 2), (float("inf"), 3, 1))  # seconds of a run: rounds, counted runs of a block
 _CLOSE = 1e-3
 
 
@@ -100,17 +99,10 @@ def _sessions(files: Mapping[str, Any], feeds: dict[str, Any], failed: dict[str,
 
 def race(sessions: Mapping[str, Any], feeds: Mapping[str, Any]) -> Any:
     """Interleaved warm blocks in processor time; the longer a run, the fewer."""
-    from graphopt.run.clock import Timings, latency, steady_clock
+    from graphopt.run import race as bench
+    from graphopt.run.clock import steady_clock
 
-    base, seconds = next(iter(sessions.values())), {name: [] for name in sessions}
-    for label, feed in feeds.items():
-        start = time.process_time()
-        base.run(feed)
-        cost = time.process_time() - start
-        rounds, block = next((r, b) for limit, r, b in EFFORT if cost <= limit)
-        for name, values in latency(sessions, {label: feed}, rounds=rounds, block=block, clock=steady_clock(1)).seconds.items():
-            seconds[name] += values
-    return Timings(tuple(feeds), {name: tuple(values) for name, values in seconds.items()})
+    return bench.race(sessions, feeds, clock=steady_clock(1))
 
 
 def verdict(row: Mapping[str, Any], tool: str, base: str = "input") -> tuple[float, float] | None:

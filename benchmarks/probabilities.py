@@ -14,9 +14,9 @@ import onnx
 
 import graphopt
 from graphopt.cli import demo_race as demo
-from graphopt.run.clock import latency, steady_clock
+from graphopt.run.clock import steady_clock
 from graphopt.run.ort import session
-from graphopt.run.race import Picky
+from graphopt.run.race import Picky, race
 
 CODES = ("", "bits=8", "codes=log bits=4", "codes=log bits=3", "bits=4")
 AFTER = {"float32": "", "int8 weights": ", fuse-norm, fuse-activation, quantize{mode=dynamic}"}
@@ -58,7 +58,7 @@ def speed() -> None:
     sessions = {name: session(attention(*parts)) for name, parts in PRODUCTS.items()}
     rng = np.random.default_rng(0)
     feeds = {f"{b}x{s}": {name: rng.standard_normal((b, 12, s, 32)).astype(np.float32) for name in "qkv"} for b, s in SHAPES}
-    timings = latency(sessions, feeds, rounds=9, block=20, clock=steady_clock(1))
+    timings = race(sessions, feeds, clock=steady_clock(1))
     print(f"| attention | ms at {' '.join(timings.shapes)} | speed-up at each |\n|---|---|---|")
     for name, seconds in timings.seconds.items():
         print(f"| {name} | {' '.join(f'{1e3 * t:.3f}' for t in seconds)} | {' '.join(f'{r:.2f}x' for r in timings.ratios(name))} |")

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.attention import AttentionFacts, Choice
 from graphopt.analysis.scores import MaskTerm
-from graphopt.graph.mask_floor import LOWEST, fills, is_too_low, may_be_too_low
+from graphopt.graph.attention_node import LOWEST, fills, is_too_low, may_be_too_low
 from graphopt.graph.questions import producer, same_dim, scalar
 from graphopt.rewrite.builder import Builder
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.calibration.attention_maps import kept_rows, observe_maps
+from graphopt.calibration.attention_maps import observe_maps
 from graphopt.compress.attention_weights import Place
 from graphopt.core.contract import Array, Context
 
@@ -23,10 +23,9 @@ class Histogram:
 
     def __init__(self, heads: int, by_head: bool, relative: bool) -> None:
         self.counts, self.relative = np.zeros((heads if by_head else 1, len(_EDGES)), np.int64), relative
-        self._heads = heads
 
-    def __call__(self, weights: Array, rows: Array | None) -> None:
-        p = kept_rows(weights, self._heads, rows)
+    def __call__(self, p: Array) -> None:
+        """[rows, heads, keys]"""
         if self.relative:
             p = p / np.maximum(p.max(-1, keepdims=True), np.finfo(np.float32).tiny)
         for head, array in enumerate(np.moveaxis(p, 1, 0) if len(self.counts) > 1 else p[None]):
@@ -52,5 +51,5 @@ def histograms(model: ir.Model, ctx: Context, places: Mapping[ir.Node, Place], r
     if ctx.samples is None or not places:
         return {}
     found = {node: Histogram(place.heads, place.by_head, relative) for node, place in places.items()}
-    observe_maps(model, ctx.samples, found)
+    observe_maps(model, ctx.samples, {node: (places[node].heads, histogram) for node, histogram in found.items()})
     return {node: histogram for node, histogram in found.items() if histogram.counts.any()}

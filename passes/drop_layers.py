@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
 from graphopt.analysis.stream import StreamLayer, Streams
+from graphopt.calibration.observe import Reducer, observe
+from graphopt.calibration.padding import Paddings
 from graphopt.core.contract import Array, Context, Pass
-from graphopt.core.options import at_option
-from graphopt.run.observe import observable, observe
+from graphopt.core.errors import PipelineError
+from graphopt.core.options import exclusive, option
+from graphopt.core.strength import Dial
+from graphopt.run.observe import observable
 
 from ._drop import DropSteps, Unit, cosines, inside, left_over, units
 
@@ -36,29 +40,13 @@ class DropLayers(Pass):
         SampleError: when it runs: no samples, and no `layers`.
     """
 
-    count: int | None = None
-    ratio: float | None = None
-    layers: tuple[int, ...] = ()
+    count: int | None = option(None, least=1)
+    ratio: float | None = option(None, above=0, below=1)
+    layers: tuple[int, ...] = option((), least=0)
     what: Literal["layer", "attention", "ffn"] = "layer"
     exact: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        given = [key for key in ("count", "ratio", "layers") if getattr(self, key) not in (None, ())]
-        if len(given) > 1:
-            _refuse(given[1], f"to stand alone, as one of count, ratio and layers says what is dropped; `{given[0]}` stands beside it")
-        if self.count is not None and self.count < 1:
-            _refuse("count", f"1 or more, found {self.count}")
-        if self.ratio is not None and not 0 < self.ratio < 1:
-            _refuse("ratio", f"a number between 0 and 1, found {self.ratio:g}")
-        if any(k < 0 for k in self.layers):
-            _refuse("layers", f"numbers from 0 on, found {min(self.layers)}")
-
-    def weaker(self) -> Self | None:
-        if self.ratio is not None:
-            return dataclasses.replace(self, ratio=round(0.7 * self.ratio, 4)) if self.ratio > 0.01 else None
-        if self.layers:
-            return dataclasses.replace(self, layers=self.layers[:-1]) if len(self.layers) > 1 else None
-        return dataclasses.replace(self, count=self.count - 1) if self.count is not None and self.count > 1 else None
+    ways = exclusive("count", "ratio", "layers")
+    dials = (Dial("count", mild=1, by=0.7), Dial("ratio", by=0.7), Dial("layers", mild=1, by=0.7))
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         if not self.layers:
@@ -86,7 +74,7 @@ class DropLayers(Pass):
             known = {unit.number: unit for unit in found}
             unknown = [k for k in self.layers if k not in known]
             if unknown:
-                _refuse("layers", f"numbers of {', '.join(map(str, known))}, found {unknown[0]}")
+                raise PipelineError(f"{self.name}: option `layers` expects numbers of {', '.join(map(str, known))}, found {unknown[0]}")
             wanted = [known[k] for k in self.layers]
         else:
             count = int(self.ratio * len(found)) if self.ratio is not None else self.count or 1
@@ -110,43 +98,37 @@ class DropLayers(Pass):
 
     def _scores(self, model: ir.Model, ctx: Context, found: Sequence[Unit]) -> dict[Unit, float]:
         """The mean over rows of the cosine of the stream behind a unit with what it would be without."""
-        now: dict[ir.Value, Array] = {}
         sums = {unit: [0.0, 0] for unit in found}
 
-        def keep(value: ir.Value) -> Callable[[Array], None]:
-            def add(array: Array) -> None:
-                now[value] = array
-                if len(now) == len(wanted):
-                    for unit in found:
-                        total, rows = cosines(_without(unit, now), now[unit.after])
-                        sums[unit][0] += total
-                        sums[unit][1] += rows
-                    now.clear()
+        def reducer(unit: Unit) -> Reducer:
+            values = _read(unit)
+            assert all(observable(model, v) for v in values), "a stream lies in the main graph"
 
-            return add
+            def add(*rows: Array) -> None:
+                total, count = cosines(_without(unit, rows), rows[0])
+                sums[unit][0] += total
+                sums[unit][1] += count
 
-        wanted = dict.fromkeys(v for unit in found for v in _read(unit))
-        assert all(observable(model, v) for v in wanted), "a stream lies in the main graph"
-        observe(model, ctx.require_samples(), {value: keep(value) for value in wanted})
+            return Reducer(values, add)
+
+        observe(model, ctx.require_samples(), ctx.get(Paddings()), [reducer(unit) for unit in found])
         return {unit: total / max(rows, 1) for unit, (total, rows) in sums.items()}
 
 
-def _read(unit: Unit) -> list[ir.Value]:
-    return [unit.before, unit.after] if unit.whole else [unit.after, *(b.value for b in unit.cuts[0][1])]
+def _read(unit: Unit) -> tuple[ir.Value, ...]:
+    """The stream behind a unit, and what tells how it would be without."""
+    return (unit.after, unit.before) if unit.whole else (unit.after, *(b.value for b in unit.cuts[0][1]))
 
 
-def _without(unit: Unit, now: Mapping[ir.Value, Array]) -> Array:
+def _without(unit: Unit, rows: Sequence[Array]) -> Array:
+    """The stream behind a unit without it, out of what `_read` names."""
     if unit.whole:
-        return now[unit.before]
-    rest = now[unit.after]
-    for branch in unit.cuts[0][1]:
-        rest = rest - now[branch.value]
+        return rows[1]
+    rest = rows[0]
+    for branch in rows[1:]:
+        rest = rest - branch
     return rest
 
 
 def _score(scores: Mapping[Unit, float], unit: Unit) -> dict[str, float]:
     return {"cosine": round(scores[unit], 4)} if unit in scores else {}
-
-
-def _refuse(key: str, expected: str) -> None:
-    raise at_option(key, f"drop-layers: option `{key}` expects {expected}")

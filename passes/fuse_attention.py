@@ -14,6 +14,7 @@ from graphopt.analysis.masks import MaskReader, Masks
 from graphopt.analysis.scores import MaskTerm
 from graphopt.core.contract import Context
 from graphopt.graph import dims
+from graphopt.graph.attention_node import PROBABILITIES, head_counts
 from graphopt.graph.layout import Group, Tracer, merged
 from graphopt.graph.questions import consumers, producer, rank, scalar
 from graphopt.rewrite.builder import Builder
@@ -95,11 +96,11 @@ class FuseAttention(RewritePass[AttentionMatch]):
         scale = f.scale * m.operands[0].step.scale * m.operands[1].step.scale
         axis = 1 if m.form == "packed" else 2
         mask = additive_mask(op, f, Rows(m.operands[0], axis), Rows(m.operands[1], axis))
-        heads = {"q_num_heads": f.heads, "kv_num_heads": f.kv_heads} if m.form == "packed" else {}
+        heads = head_counts(f.heads, f.kv_heads) if m.form == "packed" else {}
         inputs = (q, k, v) if mask is None else (q, k, v, mask)
         extra = {"softcap": float(f.softcap)} if f.softcap else {}
         if len(m.outputs) > 1:
-            made = op.Attention(*inputs, scale=float(scale), qk_matmul_output_mode=3, _outputs=4, **heads, **extra)
+            made = op.Attention(*inputs, scale=float(scale), qk_matmul_output_mode=PROBABILITIES, _outputs=4, **heads, **extra)
             made[1].name = made[2].name = ""  # no cache
         else:
             made = [op.Attention(*inputs, scale=float(scale), **heads, **extra)]

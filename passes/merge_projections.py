@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.linear import Linear, Linears
 from graphopt.core.contract import Context
+from graphopt.graph.attention_node import AttentionNode, before_rotary
 from graphopt.graph.questions import constant, producer
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Match, Miss
@@ -39,7 +40,8 @@ class MergeProjections(RewritePass[ProjectionsMatch]):
 
     def match(self, node: ir.Node, ctx: Context) -> ProjectionsMatch | Miss | None:
         made_by = {x.output: x for x in ctx.get(Linears())}
-        values = [_projected(v) for v in node.inputs[:3]] if node.op_type == "Attention" else [_gate(v, made_by) for v in node.inputs]
+        a = AttentionNode.of(node)
+        values = [_gate(v, made_by) for v in node.inputs] if a is None else [before_rotary(v) for v in a.operands]
         found = [made_by[v] for v in values if v in made_by]
         if len(found) < 2 or len({x.output for x in found}) < len(found):
             return None
@@ -63,12 +65,6 @@ class MergeProjections(RewritePass[ProjectionsMatch]):
         widths = np.array([x.out_features for x in m.linears], np.int64)
         pieces: Sequence[ir.Value] = op.Split(out, op.const(widths, "widths"), axis=-1, _outputs=len(widths))
         return pieces
-
-
-def _projected(value: ir.Value | None) -> ir.Value | None:
-    """What an operand of attention was before its rotary embedding."""
-    rotary = producer(value, "RotaryEmbedding")
-    return value if rotary is None else rotary.inputs[0]
 
 
 def _gate(value: ir.Value | None, made_by: Mapping[ir.Value, Linear], depth: int = 4) -> ir.Value | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Self
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -11,9 +12,10 @@ import onnx_ir as ir
 from graphopt.analysis.heads import Units
 from graphopt.analysis.linear import Linear, Linears
 from graphopt.calibration.moments import input_moments
-from graphopt.compress.prune.units import carry_out, weaker
+from graphopt.compress.prune.units import carry_out
 from graphopt.core.contract import Array, Context, Pass
-from graphopt.core.options import option_error
+from graphopt.core.options import exclusive, option
+from graphopt.core.strength import Dial
 from graphopt.graph.questions import static_dim
 from graphopt.rewrite.slicing.close import Slicing
 from graphopt.rewrite.slicing.plan import Refusal
@@ -24,8 +26,8 @@ from graphopt.run.observe import observable
 class PruneHidden(Pass):
     """Remove channels of the hidden state: columns of embeddings, scales and biases of norms, rows and columns of projections, the head.
 
-    A channel is worth what leaving it out changes in the results of the projections that read it, E[x_c^2] ||W_c||^2 relative to the whole, added
-    over the projections (the activation-based width importance of Muralidharan et al. 2024, weighted by the readers). The norms see fewer
+    A channel is worth what leaving it out changes in the results of the projections that read its stream, E[x_c^2] ||W_c||^2 relative to the whole,
+    added over the projections (the activation-based width importance of Muralidharan et al. 2024, weighted by the readers). The norms see fewer
     channels afterwards, so that this costs more than pruning heads or neurons, and wants training behind it.
 
     Args:
@@ -39,28 +41,16 @@ class PruneHidden(Pass):
         SampleError: there are no samples.
     """
 
-    width: int | None = None
-    ratio: float | None = None
-    multiple: int = 32
+    width: int | None = option(None, least=1)
+    ratio: float | None = option(None, above=0, below=1, what="a fraction")
+    multiple: int = option(32, least=1)
     resize: tuple[str, ...] = ()
     exact: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if self.width is not None and self.ratio is not None:
-            raise option_error(self.name, "ratio", "to stand without width", "both")
-        if self.ratio is not None and not 0 < self.ratio < 1:
-            raise option_error(self.name, "ratio", "a fraction between 0 and 1", self.ratio)
-        if self.multiple < 1:
-            raise option_error(self.name, "multiple", "1 or more", self.multiple)
-        if self.width is not None and self.width < 1:
-            raise option_error(self.name, "width", "1 or more", self.width)
-
-    def weaker(self) -> Self | None:
-        return weaker(self)
+    ways = exclusive("width", "ratio", says="how many channels stay")
+    dials = (Dial("ratio"),)
 
     def run(self, model: ir.Model, ctx: Context) -> int:
-        if self.width is None and self.ratio is None:
-            raise option_error(self.name, "width", "how many channels stay (or ratio)", "nothing")
+        self.ways.require(self)
         streams = {h.projections[0].x: h.node for h in ctx.get(Units()).attention if h.projections}
         s, changes = Slicing(model, resize=self.resize), 0
         for x, node in streams.items():
@@ -71,7 +61,13 @@ class PruneHidden(Pass):
             if not 0 < stays < size:
                 ctx.remarks.missed(node.name or "", f"the hidden state has {size} channels; {stays} would stay")
                 continue
-            order = np.argsort(_worth(model, ctx, x, size), kind="stable")
+            ctx.require_samples()
+            try:
+                readers = self._readers(model, ctx, x, size - stays)
+            except Refusal as refusal:
+                ctx.remarks.missed(node.name or "", f"not pruned: {refusal}")
+                continue
+            order = np.argsort(_worth(ctx, readers, size), kind="stable")
             mask = np.isin(np.arange(size), order[: size - stays])
             if ctx.fuel.empty:
                 break
@@ -94,15 +90,28 @@ class PruneHidden(Pass):
             return self.width
         return min(size, -(-int(size * (1 - float(self.ratio or 0))) // self.multiple) * self.multiple)
 
+    def _readers(self, model: ir.Model, ctx: Context, x: ir.Value, gone: int) -> dict[ir.Value, list[Linear]]:
+        """The multiplies that read the stream of x, or a norm of it, by their input: those whose input gets narrower with it.
 
-def _worth(model: ir.Model, ctx: Context, x: ir.Value, size: int) -> Array:
-    """Of each channel of the stream, over all projections that read it (or a norm of it): those with as many input features."""
-    readers: dict[ir.Value, list[Linear]] = {}
-    for linear in ctx.get(Linears()):
-        if linear.in_features == size and not linear.batch and not linear.trans_x and observable(model, linear.x):
-            readers.setdefault(linear.x, []).append(linear)
+        Raises:
+            Refusal: it cannot get narrower.
+        """
+        trial = Slicing(model, resize=self.resize)
+        size = static_dim(x, -1) or 0
+        trial.remove(x, -1, np.arange(size) < gone)
+        found: dict[ir.Value, list[Linear]] = {}
+        for linear in ctx.get(Linears()):
+            own = linear.x
+            narrower = trial.removed.get(own, {}).get(len(own.shape or ()) - 1) is not None
+            if narrower and linear.in_features == size and not linear.batch and not linear.trans_x and observable(model, own):
+                found.setdefault(own, []).append(linear)
+        return found
+
+
+def _worth(ctx: Context, readers: Mapping[ir.Value, Sequence[Linear]], size: int) -> Array:
+    """Of each channel of a stream, over all projections that read it."""
     total = np.zeros(size)
-    for value, moments in input_moments(model, ctx.require_samples(), list(readers)):
+    for value, moments in input_moments(ctx, list(readers)):
         power = np.diag(moments).astype(np.float64)
         for linear in readers[value]:
             effect = power * np.square(linear.matrix().astype(np.float64)).sum(1)

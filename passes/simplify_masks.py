@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.masks import MaskFacts, MaskReader
 from graphopt.core.contract import Context
+from graphopt.graph.attention_node import AttentionNode
 from graphopt.graph.questions import is_constant, producer, rank, same_dim, scalar
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Match, Miss
@@ -76,8 +77,8 @@ class SimplifyMasks(RewritePass[MaskMatch]):
 def _mask_of(node: ir.Node) -> ir.Value | None:
     """The boolean mask that an Attention node reads, or that chooses between 0 and a very low constant."""
     if node.op_type == "Attention":
-        mask = node.inputs[3] if len(node.inputs) > 3 else None
-        return mask if mask is not None and mask.dtype == ir.DataType.BOOL else None
+        a = AttentionNode.of(node)
+        return a.mask if a is not None and a.mask is not None and a.mask.dtype == ir.DataType.BOOL else None
     low = scalar(node.inputs[2])
     return node.inputs[0] if scalar(node.inputs[1]) == 0.0 and low is not None and float(low) <= _LOW else None
 

@@ -38,19 +38,20 @@ class Smooth(Pass):
     rows: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._strength()
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         ctx.require_samples()
         seen = ctx.get(LinearInputs())
         linears = [x for x in ctx.get(Linears()) if x.node.graph is model.graph]
-        found, refused = groups(linears, self.multiply)
-        possible = {group.x for group in groups(linears, True)[0]}
-        for linear, reason in refused:
-            hint = "; `multiply=true` puts a multiplication there" if linear.x in possible else ""
-            ctx.remarks.missed(linear.node.name or "", f"not smoothed: {reason}{hint}")
+        found = groups(linears)
+        fitting = [g for g in found if not g.stiff and (g.source is not None or self.multiply)]
+        for group in (g for g in found if g.stiff or (g.source is None and not self.multiply)):
+            hint = "" if group.stiff else "; `multiply=true` puts a multiplication there"
+            ctx.remarks.missed(group.readers[0].node.name or "", f"not smoothed: {group.reason}{hint}")
         inserter, changes = Inserter(model), 0
-        for group in found:
+        for group in fitting:
             if group.x not in seen:
                 continue
             s, strength, before, after = scales(group, seen[group.x], self._strength(), self.rows)

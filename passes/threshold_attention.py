@@ -5,16 +5,19 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Mapping, Sequence, Set
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Linears
+from graphopt.analysis.projections import behind, made_by
+from graphopt.calibration.observe import Reducer, observe
 from graphopt.calibration.padding import Padding
 from graphopt.compress.attention_weights import Place, place_of
 from graphopt.core.contract import Array, Context, Pass
-from graphopt.core.options import at_option
+from graphopt.core.options import exclusive, option
+from graphopt.core.strength import Dial
 from graphopt.graph.questions import all_nodes, graphs
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.engine import Driver
@@ -22,7 +25,7 @@ from graphopt.rewrite.match import Match, Miss
 from graphopt.rewrite.rules import RewritePass
 from graphopt.run import ort
 from graphopt.run.distance import Squares
-from graphopt.run.observe import observable, observe
+from graphopt.run.observe import observable
 
 from ._positional import FORMS, Nearest, Patterns, sentence
 from ._unread import DropUnread
@@ -52,27 +55,13 @@ class ThresholdAttention(Pass):
         SampleError: when it runs: sparsity or constant without samples.
     """
 
-    threshold: float | None = None
-    sparsity: float | None = None
+    threshold: float | None = option(None, above=0, below=1)
+    sparsity: float | None = option(None, above=0, below=1)
     relative: bool = False
-    constant: float | None = None
+    constant: float | None = option(None, above=0, below=1)
     exact: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if self.threshold is not None and self.sparsity is not None:
-            _refuse("sparsity", "to stand alone; `threshold` stands beside it")
-        for key in ("threshold", "sparsity", "constant"):
-            value = getattr(self, key)
-            if value is not None and not 0 < value < 1:
-                _refuse(key, f"a number between 0 and 1, found {value:g}")
-
-    def weaker(self) -> Self | None:
-        closer = None if self.constant is None else self.constant / 2
-        if self.sparsity is not None:
-            milder = dataclasses.replace(self, sparsity=round(0.7 * self.sparsity, 4), constant=closer)
-            return milder if self.sparsity > 0.02 else None
-        now = self.threshold or _DEFAULT
-        return dataclasses.replace(self, threshold=now / 2, constant=closer) if now > 1e-5 else None
+    ways = exclusive("threshold", "sparsity")
+    dials = (Dial("threshold", mild=1e-5, unset=_DEFAULT), Dial("sparsity", mild=0.02, by=0.7), Dial("constant", mild=1e-5))
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         if self.sparsity is not None or self.constant is not None:
@@ -84,8 +73,8 @@ class ThresholdAttention(Pass):
         before = None if ctx.samples is None else model.clone()
         nearest = {} if self.constant is None else _nearest(model, ctx, limits, self.relative)
         forms = {n: found.within(self.constant or 0.0) for n, found in nearest.items()}
-        linear = {x.node for x in ctx.get(Linears())} if nearest else set()
-        projections = {n: _projections(places[n], linear) for n in nearest}
+        made = made_by(ctx.get(Linears())) if nearest else {}
+        projections = {n: {str(x.node.outputs[0].name) for x in behind(places[n].operands, made)} for n in nearest}
         changes = _Cut(limits, self.relative, {n: _facts(seen[n], limits[n]) for n in seen}, forms).run(model, ctx)
         if not changes and not anchors:
             ctx.remarks.missed("", "nothing to cut: the graph has no Softmax and no Attention")
@@ -118,21 +107,6 @@ class ThresholdAttention(Pass):
             say(node.name or "", f"layer {layer}: {text}", layer=layer, heads=found.told(tolerance))
 
 
-def _projections(place: Place, linear: Set[ir.Node]) -> set[str]:
-    """Names of what the products with the stored weights of query and key give."""
-    found, seen, todo = set[str](), set[ir.Node](), [v.producer() for v in place.operands if v is not None]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in linear:
-            found.add(str(node.outputs[0].name))
-        elif node.op_type != "MatMul":
-            todo += [v.producer() for v in node.inputs if v is not None]
-    return found
-
-
 def _nearest(model: ir.Model, ctx: Context, limits: Mapping[ir.Node, Array | None], relative: bool) -> dict[ir.Node, Nearest]:
     """Which form each head is nearest to when all attentions are cut."""
     copy = model.clone()
@@ -142,17 +116,21 @@ def _nearest(model: ir.Model, ctx: Context, limits: Mapping[ir.Node, Array | Non
     for graph in graphs(copy):
         graph.sort()
     probes, gaps = {v: node for node, v in cut.probes.items() if observable(copy, v)}, collections.defaultdict[ir.Node, list[Array]](list)
-    padding = Padding(copy, [str(v.name) for v in probes], by_size=True)
+    padding = Padding(copy).about((str(v.name) for v in probes), by_size=True)
 
-    def reducer(value: ir.Value) -> Any:
-        def add(gap: Array) -> None:
-            rows = padding.now.rows(str(value.name), gap)
-            gaps[probes[value]] += [rows.max(0)] if len(rows) and gap.shape[1] > 1 else []  # all forms of one position are one
+    def reducer(value: ir.Value) -> Reducer:
+        def add(rows: Array) -> None:
+            gaps[probes[value]] += [rows.max(0)] if len(rows) else []
 
-        return add
+        return Reducer((value,), add, _of_several)
 
-    observe(copy, padding.watch(ctx.require_samples()), {v: reducer(v) for v in probes}, optimize=False)
+    observe(copy, ctx.require_samples(), padding, [reducer(v) for v in probes], optimize=False)
     return {twins[node]: Nearest.of(np.max(found, axis=0).reshape(len(FORMS), -1).T) for node, found in gaps.items() if found}
+
+
+def _of_several(gap: Array) -> Array:
+    """[batch, rows, K] -> [rows, K]; none of sequences of one position, where all forms are one."""
+    return gap[:, : gap.shape[1] if gap.shape[1] > 1 else 0].reshape(-1, gap.shape[-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +195,3 @@ def _facts(seen: Histogram, limit: Array | None) -> dict[str, Any]:
         return {"sparsity": 0.0}
     told = [float(f"{x:.4g}") for x in limit.reshape(-1)]
     return {"threshold": told[0] if len(told) == 1 else told, "sparsity": round(seen.below(limit), 4)}
-
-
-def _refuse(key: str, expected: str) -> None:
-    raise at_option(key, f"threshold-attention: option `{key}` expects {expected}")

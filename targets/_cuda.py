@@ -11,7 +11,9 @@ import onnx_ir as ir
 
 from graphopt.analysis.polynomial import gate_of
 from graphopt.core.contract import Context
-from graphopt.graph.questions import attr, rank, static_dim
+from graphopt.driver.lowering.decompose import AttentionMatch
+from graphopt.graph.attention_node import AttentionNode
+from graphopt.graph.questions import attr
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Match, Miss
 from graphopt.rewrite.rules import RewritePass
@@ -42,42 +44,38 @@ class SpellQuickGelu(RewritePass[QuickMatch]):
 
 
 @dataclasses.dataclass(frozen=True)
-class SpellGroupQuery(RewritePass[Match]):
+class SpellGroupQuery(RewritePass[AttentionMatch]):
     """Causal Attention with shared key heads, in half precision -> GroupQueryAttention. Ainslie et al., GQA (2023)."""
 
     anchors: ClassVar[frozenset[str]] = frozenset({"Attention"})
 
-    def match(self, node: ir.Node, ctx: Context) -> Match | Miss | None:
-        heads, kv_heads = attr(node, "q_num_heads"), attr(node, "kv_num_heads")
-        q, k = node.inputs[0], node.inputs[1]
-        if heads == kv_heads:
+    def match(self, node: ir.Node, ctx: Context) -> AttentionMatch | Miss | None:
+        a = AttentionNode.of(node)
+        if a is not None and a.heads == a.kv_heads:
             return None
-        if rank(q) != 3 or q is None or k is None:
+        if a is None or not a.packed:
             return Miss(node, "GroupQueryAttention reads packed heads")
-        if q.dtype not in _HALF:
-            return Miss(node, f"GroupQueryAttention has no kernel for {q.dtype and q.dtype.name.lower()}", "use dtype=float16 or dtype=bfloat16")
-        if not attr(node, "is_causal", 0) or any(v is not None for v in node.inputs[3:]):
+        if a.q.dtype not in _HALF:
+            return Miss(node, f"GroupQueryAttention has no kernel for {a.q.dtype and a.q.dtype.name.lower()}", "use dtype=float16 or dtype=bfloat16")
+        if not a.causal or a.mask is not None or a.cached:
             return Miss(node, "GroupQueryAttention is causal and takes no mask of its own; this one has a mask, a cache, or is not causal")
-        if any(v.uses() or v.is_graph_output() for v in node.outputs[1:]) or attr(node, "softmax_precision"):
-            return Miss(node, "stays Attention: its scores or keys are read, or its softmax has a type of its own")
-        size = static_dim(q, -1)
-        if size is None or not heads or size // heads % 8:
+        if a.shown is not None or a.precision or a.window != (-1, -1):
+            return Miss(node, "stays Attention: its scores are read, or it has a window, or its softmax a type of its own")
+        if not a.head_dim or a.head_dim % 8:
             return Miss(node, "GroupQueryAttention wants heads of a multiple of 8 features")
-        if not _same_rows(q, k):
+        if not _same_rows(a.q, a.k):
             return Miss(node, "stays Attention: keys and queries are not shown to have the same length")
-        return Match((node,), (node.outputs[0],))
+        return AttentionMatch((node,), (node.outputs[0],), a)
 
-    def build(self, op: Builder, m: Match) -> Sequence[ir.Value]:
-        (node,) = m.nodes
-        q = node.inputs[0]
+    def build(self, op: Builder, m: AttentionMatch) -> Sequence[ir.Value]:
+        a = m.attention
         one = op.const(np.array(1, np.int64), "one")
-        length = op.shared(("length", q), lambda: op.Squeeze(op.Shape(q, start=1, end=2)))
+        length = op.shared(("length", a.q), lambda: op.Squeeze(op.Shape(a.q, start=1, end=2)))
         total = op.Cast(length, to=ir.DataType.INT32)
-        last = op.Expand(op.Cast(op.Sub(length, one), to=ir.DataType.INT32), op.Shape(q, start=0, end=1))
-        options = {"num_heads": attr(node, "q_num_heads"), "kv_num_heads": attr(node, "kv_num_heads"), "scale": attr(node, "scale")}
+        last = op.Expand(op.Cast(op.Sub(length, one), to=ir.DataType.INT32), op.Shape(a.q, start=0, end=1))
         made = op.node(
-            "GroupQueryAttention", (*node.inputs[:3], None, None, last, total), _domain=VENDOR, _outputs=3,
-            softcap=attr(node, "softcap") or None, **options,
+            "GroupQueryAttention", (*a.operands, None, None, last, total), _domain=VENDOR, _outputs=3,
+            softcap=a.softcap or None, num_heads=a.heads, kv_num_heads=a.kv_heads, scale=attr(a.node, "scale"),
         )  # fmt: skip
         return [made[0]]
 

@@ -10,7 +10,9 @@ import onnx_ir as ir
 
 from graphopt.analysis.stream import Residual, residual_of
 from graphopt.core.contract import Context
+from graphopt.driver.lowering.decompose import AttentionMatch
 from graphopt.driver.lowering.extract import whole
+from graphopt.graph.attention_node import AttentionNode
 from graphopt.graph.questions import attr, is_constant, producer, rank, same_dim, used_once
 from graphopt.rewrite.attention import may_hide_rows
 from graphopt.rewrite.builder import Builder
@@ -119,28 +121,26 @@ def _last(value: ir.Value) -> ir.Shape | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class SpellMultiHead(RewritePass[Match]):
+class SpellMultiHead(RewritePass[AttentionMatch]):
     """Attention of packed heads [batch, rows, heads * dim] -> MultiHeadAttention."""
 
     anchors: ClassVar[frozenset[str]] = frozenset({"Attention"})
 
-    def match(self, node: ir.Node, ctx: Context) -> Match | Miss | None:
-        inputs = [*node.inputs, *(None,) * 6]
-        mask = inputs[3]
-        if rank(inputs[0]) != 3 or attr(node, "q_num_heads") != attr(node, "kv_num_heads"):
+    def match(self, node: ir.Node, ctx: Context) -> AttentionMatch | Miss | None:
+        a = AttentionNode.of(node)
+        if a is None or not a.packed or a.heads != a.kv_heads:
             return Miss(node, "MultiHeadAttention reads packed heads, as many for keys as for queries")
-        if any(v is not None for v in inputs[4:6]) or any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
+        if a.cached or a.shown is not None:
             return Miss(node, "stays Attention: it has a cache, or its scores are read")
-        if not _one_type(inputs[:3]):
+        if not _one_type(a.operands):
             return Miss(node, "stays Attention: the kernel wants queries, keys and values in one type of 32 or 16 bits")
-        if attr(node, "is_causal", 0) or attr(node, "softcap", 0.0) or attr(node, "softmax_precision"):
-            return Miss(node, "stays Attention: it is causal or has a soft cap")
-        if mask is not None and (rank(mask) != 4 or mask.dtype != node.outputs[0].dtype or may_hide_rows(whole(mask))):
+        if not a.plain:
+            return Miss(node, "stays Attention: it is causal or has a soft cap, or a window or a softmax type of its own")
+        if a.mask is not None and (rank(a.mask) != 4 or a.mask.dtype != a.result.dtype or may_hide_rows(whole(a.mask))):
             return Miss(node, "stays Attention: its mask is not additive of four axes, or may hide a row")
-        return Match((node,), (node.outputs[0],))
+        return AttentionMatch((node,), (a.result,), a)
 
-    def build(self, op: Builder, m: Match) -> Sequence[ir.Value]:
-        (node,) = m.nodes
-        mask = node.inputs[3] if len(node.inputs) > 3 else None
-        inputs = (*node.inputs[:3], *(() if mask is None else (None, None, mask)))
-        return [op.node("MultiHeadAttention", inputs, _domain=VENDOR, num_heads=attr(node, "q_num_heads"), scale=attr(node, "scale"))]
+    def build(self, op: Builder, m: AttentionMatch) -> Sequence[ir.Value]:
+        a = m.attention
+        inputs = (*a.operands, *(() if a.mask is None else (None, None, a.mask)))
+        return [op.node("MultiHeadAttention", inputs, _domain=VENDOR, num_heads=a.heads, scale=attr(a.node, "scale"))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +12,7 @@ from graphopt.core.contract import Pass, Spelling
 from graphopt.core.errors import TargetError
 from graphopt.core.machine import Machine, processor
 from graphopt.driver.lowering.choose import ChooseSpellings
-from graphopt.driver.lowering.ort_target import OrtTarget
+from graphopt.driver.lowering.ort_target import OrtTarget, registered
 from graphopt.rewrite.choices import table_passes
 
 from ._integer import integer_report
@@ -56,13 +55,18 @@ class CpuProvider(OwnOperators):
         return ()
 
     def machine(self) -> Machine | None:
+        if not self.runs_here():
+            return None
         import onnxruntime
 
         runtime = f"onnxruntime {onnxruntime.__version__} ({onnxruntime.get_build_info()})"
-        return Machine(self.processor or processor(), runtime, "CPUExecutionProvider", self.threads, in_process=True)
+        return Machine(self.processor or processor(), runtime, self.provider, self.threads, in_process=True)
 
     def supports(self, node: ir.Node) -> bool:
-        return (node.domain or "", node.op_type) in kernels("CPUExecutionProvider")
+        """By the runtime's own list; where it has none to show, what the standard has."""
+        listed = registered(self.provider)
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        return any((k.domain, k.op_type) == (domain, node.op_type) for k in listed) if listed else not domain
 
     def report(self, model: ir.Model) -> dict[str, Any]:
         """`integer`: weights that are multiplied as integers; `float`: [{name, reason}] of the other stored integers; `tables`: of rows."""
@@ -79,11 +83,3 @@ def level_text(target: str, level: int, levels: Sequence[str]) -> str:
         has = ", ".join(map(str, range(len(levels))))
         raise TargetError(f"target {target} has the levels {has}, found {level}; sample-driven compression (level 3) is not in this version")
     return levels[level]
-
-
-@functools.cache
-def kernels(provider: str) -> frozenset[tuple[str, str]]:
-    """(domain, operator) of every kernel that the installed runtime has for a provider."""
-    import onnxruntime.capi.onnxruntime_pybind11_state as state
-
-    return frozenset(("" if k.domain == "ai.onnx" else k.domain, k.op_name) for k in state.get_all_opkernel_def() if k.provider == provider)

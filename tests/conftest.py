@@ -22,4 +22,4 @@ TIMED = {"test_promise", "test_tuning", "test_demo", "test_readme", "test_portab
 def untimed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests of what is fused must not depend on how fast this machine is just now: only tests of the promise time the artifact."""
     if request.module.__name__.rpartition(".")[2] not in TIMED:
-        monkeypatch.setattr("graphopt.driver.optimize._promised", lambda promise, *rest: bool(promise))
+        monkeypatch.setattr("graphopt.driver.job._promised", lambda promise, *rest: bool(promise))

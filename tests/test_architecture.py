@@ -28,7 +28,7 @@ ROOMS = {
     "io": "core graph rewrite analysis",
     "calibration": "core graph run analysis",
     "compress": "core graph rewrite run io analysis calibration",
-    "report": "core graph run io analysis",
+    "report": "core graph run io analysis calibration",
     "driver": "core graph rewrite run io analysis calibration report",
     "cli": "core graph rewrite run io analysis calibration report driver",
     "passes": "core graph rewrite run io analysis calibration compress",
@@ -129,7 +129,7 @@ def test_sub_rooms_do_not_import_from_their_siblings() -> None:
         mine = module.split(".")[2:-1]
         for other in others if room(module) in SIBLINGS else ():
             its = other.split(".")[2:-1]
-            if room(other) == room(module) and its and its != mine:
+            if room(other) == room(module) and its and its[:1] != mine[:1]:
                 wrong.append(f"{module} imports {other}")
     assert not wrong, "\n".join(wrong)
 
@@ -199,6 +199,14 @@ def literals(tree: ast.Module) -> Iterator[tuple[str, int]]:
 def test_vendor_ops_live_in_targets_only(folder: str) -> None:
     wrong = [f"{path}:{line}" for path in modules(folder) for text, line in literals(parse(path)) if "com.microsoft" in text]
     assert not wrong, f"com.microsoft is named outside targets/: {wrong}"
+
+
+def test_one_module_reads_attention_nodes() -> None:
+    """What an Attention node says is asked of AttentionNode; an executor of the operator takes its attributes by name, as arguments."""
+    paths = {path for folder in ("graphopt", "passes", "targets") for path in modules(folder)} - {ROOT / "graphopt" / "graph" / "attention_node.py"}
+    names = {"q_num_heads", "kv_num_heads", "is_causal"}
+    wrong = [f"{path}:{line} {text}" for path in sorted(paths) for text, line in literals(parse(path)) if text in names]
+    assert not wrong, wrong
 
 
 @pytest.mark.parametrize("folder", ["graphopt", "passes", "targets"])

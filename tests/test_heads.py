@@ -13,7 +13,8 @@ from models import parse as model_of  # type: ignore[import-not-found]
 from models import run
 
 import graphopt
-from graphopt.analysis.head_columns import HeadBlock, HeadBlocks
+from graphopt.analysis.heads import AttentionHeads, Heads
+from graphopt.compress.mix.split_heads import shares, why_together
 from graphopt.core.contract import Context
 from graphopt.core.pipeline import PassManager, parse
 from graphopt.core.registry import passes
@@ -43,8 +44,26 @@ LAYOUTS: dict[str, str] = {
       at = Transpose <perm = [0, 2, 1, 3]> (a)
       ap = Reshape(at, flat)
       z = MatMul(ap, o)""",
+    "repeated": """qs = Reshape(qp, six)
+      qt = Transpose <perm = [0, 2, 1, 3]> (qs)
+      kr = RotaryEmbedding <num_heads = 3> (kp, cos, sin)
+      ks = Reshape(kr, three)
+      kt = Transpose <perm = [0, 2, 1, 3]> (ks)
+      ku = Unsqueeze(kt, two)
+      ke = Expand(ku, pairs)
+      kk = Reshape(ke, all)
+      vs = Reshape(vp, three)
+      vt = Transpose <perm = [0, 2, 1, 3]> (vs)
+      vu = Unsqueeze(vt, two)
+      ve = Expand(vu, pairs)
+      vv = Reshape(ve, all)
+      a = Attention <scale = 0.25> (qt, kk, vv)
+      at = Transpose <perm = [0, 2, 1, 3]> (a)
+      ap = Reshape(at, flat)
+      z = MatMul(ap, o)""",
 }
-SMALL = "int64[4] six = {0,0,6,16}, int64[4] three = {0,0,3,16}, int64[3] flat = {0,0,96}"
+SMALL = "int64[4] six = {0,0,6,16}, int64[4] three = {0,0,3,16}, int64[3] flat = {0,0,96}, int64[1] two = {2}, \
+  int64[5] pairs = {1,1,2,1,1}, int64[4] all = {0,6,8,16}"
 
 
 def source(layout: str = "packed", **weights: Array) -> onnx.ModelProto:
@@ -192,12 +211,13 @@ def test_integer_products_of_some_heads() -> None:
 # ---- what is declined -----------------------------------------------------------------------------------------------------------------
 
 
-def facts(text: str, **stored: Array) -> list[HeadBlock | str]:
+def facts(text: str, **stored: Array) -> list[Heads | str]:
     model = graphopt.load(model_of(text, **stored))
-    return list(Context(model).get(HeadBlocks()).values())
+    found = Context(model).get(AttentionHeads()).values()
+    return [h if isinstance(h, str) else why_together(h) or h for h in found]
 
 
-def changed(old: str, new: str, extra: str = "") -> list[HeadBlock | str]:
+def changed(old: str, new: str, extra: str = "") -> list[Heads | str]:
     """The facts of the packed layout with something else in it."""
     rng = np.random.default_rng(0)
     shapes = {"q": (96, 96), "k": (96, 48), "v": (96, 48), "o": (96, 96)}
@@ -217,10 +237,9 @@ def changed(old: str, new: str, extra: str = "") -> list[HeadBlock | str]:
 
 def test_the_facts_of_a_block() -> None:
     (block,) = changed("(qp, kp, vp)", "(qp, kp, vp, all)")
-    assert isinstance(block, HeadBlock)
-    assert (block.heads, block.kv_heads, block.head_dim, block.value_dim, block.rows) == (6, 3, 16, 16, 32)
-    assert [(x.weight.name, width) for x, width in block.inputs] == [("q", 32), ("k", 16), ("v", 16)]
-    assert block.o.weight.name == "o"
+    assert isinstance(block, Heads)
+    assert (block.heads, block.kv_heads, block.head_dim, block.value_dim) == (6, 3, 16, 16)
+    assert [(x.weight.name, width) for x, width in shares(block)] == [("q", 32), ("k", 16), ("v", 16), ("o", 32)]
 
 
 @pytest.mark.parametrize(
@@ -252,3 +271,22 @@ def test_without_separate_heads_a_remark_says_so() -> None:
     _, remarks, changes = mixed(proto, "loss=0.5")
     assert changes == 1
     assert any("no attention whose heads can be told apart; put fuse-attention before" in r.message for r in remarks)
+
+
+def test_a_result_that_is_not_laid_out_head_by_head_has_no_output_projection() -> None:
+    """Its features stand under each other: the first of all heads, then the second. Rows of the projection are then no heads."""
+    text = """<ir_version: 10, opset_import: ["": 23]>
+    g (float[2,6,8,16] q) => (float[2,8,96] z) <float[96,96] o, int64[3] flat = {0,0,96}> {
+      a = Attention (q, q, q)
+      t = Transpose <perm = [0, 2, %s]> (a)
+      r = Reshape(t, flat)
+      z = MatMul(r, o)
+    }"""
+    outputs = []
+    for order in ("1, 3", "3, 1"):
+        model = graphopt.load(model_of(text % order, o=np.ones((96, 96), np.float32)))
+        (heads,) = Context(model).get(AttentionHeads()).values()
+        assert isinstance(heads, Heads)
+        outputs.append(heads.output)
+    assert outputs[0] is not None
+    assert outputs[1] is None

@@ -14,7 +14,7 @@ from test_pruning import FUSE, feeds  # type: ignore[import-not-found]
 from tiny import tiny  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.analysis.head_columns import HeadOperands
+from graphopt.analysis.heads import Units
 from graphopt.core.contract import Context
 from graphopt.core.errors import PassError, PipelineError
 from graphopt.core.pipeline import parse as steps
@@ -87,8 +87,8 @@ def test_merged_heads_in_primitive_operators() -> None:
         for fuse in ("canonicalize", FUSE):
             model = graphopt.load(tiny(name, "sdpa", route))
             prune(model, fuse)
-            for operands in Context(model).get(HeadOperands()).values():
-                for o in operands:
+            for unit in Context(model).get(Units()).attention:
+                for o in unit.operands:
                     assert o.linear is not None
                     weight = o.linear.matrix().copy()
                     weight[:, o.columns[1]], weight[:, o.columns[3]] = weight[:, o.columns[2]], weight[:, o.columns[0]]

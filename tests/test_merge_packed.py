@@ -13,7 +13,7 @@ from test_pruning import FUSE, feeds  # type: ignore[import-not-found]
 from tiny import tiny  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.analysis.head_columns import HeadOperands
+from graphopt.analysis.heads import Units
 from graphopt.core.contract import Context
 from graphopt.core.remarks import Remark
 
@@ -152,8 +152,8 @@ def test_what_merge_projections_writes_is_pooled_behind_a_rotary_embedding() -> 
 def test_gpt2_is_pooled(route: str, kv_heads: int) -> None:
     model = graphopt.load(tiny("gpt2", "sdpa", route))
     prune(model, FUSE)
-    for _, *operands in Context(model).get(HeadOperands()).values():  # all keys and values of a layer alike: pooling is exact
-        for o in operands:
+    for unit in Context(model).get(Units()).attention:  # all keys and values of a layer alike: pooling is exact
+        for o in unit.operands[1:]:
             assert o.linear is not None
             weight = o.linear.matrix().copy()
             weight[:, o.columns[1:]] = weight[:, o.columns[:1]]

@@ -8,8 +8,9 @@ import pytest
 
 import graphopt
 from graphopt.calibration.moments import input_moments
+from graphopt.core.contract import Context
 from graphopt.core.errors import GraphoptError, SampleError
-from graphopt.run.observe import limited, observe
+from graphopt.run.observe import limited, shown
 
 TEXT = """<ir_version: 10, opset_import: ["": 23]>
 g (float[B,4] x, bool c) => (float[B,4] y) <float[4,4] w> {
@@ -36,7 +37,12 @@ def test_every_batch_is_seen_once_and_right() -> None:
     before = graphopt.load(model())
     values = {str(v.name): v for node in graph.graph for v in node.outputs} | {str(v.name): v for v in graph.graph.inputs}
     seen: dict[str, list[np.ndarray]] = {"x": [], "h": [], "z": []}
-    assert observe(graph, feeds(3), {values[name]: seen[name].append for name in seen}) == 3
+    batches = 0
+    for _, arrays in shown(graph, [values[name] for name in seen], feeds(3)):
+        batches += 1
+        for name in seen:
+            seen[name].append(arrays[values[name]])
+    assert batches == 3
     weight = np.arange(16, dtype=np.float32).reshape(4, 4) - 7
     for k, feed in enumerate(feeds(3)):
         np.testing.assert_array_equal(seen["x"][k], feed["x"])
@@ -50,15 +56,14 @@ def test_what_cannot_be_observed_says_so() -> None:
     branch = next(n for n in graph.graph if n.op_type == "If").attributes["then_branch"].as_graph()
     inside = branch.outputs[0]
     with pytest.raises(GraphoptError, match="inside a subgraph"):
-        observe(graph, feeds(1), {inside: lambda array: None})
+        next(shown(graph, [inside], feeds(1)))
     with pytest.raises(SampleError, match="0 samples"):
-        observe(graph, [], {next(iter(graph.graph)).outputs[0]: lambda array: None})
+        next(shown(graph, [next(iter(graph.graph)).outputs[0]], []))
 
 
 def test_inputs_alone_can_be_observed() -> None:
     graph = graphopt.load(model())
-    seen: list[np.ndarray] = []
-    assert observe(graph, feeds(2), {graph.graph.inputs[0]: seen.append}) == 2
+    seen = [arrays[graph.graph.inputs[0]] for _, arrays in shown(graph, [graph.graph.inputs[0]], feeds(2))]
     assert [x.shape for x in seen] == [(1, 4), (2, 4)]
 
 
@@ -67,7 +72,7 @@ def test_limited_batches_start_anew_for_every_group_of_values() -> None:
     few = limited(batches, 6)  # 1 + 2 + 3 rows
     assert [len(list(few)) for _ in range(2)] == [3, 3]
     values = [graph.graph.inputs[0], next(iter(graph.graph)).outputs[0]]
-    together, apart = (list(input_moments(graph, few, values, limit=limit)) for limit in (2**20, 1))
+    together, apart = (list(input_moments(Context(graph, samples=batches), values, rows=6, limit=limit)) for limit in (2**20, 1))
     assert [v for v, _ in together] == [v for v, _ in apart] == values
     for (_, a), (_, b) in zip(together, apart, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)

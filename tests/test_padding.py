@@ -14,10 +14,13 @@ from tiny import tiny  # type: ignore[import-not-found]
 import graphopt
 from graphopt.analysis.heads import Units
 from graphopt.analysis.linear import Linears
+from graphopt.calibration import observe as calibration
+from graphopt.calibration.activations import LinearInputs
 from graphopt.calibration.attention_maps import map_distances
 from graphopt.calibration.effects import effects, recipes
 from graphopt.calibration.moments import input_moments
 from graphopt.calibration.padding import Kept, Padding
+from graphopt.calibration.ranges import Ranges
 from graphopt.compress.prune.importance import Importance
 from graphopt.core.contract import Context
 from graphopt.core.registry import targets
@@ -42,7 +45,7 @@ def batches(count: int, lengths: tuple[int, int], limit: int = 20000) -> tuple[l
 
 
 def moments_of(model: ir.Model, samples: list[Feed]) -> list[Array]:
-    return [m for _, m in input_moments(model, samples, [x.x for x in Linears().compute(model, Context(model))])]
+    return [m for _, m in input_moments(Context(model, samples=samples), [x.x for x in Linears().compute(model, Context(model))])]
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -68,7 +71,7 @@ def test_heads_and_neurons_are_worth_the_same_with_padding_as_without(criterion:
 
 def test_heads_look_as_alike_with_padding_as_without() -> None:
     model = graphopt.load(tiny("bert", "sdpa", "18"))
-    nodes = [u.node for u in Context(model).get(Units()).attention]
+    nodes = {u.node: u.heads for u in Context(model).get(Units()).attention}
     plain, full = batches(2, (6, 11), 99)
     for expected, found in zip(*(map_distances(model, s, nodes).values() for s in (plain, full)), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
@@ -100,6 +103,98 @@ def test_the_loss_and_the_effect_of_a_change_are_those_of_the_texts() -> None:
     mine, yours = (effects(model, s, {0: change})[0] for s in (plain, full))
     assert mine == pytest.approx(losses[0], rel=1e-3)
     assert yours == pytest.approx(mine, rel=1e-4)
+
+
+def test_static_ranges_are_those_of_the_texts() -> None:
+    model = graphopt.load(tiny("bert", "sdpa", "18"))
+    plain, full = batches(3, (10, 17), 99)
+    mine, yours = (Context(model, samples=s).get(Ranges()) for s in (plain, full))
+    assert len(mine) >= 6
+    for value, expected in mine.items():
+        np.testing.assert_allclose(yours[value].seen, expected.seen, rtol=1e-4, atol=1e-6)
+
+
+def test_a_layer_is_worth_the_same_with_padding_as_without() -> None:
+    model = graphopt.load(tiny("bert", "sdpa", "18"))
+    told = []
+    for samples in batches(3, (10, 17), 99):
+        _, remarks = prune(model.clone(), "canonicalize, fuse-norm, drop-layers{what=ffn}", samples)
+        told.append(next(r.facts["cosine"] for r in remarks if r.kind == "missed" and "cosine" in r.facts))
+    assert told[0]
+    assert told[1] == pytest.approx(told[0], abs=2e-4)
+
+
+@pytest.mark.parametrize("before", ["canonicalize", "canonicalize, simplify-masks, fuse-attention"])
+def test_features_of_heads_are_worth_the_same_with_padding_as_without(before: str) -> None:
+    """Before fusion query and value are [batch, heads, positions, dim], and the key may be transposed."""
+    model = graphopt.load(tiny("bert", "sdpa", "18"))
+    told = []
+    for samples in batches(3, (10, 17), 99):
+        _, remarks = prune(model.clone(), f"{before}, prune-head-dim{{dim=4 method=select refit=false rows=1000000}}", samples)
+        told.append([r.facts for r in remarks if "part" in r.facts])
+    assert len(told[0]) == len(told[1]) == 4
+    for expected, found in zip(*told, strict=True):
+        assert (found["part"], found["removed"]) == (expected["part"], expected["removed"])
+        assert found["lost"] == pytest.approx(expected["lost"], rel=2e-3)
+
+
+def test_a_comparison_is_of_the_texts() -> None:
+    source = tiny("bert", "sdpa", "18")
+    model = graphopt.load(source)
+    prune(model, "canonicalize, quantize{mode=weight-only bits=4}")
+    changed = ir.to_proto(model)
+    mine, yours = (graphopt.compare(source, changed, samples=s) for s in batches(3, (10, 17), 99))
+    for a, b in zip((*mine.outputs, *mine.blocks), (*yours.outputs, *yours.blocks), strict=True):
+        assert a.name == b.name
+        assert b.l2 == pytest.approx(a.l2, rel=1e-3)
+        assert b.cosine == pytest.approx(a.cosine, abs=1e-6)
+
+
+def test_what_sets_a_scale_at_run_time_counts_with_padding() -> None:
+    """The statistics of an activation leave padding out, but for the range that a scale for the whole batch will have."""
+    text = MIX.format(kind="int64", rule="flag = Cast<to = 9>(mask)  seen = Where(flag, zero, minus)")
+    text = text.replace("y = MatMul(p, x)", "c = MatMul(p, x)  y = MatMul(c, w)").replace("<float minus", "<float[4,4] w, float minus")
+    model = graphopt.load(parse(text, w=np.eye(4, dtype=np.float32)))
+    x = np.random.default_rng(0).standard_normal((2, 5, 4)).astype(np.float32)
+    x[:, :2] *= 9
+    (seen,) = Context(model, samples=[{"x": x, "mask": np.array([[0, 0, 1, 1, 1]] * 2)}]).get(LinearInputs()).values()
+    assert seen.seen == 6
+    assert float((seen.top - seen.bottom).max()) >= float((seen.high - seen.low).max())
+    rows = seen.rows
+    np.testing.assert_array_equal((rows.max(0).clip(0), rows.min(0).clip(max=0)), (seen.high, seen.low))
+
+
+def test_scores_of_heads_are_means_over_rows_of_all_batches() -> None:
+    """Short batches count as much as they have rows."""
+    model = graphopt.load(tiny("bert", "sdpa", "18"))
+    texts = np.random.default_rng(0).integers(4, 99, (5, 8))
+    feeds = [{"input_ids": part, "attention_mask": np.ones_like(part)} for part in (texts, texts[:1], texts[1:])]
+    apart, together = ([r.cost for r in Importance("attention").compute(model, Context(model, samples=s)).values()] for s in (feeds[1:], feeds[:1]))
+    for a, b in zip(apart, together, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_one_rule_for_arrays_and_tensors() -> None:
+    """Outputs with a number for each position too, and what has no positions stays."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    mask = np.array([[True, True, False], [True, False, False]])
+    kept = Kept(((mask, {"wide": "positions", "flat": "positions"}),))
+    arrays = {"wide": np.arange(24.0).reshape(2, 3, 4), "flat": np.arange(6.0).reshape(2, 3), "other": np.arange(3.0), "list": [1]}
+    found, tensors = kept.counted(arrays), kept.counted({k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in arrays.items()})
+    assert found["flat"].tolist() == [[0.0], [1.0], [3.0]]
+    assert found["other"] is arrays["other"]
+    assert all(np.array_equal(np.asarray(tensors[name]), found[name]) for name in arrays)
+
+
+def test_what_is_asked_together_shares_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Static ranges and the rows of a bias correction; and one trial tells about padding for all."""
+    model, (_, full) = graphopt.load(tiny("bert", "sdpa", "18")), batches(3, (10, 17), 99)
+    prune(model, "canonicalize")
+    runs, trials, plain, tried = [], [], calibration.shown, Padding._run
+    monkeypatch.setattr(calibration, "shown", lambda *a, **k: runs.append(1) or plain(*a, **k))
+    monkeypatch.setattr(Padding, "_run", lambda *a: trials.append(1) or tried(*a))
+    prune(model, "quantize{mode=static bias-correction=true}", full)
+    assert (len(runs), len(trials)) == (1, 1)
 
 
 def test_holes_and_left_padding_are_padding_too() -> None:
@@ -184,7 +279,7 @@ def test_rows_in_another_order_keep_their_order() -> None:
     for batch, length in ((2, 5), (5, 5)):
         mask = (np.arange(length) < rng.integers(1, length, (batch, 1))).astype(np.int64)
         feed = {"x": rng.standard_normal((batch, length, 4)).astype(np.float32), "mask": mask}
-        kept = Padding(model, [*names, "c", "s", "f"]).kept(feed)
+        kept = Padding(model).about([*names, "c", "s", "f"]).kept(feed)
         ((_, kinds),) = kept.masks
         assert "s" not in kinds
         assert "f" not in kinds

@@ -14,7 +14,7 @@ import graphopt
 from graphopt.analysis.pieces import Activation
 from graphopt.core.contract import Spelling
 from graphopt.core.errors import TargetError
-from graphopt.driver.promise import not_slower
+from graphopt.run.clock import not_slower
 
 PLUGIN = '''
 import dataclasses
@@ -23,7 +23,7 @@ from typing import ClassVar
 import numpy as np
 
 from graphopt import Match, Pass, RewritePass
-from graphopt.rewrite import Driver
+from graphopt.rewrite.engine import Driver
 
 
 @dataclasses.dataclass(frozen=True)

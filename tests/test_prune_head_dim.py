@@ -13,7 +13,7 @@ from test_pruning import FUSE, feeds  # type: ignore[import-not-found]
 from tiny import tiny  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.analysis.head_columns import HeadOperands
+from graphopt.analysis.heads import Units
 from graphopt.core.contract import Context
 from graphopt.core.errors import PassError, PipelineError
 from graphopt.core.pipeline import parse as steps
@@ -49,9 +49,10 @@ X = [{"x": np.random.default_rng(k).standard_normal((4, 9, 32)).astype(np.float3
 def zeroed(model: ir.Model, removed: list[tuple[int, str, list[int]]]) -> ir.Model:
     """A copy in which these features, (layer, part, features), are multiplied by zero where query and key, and value, enter their products."""
     copy = model.clone()
-    blocks = {unit.index: operands for unit, operands in Context(copy).get(HeadOperands()).items()}
+    blocks = {unit.index: unit.operands for unit in Context(copy).get(Units()).attention}
     for k, (layer, part, gone) in enumerate(removed):
-        operand = blocks[layer][0 if part == "query and key" else 2]
+        operands = blocks[layer]
+        operand = operands[0 if part == "query and key" else 2]
         shape = [1] * len(operand.value.shape or ())
         keep = (~operand.mask(gone)).astype(np.float32)
         shape[operand.dim_axis] = len(keep)
@@ -96,7 +97,8 @@ def test_turned_heads_of_full_rank_compute_the_same(name: str, attention: str, r
     """With projections of rank 6, heads of 6 features hold all; whole features would lose some."""
     model = graphopt.load(tiny(name, attention, route))
     prune(model, FUSE if fused else "canonicalize")
-    for unit, (q, _, v) in Context(model).get(HeadOperands()).items():
+    for unit in Context(model).get(Units()).attention:
+        q, _, v = unit.operands
         for operand in (q, v):
             if operand.linear is None or operand.rotary is not None:
                 continue

@@ -22,7 +22,7 @@ from graphopt.graph import dims as sizes
 from graphopt.graph import shapes
 from graphopt.run import ort, reference
 from graphopt.run import roles as feeds
-from graphopt.run.race import default_shapes
+from graphopt.run.race import sizes_for
 from graphopt.run.samples import Samples, random_samples, runnable_samples
 
 HEAD = '<ir_version: 10, opset_import: ["": 23]>\n'
@@ -176,8 +176,8 @@ def test_default_shapes_stay_inside_the_position_table() -> None:
         "{ n = Shape<start=1>(ids) y = Slice(table, zero, n, one) }",
         table=np.ones((1, 77, 4), np.float32),
     )
-    assert default_shapes(model) == [{"b": 1, "s": 16}, {"b": 1, "s": 77}, {"b": 8, "s": 64}, {"b": 32, "s": 77}]
-    assert default_shapes(build("g (float[2] x) => (float[2] y) { y = Relu(x) }")) == [{}]
+    assert sizes_for(model) == {"1x16": {"b": 1, "s": 16}, "1x77": {"b": 1, "s": 77}, "8x64": {"b": 8, "s": 64}}
+    assert sizes_for(build("g (float[2] x) => (float[2] y) { y = Relu(x) }")) == {"as declared": {}}
 
 
 def test_sources(tmp_path: Path) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from models import minilm, parse, run, text_feeds  # type: ignore[import-not-found]
+from models import minilm, minilm_folder, parse, run, text_feeds  # type: ignore[import-not-found]
 
 import graphopt
+from graphopt.cli import demo_race
 from graphopt.core.contract import Context
 from graphopt.core.errors import GraphoptError, PipelineError
 from graphopt.core.pipeline import PassManager
 from graphopt.core.pipeline import parse as pipeline
 from graphopt.core.registry import passes
 from graphopt.graph.verify import verify
+from graphopt.run import ort
+from graphopt.run.race import Picky
 from graphopt.run.samples import Samples
 
 Array = np.ndarray[Any, Any]
@@ -158,3 +162,35 @@ def test_errors() -> None:
     for wrong in ("2", "much"):
         with pytest.raises(PipelineError, match="from 0 to 1"):
             pipeline(f"smooth{{strength={wrong}}}", passes())
+
+
+# ---- the documented quality ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lee() -> tuple[Any, list[Any], list[str], Array]:
+    """MiniLM fused, samples of 100 background texts, and the 50 Lee documents with their embeddings in float32; as in docs/benchmarks.md."""
+    pytest.importorskip("gensim", reason="gensim is not installed")
+    source = minilm("sdpa_18")
+    texts, _ = demo_race._lee()
+    background = Path(demo_race._folder_of("gensim"), "test", "test_data", "lee_background.cor")
+    lines = background.read_text(encoding="utf-8", errors="replace").strip().splitlines()[40:140]
+    samples = list(Samples.load(lines, graphopt.load(source), tokenizer=minilm_folder() / "tokenizer.json"))
+    return source, samples, texts, _embedded(ort.session(source), texts)
+
+
+def _embedded(session: Any, texts: list[str]) -> Array:
+    return demo_race.embed(Picky(session), minilm_folder() / "tokenizer.json", texts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "cosine"),
+    [("smooth{multiply=true}, quantize", 0.9970), ("smooth{multiply=true}, quantize{mode=static bias-correction=true}", 0.9982)],
+)
+def test_sentences_stay_as_close_as_documented(lee: tuple[Any, list[Any], list[str], Array], text: str, cosine: float) -> None:
+    """Rows of padding set a scale that is made at run time: smoothing that does not count them gives 0.9896, and 0.9939."""
+    source, samples, texts, base = lee
+    fused = "canonicalize, simplify-masks, fuse-norm, fuse-activation, fuse-attention, canonicalize"
+    made = graphopt.optimize(source, f"{fused}, {text}", target="quantized{tune=off}", samples=samples, promise=False).session()
+    assert float((base * _embedded(made, texts)).sum(-1).mean()) == pytest.approx(cosine, abs=5e-4)

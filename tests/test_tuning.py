@@ -189,7 +189,7 @@ def test_without_measurement_the_default_decides_and_the_report_says_so(option: 
 
 def test_a_target_that_cannot_run_here_takes_the_defaults() -> None:
     where: Any = planted(*SLOW_DEFAULT)
-    type(where).machine = lambda self: None
+    type(where).runs_here = lambda self: False
     (remark,) = told(lowered(where), "missed")
     assert "planted cannot run here: the default table decides" in remark.message
 
@@ -235,7 +235,7 @@ ROW = Timed("piece", "kind: name (Op)", "8x64", 0.001, "Op of float[8,64]")
 
 def test_what_was_timed_is_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     first = lowered(planted(*SLOW))
-    monkeypatch.setattr("graphopt.driver.lowering.choose.latency", None)  # whoever calls the clock now fails
+    monkeypatch.setattr("graphopt.run.race.latency", None)  # whoever calls the clock now fails
     second = lowered(planted(*SLOW))
     assert told(first, "applied")[0].facts == told(second, "applied")[0].facts
     assert lowered(planted(*SLOW, tune="cache")).report.changes == 0
@@ -259,7 +259,7 @@ def test_export_and_import(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("{", "not a tuning profile"), ("[]", "of the format"), ('{"format": "graphopt-tuning-1", "timings": [{}]}', "row 1: expected processor")],
+    [("{", "not a tuning profile"), ("[]", "of the format"), ('{"format": "graphopt-tuning-2", "timings": [{}]}', "row 1: expected processor")],
 )
 def test_a_wrong_profile_is_refused(text: str, reason: str) -> None:
     with pytest.raises(GraphoptError, match=reason):

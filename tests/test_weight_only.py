@@ -343,7 +343,7 @@ def test_moments_are_those_of_all_batches() -> None:
     values = [model.graph.inputs[0], next(iter(model.graph)).outputs[0]]
     every = np.concatenate([batch["x"] for batch in calibration()])
     for limit in (1, 2**30):  # one run for each value, or one for both
-        found = dict(input_moments(model, calibration(), values, limit=limit))
+        found = dict(input_moments(Context(model, samples=calibration()), values, limit=limit))
         for v, x in zip(values, (every, np.maximum(every, 0)), strict=True):
             np.testing.assert_allclose(found[v], x.T @ x / len(x), rtol=1e-3, atol=1e-4 * np.square(x).max())
 

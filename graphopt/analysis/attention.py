@@ -15,8 +15,9 @@ import onnx_ir as ir
 
 from graphopt.analysis.scores import MaskTerm, probabilities_of, scores_of
 from graphopt.core.contract import Analysis, Context
+from graphopt.graph.attention_node import AttentionNode
 from graphopt.graph.layout import Dim, Group, Step, Tracer, View, merged, size_of
-from graphopt.graph.questions import all_nodes, attr, static_dim
+from graphopt.graph.questions import all_nodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,20 +156,17 @@ def _from_softmax(softmax: ir.Node, tracer: Tracer) -> AttentionFacts:
 
 def _from_operator(node: ir.Node, tracer: Tracer) -> AttentionFacts:
     """The facts of a standard Attention node whose inputs are 4-D [batch, heads, rows, head_dim]; the 3-D form needs no tracing."""
-    inputs = [*node.inputs, *(None,) * 6]
-    if any(v is not None for v in inputs[4:6]) or sum(bool(v.uses()) for v in node.outputs[1:]):
+    a = AttentionNode.of(node)
+    if a is None:
+        raise NotAttention("it is an Attention node that breaks the specification of the operator")
+    if a.cached or a.shown is not None:
         raise NotAttention("it already is an Attention node with a key/value cache")
-    if attr(node, "q_num_heads"):
+    if a.packed or not a.plain or not a.scale:
         raise NotAttention("it already is an Attention node")
-    q, k, v = (_operand(name, value, tracer) for name, value in zip(("query", "key", "value"), inputs[:3], strict=True))
-    head_dim = static_dim(node.inputs[0], 3)
-    scale = attr(node, "scale") or (head_dim**-0.5 if head_dim else 0.0)
-    if not scale or attr(node, "is_causal", 0) or attr(node, "softcap", 0.0) or attr(node, "softmax_precision"):
-        raise NotAttention("it already is an Attention node")
-    mask = inputs[3]
-    kind: Literal["keep", "add"] = "keep" if mask is not None and mask.dtype == ir.DataType.BOOL else "add"
-    terms = () if mask is None else (MaskTerm(mask, kind, 4, 1.0, float("-inf"), _count("query", q.heads)),)
-    return _checked(AttentionFacts(node, (node,), node.outputs[0], q, k, v, _count("query", q.heads), 0, 0, 0, scale, terms))
+    q, k, v = (_operand(name, value, tracer) for name, value in zip(("query", "key", "value"), a.operands, strict=True))
+    kind: Literal["keep", "add"] = "keep" if a.mask is not None and a.mask.dtype == ir.DataType.BOOL else "add"
+    terms = () if a.mask is None else (MaskTerm(a.mask, kind, 4, 1.0, float("-inf"), _count("query", q.heads)),)
+    return _checked(AttentionFacts(node, (node,), a.result, q, k, v, _count("query", q.heads), 0, 0, 0, a.scale, terms))
 
 
 def _operand(name: str, value: ir.Value | None, tracer: Tracer, transposed: bool = False) -> Operand:

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from graphopt.analysis.linear import Embedding, Linear, Linears, StoredOperands
 from graphopt.analysis.stream import Residuals
 from graphopt.core.contract import Analysis, Context, Piece
+from graphopt.graph.attention_node import AttentionNode
 from graphopt.graph.questions import all_nodes, consumers, graphs, is_constant, producer, used_once
 
 _ELEMENTWISE = ("Gelu", "Relu", "Sigmoid", "Tanh", "Elu", "Softplus", "HardSwish", "HardSigmoid", "Mish", "LeakyRelu", "Identity", "Mul")
@@ -39,7 +40,7 @@ class AttentionCore(Analysis[tuple[Piece, ...]]):
     """A standard Attention node; its mask is one of its inputs, so that the kind of mask is part of the piece."""
 
     def compute(self, model: ir.Model, ctx: Context) -> tuple[Piece, ...]:
-        return _pieces(model, ((n,) for n in all_nodes(model) if n.domain == "" and n.op_type == "Attention"))
+        return _pieces(model, ((n,) for n in all_nodes(model) if AttentionNode.of(n) is not None))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.linear import Linear, Linears
 from graphopt.core.contract import Analysis, Context
+from graphopt.graph.attention_node import AttentionNode
 from graphopt.graph.questions import all_nodes, consumers, is_constant, producer, rank, same_dim, same_shape, used_once
 
 _NORMS = ("LayerNormalization", "RMSNormalization")
@@ -147,7 +148,8 @@ def _kind(value: ir.Value, before: ir.Value, below: set[ir.Node], linears: Mappi
 
 def _is_cross(node: ir.Node, before: ir.Value, below: set[ir.Node]) -> bool:
     """The values that an attention averages are not computed from the stream that it stands in."""
-    values = node.inputs[2] if node.op_type == "Attention" else _averaged(node.outputs[0], _DEPTH)
+    a = AttentionNode.of(node)
+    values = _averaged(node.outputs[0], _DEPTH) if a is None else a.v
     return values is not None and values is not before and values.producer() not in below
 
 

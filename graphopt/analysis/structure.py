@@ -13,11 +13,12 @@ import onnx_ir as ir
 
 from graphopt.analysis.linear import Embeddings, Linear, Linears
 from graphopt.analysis.masks import MaskReader, Masks
+from graphopt.analysis.projections import Made, ahead, behind, made_by
 from graphopt.core.contract import Analysis, Context
-from graphopt.graph.questions import all_nodes, attr, consumers, is_constant, producer, scalar, static_dim
+from graphopt.graph.attention_node import AttentionNode
+from graphopt.graph.questions import all_nodes, consumers, is_constant, producer, scalar
 
 _LAYOUT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Split", "Slice", "Gather", "Expand", "Flatten", "Cast")
-_ON_THE_WAY = (*_LAYOUT, "RotaryEmbedding", "RMSNormalization", "LayerNormalization", "LpNormalization", "Concat", "Mul", "Div", "Add", "Clip")
 _ACTIVATIONS = ("Gelu", "Relu", "Sigmoid", "Tanh", "Elu", "Softplus", "HardSwish", "HardSigmoid", "LeakyRelu", "Mish", "Selu", "Erf", "Clip", "PRelu")
 _ARITHMETIC = ("Mul", "Add", "Sub", "Div", "Pow", "Dropout", "DequantizeLinear", "DynamicQuantizeLinear")
 _NORMS = ("LayerNormalization", "RMSNormalization")
@@ -90,7 +91,7 @@ class Structure(Analysis[Model]):
     def compute(self, model: ir.Model, ctx: Context) -> Model:
         order = {node: k for k, node in enumerate(all_nodes(model))}
         linears = ctx.get(Linears(casts=True))
-        made = {v: x for x in linears for v in (x.output, x.node.outputs[0])}
+        made = made_by(linears)
         masks = ctx.get(MaskReader())
         attention = [block for node in order if (block := _attention(node, made, masks)) is not None]
         owned = {x.node for block in attention for x in block.projections}
@@ -113,21 +114,16 @@ class Structure(Analysis[Model]):
         )  # fmt: skip
 
 
-def _attention(node: ir.Node, made: Mapping[ir.Value, Linear], masks: Masks) -> AttentionBlock | None:
-    if node.op_type != "Attention" or node.domain:
+def _attention(node: ir.Node, made: Made, masks: Masks) -> AttentionBlock | None:
+    a = AttentionNode.of(node)
+    if a is None:
         return None
-    q, k, v = (_behind(value, made) for value in node.inputs[:3])
-    out = _ahead(node.outputs[0], made)
-    heads = attr(node, "q_num_heads") or static_dim(node.inputs[0], 1) or 0
-    kv_heads = attr(node, "kv_num_heads") or static_dim(node.inputs[1], 1) or 0
-    wide = 1 if static_dim(node.inputs[0], 3) else heads or 1
-    head_dim = (static_dim(node.inputs[0], -1) or 0) // wide
-    value_dim = (static_dim(node.inputs[2], -1) or 0) // (1 if wide == 1 else kv_heads or 1)
+    q, k, v = (next(iter(behind((value,), made)), None) for value in a.operands)
+    out = ahead(a.result, made, (*_LAYOUT, "Mul", *_NORMS, "DynamicQuantizeLinear", "DequantizeLinear"), alone=False)
     kind = "cross" if q is not None and k is not None and q.x is not k.x else "self"
-    rotary = producer(_skip_layout(node.inputs[0]), "RotaryEmbedding") is not None
+    rotary = producer(_skip_layout(a.q), "RotaryEmbedding") is not None
     projections = tuple(dict.fromkeys(x for x in (q, k, v, out) if x is not None))
-    mask = node.inputs[3] if len(node.inputs) > 3 else None
-    return AttentionBlock(node, kind, heads, kv_heads, head_dim, value_dim, rotary, _mask_text(mask, masks), projections)
+    return AttentionBlock(node, kind, a.heads, a.kv_heads, a.head_dim, a.value_dim, rotary, _mask_text(a.mask, masks), projections)
 
 
 def _mask_text(mask: ir.Value | None, masks: Masks) -> str:
@@ -151,35 +147,7 @@ def _skip_layout(value: ir.Value | None) -> ir.Value | None:
     return value if node is None else _skip_layout(node.inputs[0])
 
 
-def _behind(value: ir.Value | None, made: Mapping[ir.Value, Linear], depth: int = _DEPTH) -> Linear | None:
-    """The projection that an operand of attention comes from."""
-    if value is None or depth == 0:
-        return None
-    if value in made:
-        return made[value]
-    node = producer(value, *_ON_THE_WAY)
-    if node is None:
-        return None
-    sources = node.inputs if node.op_type in ("Concat", "Add", "Mul") else node.inputs[:1]
-    return next((x for v in reversed(sources) if (x := _behind(v, made, depth - 1)) is not None), None)
-
-
-def _ahead(value: ir.Value, made: Mapping[ir.Value, Linear], depth: int = _DEPTH) -> Linear | None:
-    """The projection that the result of an attention goes to."""
-    for node in consumers(value):
-        own = next((x for v in node.outputs if (x := made.get(v)) is not None and x.node is node), None)
-        if own is not None:
-            return own if _reads(own.node, value) else None
-        if node.op_type in (*_LAYOUT, "Mul", *_NORMS, "DynamicQuantizeLinear", "DequantizeLinear") and depth:
-            return _ahead(node.outputs[0], made, depth - 1)
-    return None
-
-
-def _reads(node: ir.Node, value: ir.Value) -> bool:
-    return any(v is value for v in node.inputs)
-
-
-def _ffn(down: Linear, made: Mapping[ir.Value, Linear], owned: set[ir.Node]) -> FfnBlock | None:
+def _ffn(down: Linear, made: Made, owned: set[ir.Node]) -> FfnBlock | None:
     ups: dict[Linear, None] = {}
     activations: set[str] = set()
     todo = [down.x]

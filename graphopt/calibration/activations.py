@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Linears
-from graphopt.calibration.padding import Padding
-from graphopt.core.contract import Analysis, Array, Context
-from graphopt.run.observe import observable, observe
+from graphopt.calibration.observe import Observed, Reducer
+from graphopt.core.contract import Array, Context
+from graphopt.run.observe import observable
 
 
 @dataclasses.dataclass
@@ -21,34 +20,41 @@ class Activation:
 
     Attributes:
         high, low: the largest and smallest number of each feature, float64 [features]; 0 always counts.
+        top, bottom: the same of all rows, padding too: what a scale that is made at run time covers.
         total: the sum over all rows, float64 [features].
         rows: float32 [n, features], n <= `limit`, spread evenly over every batch and over the batches.
         seen: the rows that there were.
-        whole, each: sums over the rows of (step of the rounding / norm of the row) squared, for one 8-bit grid for the batch and for a
-            symmetric one for each row.
+        whole, each: sums over the rows of (step of the rounding / norm of the row) squared, for one 8-bit grid for the batch (padding
+            too) and for a symmetric one for each row.
     """
 
     limit: int
     high: Array = dataclasses.field(default_factory=lambda: np.zeros(0))
     low: Array = dataclasses.field(default_factory=lambda: np.zeros(0))
+    top: Array = dataclasses.field(default_factory=lambda: np.zeros(0))
+    bottom: Array = dataclasses.field(default_factory=lambda: np.zeros(0))
     total: Array = dataclasses.field(default_factory=lambda: np.zeros(0))
     rows: Array = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.float32))
     seen: int = 0
     whole: float = 0.0
     each: float = 0.0
 
-    def __call__(self, x: Array) -> None:
-        rows = x.reshape(-1, x.shape[-1])
-        rows = rows[np.isfinite(rows).all(1)]
+    def __call__(self, rows: Array, hidden: Array) -> None:
+        """One batch: the rows that count, and those of padding."""
+        rows, hidden = (x[np.isfinite(x).all(1)] for x in (rows, hidden))
         if not rows.size:
             return
         if not self.seen:
-            self.high, self.low, self.total = (np.zeros(rows.shape[1]) for _ in range(3))
+            self.high, self.low, self.top, self.bottom, self.total = (np.zeros(rows.shape[1]) for _ in range(5))
             self.rows = np.zeros((0, rows.shape[1]), np.float32)
-        self.high, self.low = np.maximum(self.high, rows.max(0)), np.minimum(self.low, rows.min(0))
+        high, low = rows.max(0), rows.min(0)
+        self.high, self.low = np.maximum(self.high, high), np.minimum(self.low, low)
+        top, bottom = hidden.max(0, initial=-np.inf), hidden.min(0, initial=np.inf)
+        top, bottom = np.maximum(top, high), np.minimum(bottom, low)
+        self.top, self.bottom = np.maximum(self.top, top), np.minimum(self.bottom, bottom)
         self.total += rows.sum(0, dtype=np.float64)
         norms = np.square(rows.astype(np.float64)).sum(1)
-        step = (max(float(rows.max()), 0) - min(float(rows.min()), 0)) / 255
+        step = (max(float(top.max()), 0) - min(float(bottom.min()), 0)) / 255
         steps = 2 * np.abs(rows).max(1).astype(np.float64) / 255
         kept = norms > 0
         self.whole += float((step**2 / norms[kept]).sum())
@@ -74,7 +80,7 @@ class Activation:
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearInputs(Analysis[Mapping[ir.Value, Activation]]):
+class LinearInputs(Observed[Mapping[ir.Value, Activation]]):
     """The activation of every Linear of the main graph, by value.
 
     Needs samples; it runs the graph once over all of them.
@@ -85,18 +91,11 @@ class LinearInputs(Analysis[Mapping[ir.Value, Activation]]):
 
     limit: int = 256
 
-    def compute(self, model: ir.Model, ctx: Context) -> Mapping[ir.Value, Activation]:
-        samples = ctx.require_samples()
+    def watch(self, model: ir.Model, ctx: Context) -> tuple[Sequence[Reducer], Callable[[], Mapping[ir.Value, Activation]]]:
+        ctx.require_samples()
         found = {x.x: Activation(self.limit) for x in ctx.get(Linears(casts=True)) if observable(model, x.x) and not x.trans_x}
-        if found:
-            padding = Padding(model, [str(v.name) for v in found])
-            watched = padding.watch(samples)
-            observe(model, watched, {v: functools.partial(_rows_to, seen, padding, str(v.name)) for v, seen in found.items()})
-        return {value: seen for value, seen in found.items() if seen.seen}
-
-
-def _rows_to(seen: Activation, padding: Padding, name: str, array: Array) -> None:
-    seen(padding.now.rows(name, array))
+        reducers = [Reducer((value,), seen, hidden=True) for value, seen in found.items()]
+        return reducers, lambda: {value: seen for value, seen in found.items() if seen.seen}
 
 
 def _spread(rows: Array, count: int) -> Array:

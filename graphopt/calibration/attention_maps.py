@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.attention import AttentionFacts, Attentions
+from graphopt.calibration.observe import Reducer, observe
 from graphopt.calibration.padding import Padding
 from graphopt.core.contract import Array, Context
-from graphopt.graph.questions import all_nodes, attr
+from graphopt.graph.attention_node import PROBABILITIES, AttentionNode
+from graphopt.graph.questions import all_nodes
 from graphopt.run import Feeds
-from graphopt.run.observe import observable, observe
+from graphopt.run.observe import observable
 
-Reduce = Callable[[Array, Array | None], None]
-_AFTER_SOFTMAX = 3  # qk_matmul_output_mode of the operator Attention
+Reduce = Callable[[Array], None]
 
 
-def observe_maps(model: ir.Model, samples: Iterable[Feeds], reducers: Mapping[ir.Node, Reduce]) -> int:
-    """Hand each batch of attention weights, [batch, heads, rows, keys], to the reducer of its attention.
+def observe_maps(model: ir.Model, samples: Iterable[Feeds], reducers: Mapping[ir.Node, tuple[int, Reduce]]) -> int:
+    """Hand each batch of attention weights, [rows, heads, keys] without rows of padding, to the reducer of its attention.
 
     Args:
-        reducers: by the Softmax or Attention node that makes the weights; also told which rows are no padding, bool [batch, heads, rows], or None.
+        reducers: by the Softmax or Attention node that makes the weights, with the number of its heads.
 
     Returns:
         the number of samples.
@@ -33,59 +35,53 @@ def observe_maps(model: ir.Model, samples: Iterable[Feeds], reducers: Mapping[ir
     copy = model.clone()
     twins = dict(zip(all_nodes(model), all_nodes(copy), strict=True))
     facts = Attentions().compute(copy, Context(copy))
-    wanted: dict[ir.Value, Reduce] = {}
-    for node, reduce in reducers.items():
+    wanted: list[Reducer] = []
+    for node, (heads, reduce) in reducers.items():
         value = _weights(twins[node], facts.get(twins[node]))
         if value is not None and observable(copy, value):
-            wanted[value] = reduce
-    padding = Padding(copy, [str(v.name) for v in wanted])
-
-    def told(value: ir.Value) -> Callable[[Array], None]:
-        return lambda weights: wanted[value](weights, padding.now.lead(str(value.name), weights.shape))
-
-    return observe(copy, padding.watch(samples), {value: told(value) for value in wanted}, optimize=False)
+            wanted.append(Reducer((value,), reduce, functools.partial(_by_row, heads=heads)))
+    return observe(copy, samples, Padding(copy), wanted, optimize=False)
 
 
-def kept_rows(weights: Array, heads: int, rows: Array | None) -> Array:
-    """[batch, heads, rows, keys] -> [rows, heads, keys], without the rows of padding."""
+def _by_row(weights: Array, heads: int) -> Array:
+    """[batch, heads, rows, keys] -> [rows, heads, keys]; the heads may be merged with the batch."""
     by_row = weights.reshape(-1, heads, *weights.shape[-2:]).transpose(0, 2, 1, 3)
-    flat = by_row.reshape(-1, *by_row.shape[2:])
-    return flat if rows is None else flat[rows[:, 0].reshape(-1)]
+    return by_row.reshape(-1, *by_row.shape[2:])
 
 
 def _weights(node: ir.Node, facts: AttentionFacts | str | None) -> ir.Value | None:
     """The weights of an attention; the operator is made to show them."""
     if node.op_type == "Softmax":
         return facts.probabilities if isinstance(facts, AttentionFacts) else None
-    shown = node.outputs[3] if len(node.outputs) > 3 and node.outputs[3].name else None
-    if shown is not None and attr(node, "qk_matmul_output_mode", 0) == _AFTER_SOFTMAX:
-        return shown
-    if shown is not None:
-        return None
+    a = AttentionNode.of(node)
+    if a is None or a.shown is not None:
+        return a.shown if a is not None and a.shows == PROBABILITIES else None
     node.resize_outputs(4)
     for k in range(1, 4):
         if node.outputs[k].name is None:
             node.outputs[k].name = ""
     node.outputs[3].name, node.outputs[3].type = f"{node.name}/weights", node.outputs[0].type
-    node.attributes["qk_matmul_output_mode"] = ir.AttrInt64("qk_matmul_output_mode", _AFTER_SOFTMAX)
+    node.attributes["qk_matmul_output_mode"] = ir.AttrInt64("qk_matmul_output_mode", PROBABILITIES)
     return node.outputs[3]
 
 
-def map_distances(model: ir.Model, samples: Iterable[Feeds], nodes: Iterable[ir.Node]) -> dict[ir.Node, Array]:
-    """How unlike the heads of an attention look: for each node [heads, heads], the mean over rows of the squared distance of their weights."""
+def map_distances(model: ir.Model, samples: Iterable[Feeds], nodes: Mapping[ir.Node, int]) -> dict[ir.Node, Array]:
+    """How unlike the heads of an attention look: for each node [heads, heads], the mean over rows of the squared distance of their weights.
+
+    Args:
+        nodes: that make the weights, with their number of heads.
+    """
     sums: dict[ir.Node, tuple[Array, int]] = {}
 
     def reducer(node: ir.Node) -> Reduce:
-        def add(weights: Array, rows: Array | None) -> None:
+        def add(weights: Array) -> None:
             total, count = sums.get(node, (np.zeros(()), 0))
-            heads = weights.shape[1]
-            kept = kept_rows(weights, heads, rows)
-            by_head = kept.transpose(1, 0, 2).reshape(heads, -1)
-            sums[node] = total + (by_head @ by_head.T).astype(np.float64), count + len(kept)
+            by_head = weights.transpose(1, 0, 2).reshape(weights.shape[1], -1)
+            sums[node] = total + (by_head @ by_head.T).astype(np.float64), count + len(weights)
 
         return add
 
-    observe_maps(model, samples, {node: reducer(node) for node in nodes})
+    observe_maps(model, samples, {node: (heads, reducer(node)) for node, heads in nodes.items()})
     return {node: _squared(total / max(rows, 1)) for node, (total, rows) in sums.items()}
 
 

@@ -2,61 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.calibration.padding import Padding
-from graphopt.core.contract import Array
+from graphopt.calibration.observe import Reducer, observe
+from graphopt.calibration.padding import Paddings
+from graphopt.core.contract import Array, Context
 from graphopt.graph.questions import static_dim
-from graphopt.run import Feeds
-from graphopt.run.observe import Reducer, observe
+from graphopt.run.observe import limited
 
 BYTES = 512 * 2**20  # of sums that are held at a time; more means another run over the samples
 
 
-def input_moments(model: ir.Model, samples: Iterable[Feeds], values: Sequence[ir.Value], *, limit: int = BYTES) -> Iterator[tuple[ir.Value, Array]]:
+def input_moments(ctx: Context, values: Sequence[ir.Value], *, rows: int | None = None, limit: int = BYTES) -> Iterator[tuple[ir.Value, Array]]:
     """For each value [..., K] the mean of x x^T over its rows, float32 [K, K]; as many values in one run over the samples as fit `limit`.
 
-    Rows of padding are left out.
+    Rows of padding are left out. Nothing is cached, as the sums are as large as the weights.
 
     Args:
-        samples: iterated once for each group of values.
         values: of the main graph (`observable`), float, with a known last axis; a value that had no row gives zeros.
+        rows: stop after the batch in which so many rows (tokens) were seen.
         limit: bytes of sums that are held at a time; one value at least.
 
     Raises:
         SampleError: there was no sample.
     """
+    ctx.get(Paddings()).about(str(v.name) for v in values)  # of all groups, in one trial
     group: list[ir.Value] = []
-    size, padding = 0, Padding(model, [str(v.name) for v in values])
+    size = 0
     for value in values:
         need = 4 * _width(value) ** 2
         if group and size + need > limit:
-            yield from _observed(model, samples, group, padding)
+            yield from _observed(ctx, group, rows)
             group, size = [], 0
         group.append(value)
         size += need
     if group:
-        yield from _observed(model, samples, group, padding)
+        yield from _observed(ctx, group, rows)
 
 
-def _observed(model: ir.Model, samples: Iterable[Feeds], group: Sequence[ir.Value], padding: Padding) -> Iterator[tuple[ir.Value, Array]]:
-    sums = [np.zeros((_width(v), _width(v)), np.float32) for v in group]
-    counts = [0] * len(group)
+class _Moment:
+    """The mean of x x^T."""
 
-    def reducer(k: int) -> Reducer:
-        def add(array: Array) -> None:
-            rows = padding.now.rows(str(group[k].name), array)
-            sums[k] += rows.T @ rows
-            counts[k] += len(rows)
+    def __init__(self, width: int) -> None:
+        self.total, self.count = np.zeros((width, width), np.float32), 0
 
-        return add
+    def __call__(self, rows: Array) -> None:
+        self.total += rows.T @ rows
+        self.count += len(rows)
 
-    observe(model, padding.watch(samples), {value: reducer(k) for k, value in enumerate(group)})
-    for k, value in enumerate(group):
-        yield value, sums[k] / np.float32(max(counts[k], 1))
+
+def _observed(ctx: Context, group: Sequence[ir.Value], rows: int | None) -> Iterator[tuple[ir.Value, Array]]:
+    sums, samples = {value: _Moment(_width(value)) for value in group}, ctx.require_samples()
+    taken = samples if rows is None else limited(samples, rows)
+    observe(ctx.model, taken, ctx.get(Paddings()), [Reducer((value,), moment) for value, moment in sums.items()])
+    for value, moment in sums.items():
+        yield value, moment.total / np.float32(max(moment.count, 1))
 
 
 def _width(value: ir.Value) -> int:

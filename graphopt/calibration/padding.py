@@ -8,12 +8,13 @@ inside the model has padded rows if, in the same trial, just the rows that belon
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.core.contract import Array
+from graphopt.core.contract import Analysis, Array, Context
 from graphopt.core.errors import GraphoptError
 from graphopt.graph.dims import fed_inputs
 from graphopt.graph.questions import rank, same_dim
@@ -22,67 +23,105 @@ from graphopt.run.distance import compare_outputs
 from graphopt.run.observe import exposed
 from graphopt.run.roles import role
 
+Layout = Callable[[Array], Array]  # an array of the graph -> its rows [rows, ..]
+
 _TOLERANCE = 1e-4  # what is read moves a value by far more
-_KINDS = ("positions", "heads", "flat")  # [batch, positions, ..], [batch, heads, positions, ..], [batch * positions, ..]
+_KINDS = (
+    "positions",
+    "heads",
+    "flat",
+    "columns",
+)  # [batch, positions, ..], [batch, heads, positions, ..], [batch * positions, ..], [batch, .., positions]
 _NOTHING = np.zeros(0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """What counts in one batch: for each mask that hides something its positions, bool [batch, positions], and the values that have them as rows."""
+    """What counts in one batch: for each mask that hides something its positions, bool [batch, positions], and the values that have them.
+
+    Arrays may be numpy's or torch's.
+    """
 
     masks: tuple[tuple[Array, Mapping[str, str]], ...] = ()
 
+    def where(self, name: str, shape: Sequence[int]) -> Array | None:
+        """Which elements of the value of this name and shape count: bool, with as many axes, of size 1 where all are alike; None: all."""
+        found = [_where(kinds[name], mask, shape) for mask, kinds in self.masks if name in kinds]
+        fitting = [where for where in found if where is not None]
+        return fitting[0] if fitting and all(np.array_equal(where, fitting[0]) for where in fitting) else None
+
     def lead(self, name: str, shape: Sequence[int]) -> Array | None:
         """Which rows of the value [.., K] of this name and shape count, bool [..]; None: all."""
-        found = [_lead(kinds[name], mask, shape) for mask, kinds in self.masks if name in kinds]
-        fitting = [lead for lead in found if lead is not None]
-        return fitting[0] if fitting and all(np.array_equal(lead, fitting[0]) for lead in fitting) else None
+        where = self.where(name, shape)
+        return None if where is None or where.shape[-1] != 1 else np.broadcast_to(where[..., 0], tuple(shape[:-1]))
 
-    def rows(self, name: str, array: Array) -> Array:
-        """[.., K] -> float32 [rows, K] without padding."""
-        flat, lead = array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False), self.lead(name, array.shape)
-        return flat if lead is None else flat[lead.reshape(-1)]
+    def counts(self, name: str, shape: Sequence[int], by: Layout | None = None) -> Array | None:
+        """Which of the rows count that `by` (by default: the last axis stays) makes of the value, bool [rows]; None: all."""
+        if by is None:
+            lead = self.lead(name, shape)
+            return None if lead is None else lead.reshape(-1)
+        where = self.where(name, shape)
+        if where is None:
+            return None
+        made = by(np.broadcast_to(where, tuple(shape)))
+        return np.asarray(made.any(tuple(range(1, made.ndim))))  # a row that is padding in part cannot be left out
 
-    def counted(self, outputs: Mapping[str, Array]) -> dict[str, Array]:
+    def rows(self, name: str, array: Any) -> Any:
+        """[.., K] -> [rows, K] without padding."""
+        flat, counts = array.reshape(-1, array.shape[-1]), self.counts(name, array.shape)
+        return flat if counts is None else flat[counts]
+
+    def counted(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
         """Arrays by name, those with padding as [rows, K] without it; one number for each position counts as K = 1."""
         return {name: self._counted(name, array) for name, array in outputs.items()}
 
-    def _counted(self, name: str, array: Array) -> Array:
-        wide = _wide(array) if isinstance(array, np.ndarray) else _NOTHING
-        lead = self.lead(name, wide.shape) if wide.ndim > 1 else None
-        return array if lead is None else wide.reshape(-1, wide.shape[-1])[lead.reshape(-1)]
+    def _counted(self, name: str, array: Any) -> Any:
+        wide = _wide(array) if getattr(array, "ndim", 0) > 1 else _NOTHING  # a sequence of arrays has none
+        return array if wide.ndim < 2 or self.lead(name, wide.shape) is None else self.rows(name, wide)
+
+
+@dataclasses.dataclass(frozen=True)
+class Paddings(Analysis["Padding"]):
+    """The padding of the batches that the graph is fed as it is now; all that looks at samples for one Context asks the same."""
+
+    def compute(self, model: ir.Model, ctx: Context) -> Padding:
+        return Padding(model)
+
+
+@dataclasses.dataclass
+class _Verdict:
+    """About one mask. `value`: what stands for "kept"; `feeds`: the batch that showed it, with other contents at hidden and at kept positions (none:
+    the mask hides nothing); `kinds`: how values have its positions, None: not."""
+
+    value: bool = True
+    feeds: tuple[Feeds, ...] = ()
+    kinds: dict[str, str | None] = dataclasses.field(default_factory=dict)
 
 
 class Padding:
     """The padding of one model's batches; decided on the first batch that has any, by three runs of two of its rows.
 
     A mask that does not behave so (a convolution over positions, a mask that only blanks what comes out) hides nothing: every position counts.
-
-    Args:
-        names: of the values that will be asked for, by default the outputs of the model.
-        by_size: also a value that no content changes has padded rows if its sizes are those of the mask, as weights that depend on positions only.
+    It knows about the outputs of the model, and about the values that it was told of.
     """
 
-    def __init__(self, model: ir.Model, names: Iterable[str] = (), *, by_size: bool = False) -> None:
-        self._by_size = by_size
+    def __init__(self, model: ir.Model) -> None:
         self._model = model
         self._outputs = [str(v.name) for v in model.graph.outputs]
-        self._names = list(dict.fromkeys(names)) or self._outputs
+        self._asked = dict.fromkeys(self._outputs, False)  # name -> whether sizes are enough
         self._masks = [str(v.name) for v in fed_inputs(model) if rank(v) == 2 and v.dtype is not None and role(v, {}).kind == "mask"]
-        self._known: dict[str, tuple[bool, dict[str, str]]] = {}  # mask -> what stands for "kept", and the values; none: it hides nothing
+        self._known: dict[str, _Verdict] = {}
         self._shapes = {str(v.name): v.shape for v in model.graph.inputs}
-        self._now = Kept()
 
-    def watch(self, samples: Iterable[Feeds]) -> Iterator[Feeds]:
-        """The samples as they are; `now` is about the one that was handed out last."""
-        for feed in samples:
-            self._now = self.kept(feed)
-            yield feed
+    def about(self, names: Iterable[str], *, by_size: bool = False) -> Self:
+        """Be ready to tell about values of the main graph; those that are named together are tried together.
 
-    @property
-    def now(self) -> Kept:
-        return self._now
+        Args:
+            by_size: also a value that no content changes has padded rows if its sizes are those of the mask, as weights that positions decide.
+        """
+        for name in names:
+            self._asked.setdefault(name, by_size)
+        return self
 
     def kept(self, feed: Feeds) -> Kept:
         """What counts in this batch."""
@@ -96,12 +135,13 @@ class Padding:
                 if verdict is None:
                     continue
                 self._known[name] = verdict
-            value, kinds = self._known[name]
-            if kinds:
-                found.append((mask == value, kinds))
+            verdict = self._known[name]
+            self._learn(name, verdict)
+            if verdict.feeds:
+                found.append((mask == verdict.value, {n: kind for n, kind in verdict.kinds.items() if kind is not None}))
         return Kept(tuple(found))
 
-    def _try(self, name: str, feed: Feeds) -> tuple[bool, dict[str, str]] | None:
+    def _try(self, name: str, feed: Feeds) -> _Verdict | None:
         """The verdict about a mask; None where this batch says nothing."""
         whole = {key: np.asarray(array) for key, array in feed.items()}
         for probe in (_two_rows(name, whole), whole):
@@ -109,9 +149,9 @@ class Padding:
                 return self._verdict(name, probe)
             except GraphoptError:  # two rows alone, or such contents, are nothing that it takes
                 continue
-        return True, {}
+        return _Verdict()
 
-    def _verdict(self, name: str, probe: Feeds) -> tuple[bool, dict[str, str]] | None:
+    def _verdict(self, name: str, probe: Feeds) -> _Verdict | None:
         mask = probe[name] != 0
         contents = {key: array for key, array in probe.items() if key not in self._masks and self._alike(name, key)}
         for value in (True, False):
@@ -119,11 +159,25 @@ class Padding:
             hidden, own = ({**probe, **{key: _replaced(array, where, kept) for key, array in contents.items()}} for where in (~kept, kept))
             if any(all(changed[key] is probe[key] for key in probe) for changed in (hidden, own)):
                 return None
-            base, other, moved = self._run(probe, hidden, own)
+            base, other, moved = self._run((probe, hidden, own), self._asked)
             if all(_unmoved(base[n], other[n], kept) for n in self._outputs) and not all(_unmoved(base[n], moved[n], kept) for n in self._outputs):
-                kinds = {n: kind for n in self._names if n in base and (kind := _kind(base[n], other[n], kept, self._by_size)) is not None}
-                return value, kinds
-        return True, {}
+                return _Verdict(value, (probe, hidden), self._kinds(kept, base, other, self._asked))
+        return _Verdict()
+
+    def _learn(self, name: str, verdict: _Verdict) -> None:
+        """The values that were named since the mask was tried, in the same trial."""
+        new = [n for n in self._asked if n not in verdict.kinds]
+        if not new or not verdict.feeds:
+            return
+        try:
+            base, other = self._run(verdict.feeds, new)
+        except GraphoptError:  # it does not run with these shown
+            verdict.kinds |= dict.fromkeys(new)
+            return
+        verdict.kinds |= self._kinds((verdict.feeds[0][name] != 0) == verdict.value, base, other, new)
+
+    def _kinds(self, kept: Array, base: Mapping[str, Array], other: Mapping[str, Array], names: Iterable[str]) -> dict[str, str | None]:
+        return {n: _kind(base[n], other[n], kept, self._asked[n]) if n in base else None for n in names}
 
     def _alike(self, mask: str, name: str) -> bool:
         """False where the model says that the positions of an input are others than those of the mask, whatever their number is now."""
@@ -131,13 +185,13 @@ class Padding:
         known = [d for d in dims if isinstance(d, int) or d.value is not None]
         return len(known) < 2 or same_dim(*known)
 
-    def _run(self, *feeds: Feeds) -> list[dict[str, Array]]:
+    def _run(self, feeds: Sequence[Feeds], names: Iterable[str]) -> list[dict[str, Array]]:
         from graphopt.run import ort
 
-        given = {str(v.name) for v in self._model.graph.inputs}
-        shown = [n for n in dict.fromkeys((*self._names, *self._outputs)) if n not in given]
-        session = ort.session(exposed(self._model, shown))
-        return [{**{n: np.asarray(feed[n]) for n in (*self._names, *self._outputs) if n in feed}, **session.run(feed)} for feed in feeds]
+        given, names = {str(v.name) for v in self._model.graph.inputs}, list(names)
+        shown = [n for n in names if n not in given]
+        session = ort.session(exposed(self._model, shown)) if shown else None
+        return [{**{n: np.asarray(feed[n]) for n in names if n in feed}, **(session.run(feed) if session else {})} for feed in feeds]
 
 
 def _two_rows(name: str, feed: Feeds) -> dict[str, Array]:
@@ -174,8 +228,8 @@ def _unmoved(before: Array, after: Array, kept: Array) -> bool:
     if _same(before, after):
         return True
     wide, then = _wide(before), _wide(after)
-    lead = _lead("positions", kept, wide.shape) if wide.ndim > 1 and wide.shape == then.shape else None
-    return lead is not None and _same(wide[lead], then[lead])
+    where = _where("positions", kept, wide.shape) if wide.ndim > 1 and wide.shape == then.shape else None
+    return where is not None and _same(*(x[np.broadcast_to(where, x.shape)] for x in (wide, then)))
 
 
 def _kind(before: Array, after: Array, kept: Array, by_size: bool) -> str | None:
@@ -183,9 +237,12 @@ def _kind(before: Array, after: Array, kept: Array, by_size: bool) -> str | None
     before, after = (_wide(x) if isinstance(x, np.ndarray) else _NOTHING for x in (before, after))
     if before.ndim < 2 or before.shape != after.shape or before.dtype.kind != "f":
         return None
-    for kind in _KINDS:
-        lead = _lead(kind, kept, before.shape)
-        if lead is not None and _same(before[lead], after[lead]) and (by_size or not _same(before[~lead], after[~lead])):
+    for kind in _KINDS[: 3 if by_size else 4]:
+        where = _where(kind, kept, before.shape)
+        if where is None:
+            continue
+        full = np.broadcast_to(where, before.shape)
+        if _same(before[full], after[full]) and (by_size or not _same(before[~full], after[~full])):
             return kind
     return None
 
@@ -203,14 +260,16 @@ def _wide(array: Array) -> Array:
     return array[..., None] if array.ndim == 2 else array
 
 
-def _lead(kind: str, kept: Array, shape: Sequence[int]) -> Array | None:
-    """`kept` for the axes in front of the last of a value of this kind; None where the sizes are others."""
+def _where(kind: str, kept: Array, shape: Sequence[int]) -> Array | None:
+    """`kept` on the axes of a value of this kind, of size 1 where all are alike; None where the sizes are others."""
     batch, positions = kept.shape
-    lead = tuple(shape[:-1])
-    if kind == "positions" and lead[:2] == (batch, positions):
-        return np.broadcast_to(kept.reshape(batch, positions, *[1] * (len(lead) - 2)), lead)
-    if kind == "heads" and len(lead) == 3 and (lead[0], lead[2]) == (batch, positions):
-        return np.broadcast_to(kept[:, None], lead)
-    if kind == "flat" and lead[:1] == (batch * positions,):
-        return np.broadcast_to(kept.reshape(-1, *[1] * (len(lead) - 1)), lead)
+    rest = len(shape) - 1
+    if kind == "positions" and rest > 1 and tuple(shape[:2]) == (batch, positions):
+        return kept.reshape(batch, positions, *[1] * (rest - 1))
+    if kind == "heads" and rest == 3 and (shape[0], shape[2]) == (batch, positions):
+        return kept[:, None, :, None]
+    if kind == "flat" and rest > 0 and shape[0] == batch * positions:
+        return kept.reshape(-1, *[1] * rest)
+    if kind == "columns" and rest > 1 and (shape[0], shape[-1]) == (batch, positions):
+        return kept.reshape(batch, *[1] * (rest - 1), positions)
     return None

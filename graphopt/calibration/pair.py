@@ -1,4 +1,6 @@
-"""Two models side by side on the same samples: the pupil, and the teacher that it is fitted to."""
+"""A pupil and its teacher, side by side on the same samples: at any multiply what each is fed, how the two go together, and how far apart their
+residual streams are. What is fitted to the teacher (refits, factors in sequence) reads it here.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +10,21 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.linear import Linear, bias_of
+from graphopt.analysis.linear import Linear
 from graphopt.calibration.padding import Kept, Padding
 from graphopt.core.contract import Array
 from graphopt.core.errors import SampleError
 from graphopt.graph.questions import consumers, is_constant, same_shape
 from graphopt.run import Feeds
-from graphopt.run.observe import exposed, limited
-from graphopt.run.segments import Segments, State
+from graphopt.run.observe import limited
+from graphopt.run.segments import State, Walk
 
 
 @dataclasses.dataclass(frozen=True)
 class Paired:
-    """Means over the rows of x [rows, K] in one model and of z, the same value in another: x^T x, x^T z and z^T z, each float64 [K, K].
+    """Means over the rows of x [rows, K] that the pupil is fed and z [rows, L] that the teacher is: x^T x, x^T z, z^T z, each float64.
 
-    `drift` [K, H]: x^T (t - s), where s [rows, H] is a second value of the one and t that of the other model.
+    `drift` [K, H]: x^T (t - s), where s and t [rows, H] are the residual streams of pupil and teacher; None where there is none.
     """
 
     own: Array
@@ -31,70 +33,81 @@ class Paired:
     drift: Array | None = None
 
 
-def paired_moments(model: ir.Model, other: ir.Model, samples: Iterable[Feeds], value: str, second: str | None = None) -> Paired:
-    """How a value [.., K] of `model` and the one of this name in `other` go together; one run of both over the samples, without padding.
+class Pair:
+    """Both models walk once over the samples, all batches at one place; they only go on.
 
     Args:
-        value, second: names of values in the main graphs of both; `second` has the same rows.
+        pupil: may change behind the place where it stands.
+        teacher: what it is fitted to.
+        linears: multiplies of the teacher, those that `at` will ask about.
+        rows: stop after the batch in which so many rows (tokens) were seen.
 
     Raises:
         SampleError: there was no sample.
     """
-    from graphopt.run import ort
 
-    given = {str(v.name) for v in model.graph.inputs}
-    names = [n for n in dict.fromkeys((value, second)) if n is not None]
-    shown = [n for n in names if n not in given]
-    sessions = [ort.session(exposed(m, shown)) for m in (model, other)] if shown else []
-    sums: list[Array] = []
-    count, padding = 0, Padding(other, [value])
-    for feed in padding.watch(samples):
-        runs = [session.run(feed) for session in sessions] or [{}, {}]
-        (x, *s), (z, *t) = ([padding.now.rows(value, feed[n] if n in given else run[n]) for n in names] for run in runs)
-        pairs = [(x, x), (x, z), (z, z), *((x, b - a) for a, b in zip(s, t, strict=True))]
-        parts = [(a.T @ b).astype(np.float64) for a, b in pairs]
-        sums = [total + part for total, part in zip(sums, parts, strict=True)] if sums else parts
-        count += len(x)
-    if not sums:
-        raise SampleError("calibration gave 0 samples: the source is empty, or a generator that was used before")
-    return Paired(*(total / max(count, 1) for total in sums))
+    def __init__(self, pupil: ir.Model, teacher: ir.Model, samples: Iterable[Feeds], linears: Iterable[Linear], rows: int | None = None) -> None:
+        taken = samples if rows is None else limited(samples, rows)
+        padding = Padding(teacher).about(str(x.x.name) for x in linears)
+        self._kept = [padding.kept(feed) for feed in taken]
+        if not self._kept:
+            raise SampleError("calibration gave 0 samples: the source is empty, or a generator that was used before")
+        self._pupil, self._teacher = Walk(pupil, taken), Walk(teacher, taken)
+
+    def at(self, own: Linear, other: Linear) -> Meeting:
+        """Both in front of one multiply, `own` of the pupil and `other` of the teacher; not in front of where they were before."""
+        return Meeting(own, other, self._pupil.until(own.node), self._teacher.until(other.node), self._kept)
 
 
-class _Progress:
-    """A model on its way through the samples, all batches at one place; what is in front of it may no longer change."""
+class Meeting:
+    """Pupil and teacher in front of one multiply. Iterate: for each batch x, z, and t - s or None (see `Paired`), float32, without padding."""
 
-    def __init__(self, model: ir.Model, linears: Sequence[Linear]) -> None:
-        self.segments = Segments(model, [str(x.node.outputs[0].name) for x in linears])
-        self.here, self.states, self.feeds = 0, list[State](), list[Feeds]()
+    def __init__(self, own: Linear, other: Linear, pupil: Sequence[State], teacher: Sequence[State], kept: Sequence[Kept]) -> None:
+        self._names, self._states, self._kept = (str(own.x.name), str(other.x.name)), (pupil, teacher), kept
+        self._streams = _stream(own), _stream(other)
+        if any(name is None or name not in states[0] for name, states in zip(self._streams, self._states, strict=True)):
+            self._streams = None, None
 
-    def begin(self, samples: Iterable[Feeds], rows: int) -> None:
-        for feed in limited(samples, rows):
-            self.feeds.append(feed)
-            self.states.append(self.segments.begin(feed))
+    def __len__(self) -> int:
+        return len(self._kept)
 
-    def until(self, linear: Linear) -> list[State]:
-        """The values in front of a multiply, for every batch."""
-        piece = self.segments.piece_of(str(linear.node.outputs[0].name))
-        while self.here < piece:
-            self.states = [self.segments.step(self.here, state) for state in self.states]
-            self.here += 1
-        return self.states
+    def __iter__(self) -> Iterator[tuple[Array, Array, Array | None]]:
+        own, other = self._names
+        for ours, theirs, kept in zip(*self._states, self._kept, strict=True):
+            counts = kept.counts(other, theirs[other].shape)
+
+            def rows(array: Array, counts: Array | None = counts) -> Array:
+                flat = array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
+                return flat if counts is None else flat[counts]
+
+            s, t = self._streams
+            yield rows(ours[own]), rows(theirs[other]), None if s is None or t is None else rows(theirs[t] - ours[s])
+
+    def moments(self) -> Paired:
+        """Over all batches."""
+        sums: list[Array] = []
+        count = 0
+        for x, z, drift in self:
+            pairs = [(x, x), (x, z), (z, z), *([] if drift is None else [(x, drift)])]
+            parts = [(a.T @ b).astype(np.float64) for a, b in pairs]
+            sums = [total + part for total, part in zip(sums, parts, strict=True)] if sums else parts
+            count += len(x)
+        return Paired(*(total / max(count, 1) for total in sums))
 
 
-class _Sums:
-    """What a least-squares fit of x [rows, in] @ W to y [rows, out] needs of the rows."""
+class LeastSquares:
+    """What a fit of x [rows, in] @ W to y [rows, out] needs of the rows."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        self.moments, self.cross, self.squares = np.zeros((inputs, inputs)), np.zeros((inputs, outputs)), 0.0
+    def __init__(self, moments: Array, cross: Array) -> None:
+        self.moments, self.cross, self.squares = moments, cross, 0.0
 
     def add(self, x: Array, y: Array) -> None:
         self.moments += x.T @ x
         self.cross += x.T @ y
         self.squares += float(np.square(y, dtype=np.float64).sum())
 
-    def __add__(self, other: _Sums) -> _Sums:
-        total = _Sums(*self.cross.shape)
-        total.moments, total.cross = self.moments + other.moments, self.cross + other.cross
+    def __add__(self, other: LeastSquares) -> LeastSquares:
+        total = LeastSquares(self.moments + other.moments, self.cross + other.cross)
         total.squares = self.squares + other.squares
         return total
 
@@ -108,27 +121,6 @@ class _Sums:
         """|x W - y| / |y|"""
         rest = self.squares - 2 * float((w * self.cross).sum()) + float(((self.moments @ w) * w).sum())
         return float(np.sqrt(max(rest, 0.0) / max(self.squares, 1e-30)))
-
-
-def _rows(new: Linear, old: Linear, pupil: Sequence[State], master: Sequence[State], kept: Sequence[Kept]) -> Iterator[tuple[Array, Array]]:
-    """For each batch what the pruned multiply is fed, a one behind it where it has a bias, and what should come out; without padding."""
-    target, then, biased = old.matrix().astype(np.float32), bias_of(old), bias_of(new) is not None
-    stream = _stream(new), _stream(old)
-    if None in stream or any(str(stream[0]) not in s for s in pupil) or any(str(stream[1]) not in s for s in master):
-        stream = (None, None)
-    for ours, theirs, batch in zip(pupil, master, kept, strict=True):
-        fed = theirs[str(old.x.name)]
-        lead = batch.lead(str(old.x.name), fed.shape)
-        counts = slice(None) if lead is None else lead.reshape(-1)
-        x = ours[str(new.x.name)].reshape(-1, new.in_features)[counts]
-        y = fed.reshape(-1, len(target))[counts] @ target
-        if biased:
-            x = np.concatenate([x, np.ones((len(x), 1), x.dtype)], 1)
-        if then is not None:
-            y = y + then.astype(np.float32)
-        if stream[0] is not None:
-            y = y + (theirs[str(stream[1])] - ours[str(stream[0])]).reshape(-1, y.shape[-1])[counts]
-        yield x, y
 
 
 def _stream(linear: Linear) -> str | None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Linears
-from graphopt.core.contract import Analysis, Context
+from graphopt.calibration.observe import Observed, Reducer
+from graphopt.core.contract import Array, Context
 from graphopt.graph.questions import is_constant
-from graphopt.run.observe import observable, observe
+from graphopt.run.observe import observable
 
-Array = np.ndarray[Any, Any]
 _HALF = 1 << 13  # bins on each side of zero
 _LEVELS = 256
 _STEPS = np.geomspace(1 / 8, 1, 48)  # the parts of a side that the searches try
@@ -32,11 +31,11 @@ class Range:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ranges(Analysis[Mapping[ir.Value, Range]]):
+class Ranges(Observed[Mapping[ir.Value, Range]]):
     """The range of the activation of each multiply with a stored weight, as far as it is float32 and can be observed on some sample.
 
     One pass over the samples, a fixed histogram for each value: memory does not grow with the samples, and what comes out depends neither on
-    their order nor on how they are batched.
+    their order nor on how they are batched. Padding does not count: it may be clipped.
 
     Args:
         method: `minmax`; `percentile`; `mse`, the range with the least squared error of rounding and clipping; `entropy`, the one with the
@@ -51,12 +50,18 @@ class Ranges(Analysis[Mapping[ir.Value, Range]]):
     method: str = "minmax"
     percentile: float = 99.999
 
-    def compute(self, model: ir.Model, ctx: Context) -> Mapping[ir.Value, Range]:
-        values = {x.x: Histogram() for x in ctx.get(Linears(casts=True)) if x.x.dtype == ir.DataType.FLOAT and not is_constant(x.x)}
-        seen = {value: h for value, h in values.items() if observable(model, value)}
-        if seen:
-            observe(model, ctx.require_samples(), {value: h.add for value, h in seen.items()})
-        return {value: h.range(self.method, self.percentile) for value, h in seen.items() if h.count}
+    def watch(self, model: ir.Model, ctx: Context) -> tuple[Sequence[Reducer], Callable[[], Mapping[ir.Value, Range]]]:
+        wanted = (x for x in ctx.get(Linears(casts=True)) if x.x.dtype == ir.DataType.FLOAT and not is_constant(x.x) and observable(model, x.x))
+        across = {x.x: x.trans_x for x in wanted}
+        found = {value: Histogram() for value in across}
+        reducers = [Reducer((value,), h.add, _columns if across[value] else None) for value, h in found.items()]
+        return reducers, lambda: {value: h.range(self.method, self.percentile) for value, h in found.items() if h.count}
+
+
+def _columns(array: Array) -> Array:
+    """[.., K, rows] -> [rows, K]"""
+    turned = np.swapaxes(array, -1, -2)
+    return turned.reshape(-1, turned.shape[-1])
 
 
 class Histogram:

@@ -28,9 +28,10 @@ from graphopt.report.document import Document
 from graphopt.report.elements import Element, Line, Table
 from graphopt.report.words import head
 from graphopt.run import race as bench
+from graphopt.run.clock import steady_clock
 
 Progress = Callable[[str, float], None]
-SHAPES = ((1, 16), (1, 128), (8, 64), (32, 128))
+SHAPES = (*bench.SHAPES, (32, 128))
 FAST_SHAPES = ((1, 16), (2, 32))
 _MAX_TOKENS, _BATCH = 128, 10
 _NAMES = ("plain export, float32", "onnxruntime quantize_dynamic", "graphopt -O2")
@@ -99,7 +100,10 @@ def run(*, target: str = "quantized", fast: bool = False, progress: Progress = l
         import onnx_ir as ir
 
         feeds = bench.feeds_for([ir.load(files[_NAMES[0]])], FAST_SHAPES if fast else SHAPES)
-        timings = bench.race(sessions, feeds, quick=fast, progress=lambda done: progress("timing, interleaved, one thread", 0.5 + done / 2))
+        timings = bench.race(
+            sessions, feeds, clock=steady_clock(1), effort=bench.QUICK if fast else bench.QUOTE,
+            progress=lambda done: progress("timing, interleaved, one thread", 0.5 + done / 2),
+        )  # fmt: skip
         base = embeddings[_NAMES[0]]
         rows = [
             Row(

@@ -49,13 +49,12 @@ def optimize(
     """Optimize a model for a target and write it."""
     if level is not None and pipeline is not None:
         raise typer.BadParameter("give either -O LEVEL or --pipeline, not both")
-    writes = _places(model, out, report)
     from graphopt.core import registry
     from graphopt.driver import optimize as api
     from graphopt.io import bind_shapes
-    from graphopt.run.race import parse_shapes
+    from graphopt.report.document import checked
 
-    parse_shapes(shapes or "1")
+    writes = [] if report is None else [checked(report)]  # a run of minutes must not end at a report of an unknown kind
     shaped = dict(bind_shapes.parse_shape(text) for text in input_shape or ())
     judge = None if metric is None else registry.load_metric(metric)
     with progress() as tell:
@@ -63,7 +62,7 @@ def optimize(
             model, pipeline, level=1 if level is None else level, target=target, samples=samples, tokenizer=tokenizer, metric=judge,
             max_loss=max_loss, require=require or (), plugins=plugin or (), input_shapes=shaped or None, task=task, with_past=with_past,
             verify_each=verify_each, check_numerics=check_numerics, time=time, print_changed=print_changed, dump=dump, fuel=fuel, progress=tell,
-            promise=measure and level != 0 and fuel is None, shapes=shapes, writes=writes,
+            promise=measure and level != 0 and fuel is None, shapes=shapes, out=out, writes=writes,
         )  # fmt: skip
         if measure and result.report.speed_up.value is None:
             result.measure(shapes, progress=lambda done: tell("timing input and output, interleaved", done))
@@ -72,13 +71,3 @@ def optimize(
     told = [] if remarks is None or as_json else result.report.remarks(remarks.value)
     if told:
         show("\n".join(map(str, told)))
-
-
-def _places(model: str, out: Path, report: Path | None) -> list[Path]:
-    """The files that will be written; checked before any work: a run of minutes must not end at a folder that is missing."""
-    from graphopt.core import places
-    from graphopt.report.document import checked
-
-    files = [out, places.data_file(out), *([] if report is None else [checked(report)])]
-    places.check_places(files, [model])
-    return files

@@ -32,9 +32,11 @@ def fill(
     cache.require()
     with progress() as tell:
         result = api.optimize(model, level=level, target=target, plugins=plugin or (), shapes=shapes, promise=False, progress=tell)
-    if result.target.machine() is None:
+    if not result.target.runs_here():
         raise TargetError(f"{result.target} cannot run here, so nothing can be measured for it")
     chosen = [str(remark) for record in result.report.passes if record.name == "choose-spellings" for remark in record.remarks]
+    if not result.target.spellings():
+        chosen = [f"{result.target} has no table of spellings: nothing to time"]
     show("\n".join([*chosen, f"{plural(len(Cache().rows()) - before, 'new timing')} in {cache.path}"]))
 
 

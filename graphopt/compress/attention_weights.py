@@ -11,8 +11,9 @@ import onnx_ir as ir
 
 from graphopt.analysis.attention import AttentionFacts, Attentions
 from graphopt.core.contract import Context
-from graphopt.graph.questions import attr, producer, rank, same_dim, static_dim
-from graphopt.rewrite.attention import Sizes, joined, operand, repeated, sizes_of, split, weights
+from graphopt.graph.attention_node import AttentionNode
+from graphopt.graph.questions import producer, rank, same_dim, static_dim
+from graphopt.rewrite.attention import joined, repeated, split, weights, why_not_unfused
 from graphopt.rewrite.builder import Builder
 
 _HARDLY = -1e3  # what a mask adds to hidden scores is below: exp of it is 0 beside any ordinary score
@@ -99,46 +100,44 @@ class Spelled:
 class Operator:
     """A standard Attention node."""
 
-    node: ir.Node
-    sizes_: Sizes
+    attention: AttentionNode
     by_head = True
 
     @property
     def anchor(self) -> ir.Node:
-        return self.node
+        return self.attention.node
 
     @property
     def nodes(self) -> tuple[ir.Node, ...]:
-        return (self.node,)
+        return (self.anchor,)
 
     @property
     def heads(self) -> int:
-        return self.sizes_.heads
-
-    @property
-    def operands(self) -> tuple[ir.Value | None, ir.Value | None]:
-        return self.node.inputs[0], self.node.inputs[1]
-
-    def weights(self, op: Builder) -> ir.Value:
-        return weights(op, self.node, self.sizes_)
-
-    def result(self, op: Builder, p: ir.Value) -> ir.Value:
-        return joined(op, self.node, op.MatMul(p, repeated(op, split(op, self.node, 2, self.sizes_), self.sizes_)), self.sizes_)
-
-    def sizes(self, op: Builder) -> tuple[ir.Value, ir.Value]:
-        return _size(op, self.node, self.node.inputs[0], -2), _size(op, self.node, self.node.inputs[2], -2)
-
-    def masks(self) -> Sequence[Mask] | str:
-        mask, value = operand(self.node, 3), operand(self.node, 2)
-        if value is None or value.shape is None:
-            return "the shape of its values is not known"
-        if mask is None:
-            return []
-        return [Mask(_narrow(mask), "keep" if mask.dtype == ir.DataType.BOOL else "add")]
+        return self.attention.heads
 
     @property
     def causal(self) -> bool:
-        return bool(attr(self.node, "is_causal", 0))
+        return self.attention.causal
+
+    @property
+    def operands(self) -> tuple[ir.Value | None, ir.Value | None]:
+        return self.attention.q, self.attention.k
+
+    def weights(self, op: Builder) -> ir.Value:
+        return weights(op, self.attention)
+
+    def result(self, op: Builder, p: ir.Value) -> ir.Value:
+        a = self.attention
+        return joined(op, a, op.MatMul(p, repeated(op, a, split(op, a, a.v, a.kv_heads))))
+
+    def sizes(self, op: Builder) -> tuple[ir.Value, ir.Value]:
+        return _size(op, self.anchor, self.attention.q, -2), _size(op, self.anchor, self.attention.v, -2)
+
+    def masks(self) -> Sequence[Mask] | str:
+        mask = self.attention.mask
+        if self.attention.v.shape is None:
+            return "the shape of its values is not known"
+        return [] if mask is None else [Mask(_narrow(mask), "keep" if mask.dtype == ir.DataType.BOOL else "add")]
 
 
 Place = Spelled | Operator
@@ -146,8 +145,9 @@ Place = Spelled | Operator
 
 def place_of(node: ir.Node, ctx: Context) -> Place | str | None:
     """Where the weights of a Softmax or Attention node can be changed; else the reason, or None for those that were cut before."""
-    if node.op_type == "Attention":
-        return _operator(node)
+    a = AttentionNode.of(node)
+    if a is not None:
+        return _operator(a)
     facts = ctx.get(Attentions())[node]
     if isinstance(facts, str):
         return None if _is_cut(node.outputs[0]) else facts
@@ -157,16 +157,15 @@ def place_of(node: ir.Node, ctx: Context) -> Place | str | None:
     return Spelled(facts, product, p)
 
 
-def _operator(node: ir.Node) -> Operator | str:
-    if any(operand(node, k) is not None for k in (4, 5, 6)) or any(v.uses() or v.is_graph_output() for v in node.outputs[1:3]):
+def _operator(a: AttentionNode) -> Operator | str:
+    if a.cached:
         return "it keeps a cache"
-    if any(v.uses() or v.is_graph_output() for v in node.outputs[3:]):
+    if a.shown is not None:
         return "its weights or scores are an output"
-    dtype = node.outputs[0].dtype
+    dtype = a.result.dtype
     if dtype != ir.DataType.FLOAT:
         return f"it computes in {'an unknown type' if dtype is None else dtype.name}; put threshold-attention before to-half"
-    sizes = sizes_of(node)
-    return sizes if isinstance(sizes, str) else Operator(node, sizes)
+    return why_not_unfused(a) or Operator(a)
 
 
 def _is_cut(p: ir.Value) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Self, TypeGuard, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -14,11 +14,14 @@ import onnx_ir as ir
 from graphopt.core.errors import SampleError
 from graphopt.core.fuel import Fuel
 from graphopt.core.options import Configurable
+from graphopt.core.places import data_file
 from graphopt.core.remarks import Remarks
 from graphopt.core.replay import Spool
+from graphopt.core.strength import Dial, Dials, in_use, switched, turned
 
 if TYPE_CHECKING:
     from graphopt.core.machine import Machine
+    from graphopt.graph.opset.versions import Rise
     from graphopt.rewrite.choices import Choices
 
 Facts = TypeVar("Facts")
@@ -29,11 +32,11 @@ class Pass(Configurable, ABC):
     """One change of a graph. A subclass is a frozen dataclass whose fields are its options.
 
     `exact` is False for a pass that may change the numbers beyond rounding (quantization, pruning, low rank).
-    `preserves` lists the analyses whose facts are still true after the pass changed something.
+    `dials` says which options make such a pass milder, and how far.
     """
 
     exact: ClassVar[bool] = True
-    preserves: ClassVar[frozenset[type]] = frozenset()
+    dials: ClassVar[Dials] = ()
 
     @abstractmethod
     def run(self, model: ir.Model, ctx: Context) -> int:
@@ -44,9 +47,21 @@ class Pass(Configurable, ABC):
         """True if a limit of the user asks for it (`opset=17`, `vnni=false`): it is never taken back, neither for being slow nor for its loss."""
         return False
 
+    def check(self, known: Mapping[str, type[Pass]]) -> None:
+        """Refuse options that name passes which are not among `known`; whoever parses a pipeline asks.
+
+        Raises:
+            PipelineError: its `option` names the option.
+        """
+
     def weaker(self) -> Self | None:
         """A milder setting of the same pass, or None if it can only be undone."""
-        return None
+        return turned(self, Dial.milder) or switched(self)
+
+    def between(self, milder: Self) -> Self | None:
+        """A setting between this one and a milder one; None where there is none that is worth trying."""
+        values = dict(in_use(milder))
+        return turned(self, lambda dial, value: dial.between(value, values.get(dial, value)))
 
 
 class Analysis(ABC, Generic[Facts]):
@@ -76,6 +91,8 @@ class Context:
 
     Args:
         samples: batches of the model's inputs; a generator, which can be read once, is written to a temporary folder.
+        passes: those that the run knows, with the user's plugins; None = the installed ones.
+        tune: False = lowerings time nothing, whatever the target's option says.
     """
 
     def __init__(
@@ -88,8 +105,10 @@ class Context:
         fuel: Fuel | None = None,
         budget: Budget | None = None,
         original: ir.Model | None = None,
+        passes: Mapping[str, type[Pass]] | None = None,
+        tune: bool = True,
     ) -> None:
-        self.model, self.target, self.budget = model, target, budget
+        self.model, self.target, self.budget, self.passes, self.tune = model, target, budget, passes, tune
         self.samples: Batches | None = samples if samples is None or _counts(samples) else Spool(samples)
         self.original = model if original is None else original
         self.remarks = Remarks() if remarks is None else remarks
@@ -104,9 +123,17 @@ class Context:
         facts: Facts = self._facts[analysis]
         return facts
 
-    def invalidate(self, keep: frozenset[type] = frozenset()) -> None:
-        """Drop the facts of every analysis but those of the types in `keep`."""
-        self._facts = {a: f for a, f in self._facts.items() if type(a) in keep}
+    def knows(self, analysis: Analysis[Any]) -> bool:
+        """True if `get` need not compute it."""
+        return analysis in self._facts
+
+    def put(self, analysis: Analysis[Facts], facts: Facts) -> None:
+        """The facts of an analysis about the current graph, where several are computed at once."""
+        self._facts[analysis] = facts
+
+    def invalidate(self) -> None:
+        """Drop the facts of every analysis: the graph has changed."""
+        self._facts = {}
 
     def require_samples(self) -> Batches:
         """The user's samples.
@@ -143,7 +170,23 @@ class Session(Protocol):
 
 
 class Target(Configurable, ABC):
-    """A runtime with one way of running a model; `cpu{threads=2}` parses exactly like a pass."""
+    """A runtime with one way of running a model; `cpu{threads=2}` parses exactly like a pass.
+
+    What every target has; a subclass makes an option of it by a field of that name:
+        shapes: BATCHxLENGTH sizes to time at, such as `("1x16", "8x64")`; none = the default ones.
+        threads: of the runtime.
+        opset: that the artifact must not exceed.
+        tune: whether its spellings may be timed (`on`), are taken from what was timed before (`cache`), or from its table (`off`).
+        processor: the name of another processor that it is for; then nothing is timed here.
+        writes_onnx: the artifact is an ONNX file, so that a model which no pass changed is written as the bytes that it came as.
+    """
+
+    shapes: tuple[str, ...] = ()
+    threads: int = 1
+    opset: int | None = None
+    tune: Literal["on", "cache", "off"] = "on"
+    processor: str | None = None
+    writes_onnx: ClassVar[bool] = True
 
     @abstractmethod
     def pipeline(self, level: int) -> str:
@@ -156,6 +199,22 @@ class Target(Configurable, ABC):
     @abstractmethod
     def supports(self, node: ir.Node) -> bool:
         """True if the runtime has a kernel for this node."""
+
+    def finish(self, model: ir.Model) -> tuple[ir.Model, tuple[Rise, ...]]:
+        """A lowered model as it will be shipped, and which versions of it rose above those of the input, and why.
+
+        Raises:
+            TargetError: it cannot be written within `opset`.
+        """
+        return model, ()
+
+    def files(self, path: Path) -> Sequence[Path]:
+        """The files that `save` to `path` may write. For a folder: the folder itself and what will be in it."""
+        return path, data_file(path)
+
+    def size(self, model: ir.Model) -> int | None:
+        """Bytes of a finished model as an artifact; None = those of an ONNX file."""
+        return None
 
     @abstractmethod
     def save(self, model: ir.Model, path: Path) -> Artifact:
@@ -173,8 +232,12 @@ class Target(Configurable, ABC):
         """The table of equivalent spellings, the default of each kind first; `lowerings` must begin with `choose-spellings` to use it."""
         return ()
 
+    def runs_here(self) -> bool:
+        """True if `session` can run a model on this machine, as far as is known without a model."""
+        return True
+
     def machine(self) -> Machine | None:
-        """Where a timing of this target was or would be taken; None if it cannot run here."""
+        """What its timings depend on: the key under which they are kept, and how they are clocked. None = they are not kept."""
         return None
 
     def report(self, model: ir.Model) -> dict[str, Any]:

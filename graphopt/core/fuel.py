@@ -19,3 +19,7 @@ class Fuel:
             return False
         self.burned += 1
         return True
+
+    def back_to(self, burned: int) -> None:
+        """Give back what was burned since then, by changes that were undone."""
+        self.burned = burned

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import onnx_ir as ir
 
-from graphopt.core.contract import Context, Pass
+from graphopt.core.contract import Context, Pass, Target
 from graphopt.core.errors import PassError, PipelineError
 from graphopt.core.options import Configurable, near
 from graphopt.core.remarks import Remark
@@ -75,9 +75,12 @@ class _Parser:
             )
         options, places = self.options() if self.peek() == "{" else ({}, {})
         try:
-            return cls.from_options(options)
+            made = cls.from_options(options)
+            if isinstance(made, Pass):
+                made.check(self.classes)
+            return made
         except PipelineError as error:
-            place = places.get(getattr(error, "bad_key", ""), token)
+            place = places.get(error.option, token)
             head, _, tail = str(error).partition("\n")
             raise self.error(head, place, tail=tail) from None
 
@@ -170,7 +173,7 @@ class PassManager:
             changes = step.run(model, ctx)
             seconds = time.perf_counter() - start
             if changes:
-                ctx.invalidate(step.preserves)
+                ctx.invalidate()
             for instrument in self.instruments:
                 instrument.after(step, position, changes, seconds, model, ctx)
         except (Exception, SystemExit) as error:  # a pass must not end the program, and with exit code 0 at that
@@ -178,3 +181,15 @@ class PassManager:
                 instrument.failed(step, position, error, model, ctx)
             raise PassError(str(step), position, error) from error
         return PassRecord(str(step), changes, seconds, ctx.remarks.since(mark))
+
+
+def lower(model: ir.Model, target: Target, *, tune: bool = True, original: ir.Model | None = None) -> ir.Model:
+    """A copy of `model` (the weights are shared) as the target runs it.
+
+    Args:
+        tune: False = nothing is timed for it, whatever the target's option says.
+        original: the model before any pass, where that is another one.
+    """
+    copy = model.clone()
+    PassManager(target.lowerings()).run(copy, Context(copy, target=target, original=original, tune=tune))
+    return copy

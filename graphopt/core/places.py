@@ -22,6 +22,7 @@ def check_places(files: Iterable[Path], sources: Iterable[str] = (), dumped: Ite
     nothing can be written.
 
     Args:
+        files: one that is the folder of another is a folder that will be made, or is there.
         sources: the files of the input.
         dumped: more files, in a folder that need not be there yet.
 
@@ -29,13 +30,19 @@ def check_places(files: Iterable[Path], sources: Iterable[str] = (), dumped: Ite
         SaveError: names the file.
     """
     files, seen = list(files), set[str]()
+    made = {file.absolute() for file in files} & {file.absolute().parent for file in files}
     for file in (*files, *dumped):
-        _check_file(file, sources)
+        if file.absolute() not in made:
+            _check_file(file, sources)
+        elif os.path.lexists(file) and not os.path.isdir(file):
+            raise SaveError(f"cannot write {file}: it is a file, and a folder goes there; choose another name")
         place = os.path.realpath(file)
         if place in seen:
             raise SaveError(f"cannot write {file}: another output of this run goes there; choose another name")
         seen.add(place)
     for folder, file in {file.absolute().parent: file for file in reversed(files)}.items():
+        if folder in made and not os.path.isdir(folder):
+            continue
         if not os.path.isdir(folder):
             raise SaveError(f"cannot write {file}: there is no folder {folder}; create it first")
         try:

@@ -260,3 +260,15 @@ def _file_name(step: Pass, position: int) -> str:
 
 def _say(stream: TextIO | None, text: str) -> None:
     print(text, file=stream if stream is not None else sys.stderr)
+
+
+def chosen(*, verify_each: bool, check_numerics: bool, time: bool, print_changed: bool, dump: str | Path | None) -> list[Instrument]:
+    """Those that were asked for, in the order in which they look."""
+    made: list[tuple[bool, Callable[[], Instrument]]] = [
+        (verify_each, VerifyEach),
+        (check_numerics, CheckNumerics),
+        (time, Time),
+        (print_changed, PrintChanged),
+        (dump is not None, lambda: Dump(dump or "")),
+    ]
+    return [make() for wanted, make in made if wanted]

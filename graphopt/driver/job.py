@@ -1,93 +1,200 @@
-"""One run: what was asked for, checked and resolved, and the parts that carry it out."""
+"""One run as an object: what was asked for, checked and resolved, and the parts that carry it out."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from time import perf_counter as clock
+from typing import TYPE_CHECKING, Any
 
-import onnx
 import onnx_ir as ir
 
+from graphopt.core import pipeline as pipelines
 from graphopt.core import registry
-from graphopt.core.contract import Metric, Pass, Session, Target
+from graphopt.core.contract import Budget, Context, Metric, Pass, Target
 from graphopt.core.errors import GraphoptError, PipelineError, SampleError, VerifyError
-from graphopt.core.options import check_limits, near
+from graphopt.core.fuel import Fuel
+from graphopt.core.options import near
 from graphopt.core.pipeline import Instrument, PassManager, PassRecord, parse, render
-from graphopt.core.remarks import Remark
-from graphopt.driver import instruments
+from graphopt.core.places import check_places
+from graphopt.core.remarks import Remarks
+from graphopt.driver import promise as promises
+from graphopt.driver.history import History, Progress
+from graphopt.driver.instruments import Dump
 from graphopt.driver.loss import NO_SAMPLES, Loss
+from graphopt.driver.promise import Outcome
+from graphopt.driver.result import Result, report_of
 from graphopt.driver.transaction import TransactionManager
-from graphopt.graph import size
-from graphopt.graph.interface import Interface
-from graphopt.graph.opset.versions import OLDEST, Rise
-from graphopt.graph.serialize import model_bytes
-from graphopt.graph.size import Size
+from graphopt.graph.interface import interface
 from graphopt.graph.verify import verify
-from graphopt.io import save
-from graphopt.report.report import Report
-from graphopt.report.words import megabytes
-from graphopt.run import race as bench
+from graphopt.io.load import LoadOptions, check_options, load_both
+from graphopt.io.save import sources_of
+from graphopt.report.words import called
+from graphopt.run.race import parse_shapes
 from graphopt.run.samples import Samples
 
-
-class _Judge:
-    """The metric of a user, who may have made a mistake: `failure` is the first one, in one line."""
-
-    def __init__(self, metric: Metric) -> None:
-        self.metric = metric
-        self.failure: GraphoptError | None = None
-
-    def __call__(self, session: Session) -> float:
-        try:
-            score: Any = self.metric(session)
-            score = float(score)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 -- whatever a user's function raises is the user's to read
-            self._fail(f"{type(error).__name__}: {' '.join(str(error).split())}", error)
-        if not math.isfinite(score):
-            self._fail(f"it gave {score}, and must give a finite number", None)
-        return float(score)
-
-    def _fail(self, why: str, cause: BaseException | None) -> NoReturn:
-        error = GraphoptError(f"the metric failed: {why}")
-        self.failure = self.failure or error
-        raise error from cause
+if TYPE_CHECKING:
+    from graphopt.io.load import Source
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What will run, parsed before anything is loaded."""
+class Job:
+    """One run. It can be repeated, also with other settings: `dataclasses.replace(job, fuel=7).run()`; nothing is loaded again.
+
+    Attributes:
+        target: where the model will run.
+        passes, lowerings: what runs, in this order.
+        required: names of passes that must change something, and are never taken back.
+        original, model: the input as it came, and its normal form; `run` changes neither.
+        name: what the input is called.
+        loaded: what loading did; its changes are repairs of the input.
+        source: the file that the input came from as it is, if it did.
+        samples: all of them, for fitting, for choosing and for the loss alike; who splits them splits here, and gives `loss` its own part.
+        loss: what a model loses against the original.
+        max_loss: what lossy passes may lose together, as a fraction; None = they are not judged.
+        known: the classes of passes by name, with the user's plugins.
+        watchers: instruments.
+        fuel: how many changes may happen at most; None = all.
+        promise: whether the artifact is timed against the input, and lossless changes are taken back where it is slower.
+        shapes: (batch, length) to time at; none = the samples, or those of the target.
+        tell: is told what is done now, and the fraction of all steps.
+    """
 
     target: Target
     passes: tuple[Pass, ...]
     lowerings: tuple[Pass, ...]
     required: tuple[str, ...]
+    original: ir.Model
+    model: ir.Model
+    name: str
+    loaded: PassRecord
+    source: Path | None
+    samples: Samples | None
+    loss: Loss
+    max_loss: float | None
+    known: Mapping[str, type[Pass]]
+    watchers: tuple[Instrument, ...] = ()
+    fuel: int | None = None
+    promise: bool = False
+    shapes: Sequence[tuple[int, ...]] = ()
+    tell: Progress = lambda text, done: None
+
+    @classmethod
+    def make(
+        cls,
+        source: Source,
+        pipeline: str | None = None,
+        *,
+        level: int = 1,
+        target: str | Target = "cpu",
+        samples: Any = None,
+        tokenizer: Any = None,
+        metric: Metric | None = None,
+        max_loss: float | None = None,
+        require: Sequence[str] = (),
+        plugins: Sequence[str] = (),
+        watchers: Sequence[Instrument] = (),
+        fuel: int | None = None,
+        promise: bool | None = None,
+        shapes: str | None = None,
+        progress: Progress | None = None,
+        out: str | Path | None = None,
+        writes: Sequence[str | Path] = (),
+        options: LoadOptions | None = None,
+    ) -> Job:
+        """Check and resolve everything, and load the model. Arguments as for `optimize`; `options` are those of loading.
+
+        Raises:
+            PipelineError, LoadError, SaveError: see `optimize`.
+        """
+        options = options or {}
+        check_options(options)
+        where = _shaped(parse_target(target, tuple(plugins)) if isinstance(target, str) else target, shapes)
+        known = registry.passes(tuple(plugins))
+        passes: list[Pass] = parse(where.pipeline(level) if pipeline is None else pipeline, known)
+        lowerings = tuple(where.lowerings())
+        _check_required(require, passes, lowerings)
+        files = [*(() if out is None else where.files(Path(out))), *map(Path, writes)]
+        given = Path(source) if isinstance(source, (str, os.PathLike)) else None
+        tell = progress or cls.tell
+        tell("load", 0.0)
+        check_places(files, () if given is None else [str(given)])
+        remarks, start = Remarks(), clock()
+        original, model = load_both(source, remarks=remarks, **options)
+        repaired = sum("repaired" in remark.facts for remark in remarks)
+        loaded = PassRecord("load", repaired, clock() - start, list(remarks))
+        dumped = (place for w in watchers if isinstance(w, Dump) for place in w.places((*passes, *lowerings)))
+        check_places(files, sources_of(original), dumped)
+        fed = _samples(samples, tokenizer, model, given)
+        return cls(
+            where, tuple(passes), lowerings, tuple(require), original, model, called(source), loaded,
+            given if given is not None and given.is_file() and not options.get("input_shapes") else None,
+            fed, Loss(where, original, fed, metric), max_loss, known, tuple(watchers), fuel, _promised(promise, pipeline, level, fuel),
+            parse_shapes(shapes) if shapes else (), tell,
+        )  # fmt: skip
 
     @property
     def steps(self) -> tuple[Pass, ...]:
         return (*self.passes, *self.lowerings)
 
-    @classmethod
-    def make(
-        cls, text: str | None, level: int, target: str | Target, plugins: tuple[str, ...], required: tuple[str, ...], shapes: str | None = None
-    ) -> _Plan:
-        where = parse_target(target, plugins) if isinstance(target, str) else _limited(target)
-        if shapes is not None:
-            bench.parse_shapes(shapes)
-            if any(field.name == "shapes" for field in dataclasses.fields(where)):  # type: ignore[arg-type]
-                where = dataclasses.replace(where, shapes=tuple(shapes.replace(" ", "").split(",")))  # type: ignore[type-var]
-        classes = registry.passes(plugins)
-        passes: list[Pass] = parse(where.pipeline(level) if text is None else text, classes)
-        lowerings = tuple(where.lowerings())
-        names = {step.name for step in (*passes, *lowerings)}
-        for name in required:
-            if name not in names:
-                known = f"it has {', '.join(sorted(names)) or 'no pass'}"
-                raise PipelineError(f"{name} is required and is not in the pipeline `{render(passes)}`{near(name, names)}; {known}")
-        return cls(where, tuple(passes), lowerings, required)
+    def context(self, model: ir.Model, fuel: int | None = None) -> Context:
+        """What the passes are given besides the graph; its remarks are empty."""
+        budget = None if self.max_loss is None else Budget(self.max_loss)
+        return Context(
+            model, target=self.target, samples=self.samples, fuel=Fuel(fuel), original=self.original, budget=budget, passes=self.known
+        )  # fmt: skip
+
+    def manager(self, steps: Sequence[Pass], watchers: Sequence[Instrument] = ()) -> PassManager:
+        """Runs these steps; with a budget, lossy ones as transactions.
+
+        Raises:
+            SampleError: there is a budget and nothing to judge by.
+        """
+        lossy = [step for step in steps if not (step.exact or step.binding)]
+        if self.max_loss is None or not lossy:
+            return PassManager(steps, watchers)
+        if not self.loss.known:
+            raise SampleError(f"max-loss needs something to judge {lossy[0].name} by: {NO_SAMPLES}")
+        return TransactionManager(steps, watchers, loss=self.loss.of_graph, max_loss=self.max_loss)
+
+    def lower(self, model: ir.Model, *, tune: bool = True) -> ir.Model:
+        """A copy of a graph of this job, as the target runs it."""
+        return pipelines.lower(model, self.target, tune=tune, original=self.original)
+
+    def run(self) -> Result:
+        """Run the steps, keep the promise, and report.
+
+        Raises:
+            PassError, SampleError, VerifyError, GraphoptError: see `optimize`.
+        """
+        model, history = self.model.clone(), History(len(self.passes) + 1, len(self.steps), self.tell)
+        done = self.manager(self.steps, (*self.watchers, history)).run(model, self.context(model, self.fuel))
+        outcome = Outcome(model, history.graph or model, done)
+        if self.promise and any(record.changes for record in done):
+            outcome = promises.kept(self, outcome, history)
+        records = [self.loaded, *outcome.records]
+        if outcome.model is not None:
+            self._check(outcome.model)
+        _require(self.required, records)
+        changed = any(record.changes for record in records)
+        lowered = self.original if outcome.model is None or not changed else outcome.model
+        report = report_of(self, lowered, records)
+        if self.loss.failure is not None:
+            raise self.loss.failure
+        report.speed_up, report.latency = outcome.told()
+        self.tell("done", 1.0)
+        return Result(lowered, outcome.graph or self.original, self.original, self.target, report, self.samples, self.source)
+
+    def _check(self, model: ir.Model) -> None:
+        """What comes out is a legal graph with the interface that came in, whatever the passes were."""
+        try:
+            verify(model, interface=interface(self.model))
+        except VerifyError as error:
+            head, _, rest = str(error).partition("\n")
+            text = f"the passes left a broken graph, and nothing was written; --verify-each names the pass: {head}\n{rest}"
+            raise VerifyError(text.rstrip()) from error
 
 
 def parse_target(text: str, plugins: tuple[str, ...] = ()) -> Target:
@@ -99,55 +206,38 @@ def parse_target(text: str, plugins: tuple[str, ...] = ()) -> Target:
     found: list[Target] = parse(text, registry.targets(plugins), "target")
     if len(found) != 1:
         raise PipelineError(f"expected one target such as cpu or cpu{{threads=2}}, found `{text}`")
-    return _limited(found[0])
+    return found[0]
 
 
-def _limited(target: Target) -> Target:
-    check_limits(target, {"threads": (1, None), "opset": (OLDEST, onnx.defs.onnx_opset_version())})
-    return target
+def _shaped(target: Target, shapes: str | None) -> Target:
+    """With its option `shapes`, if it has one."""
+    if shapes is None:
+        return target
+    parse_shapes(shapes)
+    if all(field.name != "shapes" for field in dataclasses.fields(target)):  # type: ignore[arg-type]
+        return target
+    return dataclasses.replace(target, shapes=tuple(shapes.replace(" ", "").split(",")))  # type: ignore[type-var]
 
 
-def _samples(data: Any, tokenizer: Any, model: ir.Model, source: Any) -> Samples | None:
+def _promised(promise: bool | None, pipeline: str | None, level: int, fuel: int | None) -> bool:
+    return (pipeline is None and level >= 1 and fuel is None) if promise is None else promise
+
+
+def _samples(data: Any, tokenizer: Any, model: ir.Model, source: Path | None) -> Samples | None:
     if data is None:
         return None
-    if tokenizer is None and isinstance(source, (str, os.PathLike)):
-        beside = Path(source) / "tokenizer.json"
-        tokenizer = beside if beside.is_file() else None
+    beside = None if source is None else source / "tokenizer.json"
+    if tokenizer is None and beside is not None and beside.is_file():
+        tokenizer = beside
     return Samples.load(data, model, tokenizer=tokenizer)
 
 
-def _instruments(verify_each: bool, check_numerics: bool, time: bool, print_changed: bool, dump: str | Path | None) -> list[Instrument]:
-    chosen: list[Instrument] = []
-    if verify_each:
-        chosen.append(instruments.VerifyEach())
-    if check_numerics:
-        chosen.append(instruments.CheckNumerics())
-    if time:
-        chosen.append(instruments.Time())
-    if print_changed:
-        chosen.append(instruments.PrintChanged())
-    if dump is not None:
-        chosen.append(instruments.Dump(dump))
-    return chosen
-
-
-def _manager(steps: Sequence[Pass], watchers: Sequence[Instrument], loss: Loss, max_loss: float | None) -> PassManager:
-    lossy = [step for step in steps if not (step.exact or step.binding)]
-    if max_loss is None or not lossy:
-        return PassManager(steps, watchers)
-    if not loss.known:
-        raise SampleError(f"max-loss needs something to judge {lossy[0].name} by: {NO_SAMPLES}")
-    return TransactionManager(steps, watchers, loss=loss.of_graph, max_loss=max_loss)
-
-
-def _check(model: ir.Model, public: Interface) -> None:
-    """What comes out is a legal graph with the interface that came in, whatever the passes were."""
-    try:
-        verify(model, interface=public)
-    except VerifyError as error:
-        head, _, rest = str(error).partition("\n")
-        text = f"the passes left a broken graph, and nothing was written; --verify-each names the pass: {head}\n{rest}"
-        raise VerifyError(text.rstrip()) from error
+def _check_required(required: Iterable[str], passes: Sequence[Pass], lowerings: Sequence[Pass]) -> None:
+    names = {step.name for step in (*passes, *lowerings)}
+    for name in required:
+        if name not in names:
+            known = f"it has {', '.join(sorted(names)) or 'no pass'}"
+            raise PipelineError(f"{name} is required and is not in the pipeline `{render(passes)}`{near(name, names)}; {known}")
 
 
 def _require(names: Sequence[str], records: Sequence[PassRecord]) -> None:
@@ -158,18 +248,3 @@ def _require(names: Sequence[str], records: Sequence[PassRecord]) -> None:
             missed = [remark for record in own for remark in record.remarks if remark.kind == "missed"]
             why = f": {missed[0].message} (at `{missed[0].node}`)" if missed else "; no candidate was found"
             raise GraphoptError(f"{name} is required and changed nothing{why}")
-
-
-def _report(plan: _Plan, original: ir.Model, lowered: ir.Model, file: Path | None, records: list[PassRecord], loss: Loss) -> Report:
-    before = Size.of(original, model_bytes(original) if file is None else size.size(file))
-    after: Size = before
-    rises: Sequence[Rise] = ()
-    if lowered is not original:
-        finished, rises = save.finish(lowered, getattr(plan.target, "opset", None))
-        after = Size.of(finished, model_bytes(finished))
-    if after.bytes > before.bytes:
-        larger = f"the output has {after.bytes - before.bytes} bytes more than the input ({megabytes(before.bytes)})"
-        records.append(PassRecord("save", 0, 0.0, [Remark("warning", "save", "", larger)]))
-    described = {"name": str(plan.target)} | plan.target.report(lowered)
-    judged = loss.report(lambda: plan.target.session(lowered))
-    return Report(render(plan.passes), described, before, after, records, judged, rises=[rise.as_dict() for rise in rises])

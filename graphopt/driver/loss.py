@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 import onnx_ir as ir
 
 from graphopt.calibration.padding import Padding
-from graphopt.core.contract import Array, Context, Metric, Session, Target
+from graphopt.core.contract import Array, Metric, Session, Target
 from graphopt.core.errors import GraphoptError, SampleError
-from graphopt.core.pipeline import PassManager
+from graphopt.core.pipeline import lower
 from graphopt.report.report import Measured
 from graphopt.run.distance import relative_l2
 from graphopt.run.samples import Samples
@@ -25,7 +27,8 @@ class Loss:
     """
 
     def __init__(self, target: Target, original: ir.Model, samples: Samples | None, metric: Metric | None) -> None:
-        self.target, self.original, self.samples, self.metric = target, original, samples, metric
+        self.target, self.original, self.samples = target, original, samples
+        self.metric = None if metric is None else _Judge(metric)
         self._outputs: list[dict[str, Array]] | None = None
         self._padding = Padding(original)
         self._score: float | None = None
@@ -33,6 +36,11 @@ class Loss:
     @property
     def known(self) -> bool:
         return self.samples is not None or self.metric is not None
+
+    @property
+    def failure(self) -> GraphoptError | None:
+        """How the metric of the user failed first, if it did."""
+        return None if self.metric is None else self.metric.failure
 
     @property
     def how(self) -> str:
@@ -54,11 +62,8 @@ class Loss:
         return relative_l2(self._outputs, self._run(session, self.samples))
 
     def of_graph(self, model: ir.Model) -> float:
-        """The loss of a graph before lowering, as the target will run it."""
-        copy = model.clone()
-        ctx = Context(copy, target=self.target, samples=self.samples, original=self.original)
-        PassManager(self.target.lowerings()).run(copy, ctx)
-        return self.of(self.target.session(copy))
+        """The loss of a graph before lowering, as the target runs it by its table: to judge a pass, nothing is timed."""
+        return self.of(self.target.session(lower(model, self.target, tune=False, original=self.original)))
 
     def report(self, session: Callable[[], Session]) -> Measured:
         """The loss for the report, or why there is none."""
@@ -78,3 +83,26 @@ class Loss:
 
     def _run(self, session: Session, samples: Samples) -> list[dict[str, Array]]:
         return [self._padding.kept(feed).counted(session.run(feed)) for feed in samples]
+
+
+class _Judge:
+    """The metric of a user, who may have made a mistake: `failure` is the first one, in one line."""
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
+        self.failure: GraphoptError | None = None
+
+    def __call__(self, session: Session) -> float:
+        try:
+            score: Any = self.metric(session)
+            score = float(score)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 -- whatever a user's function raises is the user's to read
+            self._fail(f"{type(error).__name__}: {' '.join(str(error).split())}", error)
+        if not math.isfinite(score):
+            self._fail(f"it gave {score}, and must give a finite number", None)
+        return float(score)
+
+    def _fail(self, why: str, cause: BaseException | None) -> NoReturn:
+        error = GraphoptError(f"the metric failed: {why}")
+        self.failure = self.failure or error
+        raise error from cause

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from graphopt.core import places
 from graphopt.core.contract import Artifact, Session, Target
 from graphopt.core.errors import GraphoptError
-from graphopt.graph.opset import versions as opset
+from graphopt.core.pipeline import PassRecord, render
+from graphopt.core.remarks import Remark
+from graphopt.graph import size
+from graphopt.graph.opset import versions
+from graphopt.graph.serialize import model_bytes
+from graphopt.graph.size import Size
 from graphopt.io import save
 from graphopt.report.report import Measured, Report, Timing
-from graphopt.run import race as bench
+from graphopt.report.words import megabytes
+from graphopt.run import race
+from graphopt.run.clock import Timings
 from graphopt.run.samples import Samples
+
+if TYPE_CHECKING:
+    from graphopt.driver.job import Job
 
 
 @dataclasses.dataclass
@@ -50,16 +60,16 @@ class Result:
         """
         path = Path(path)
         if report is not None:
-            places.check_places((path, places.data_file(path), Path(report)), save.sources_of(self.original))
+            places.check_places((*self.target.files(path), Path(report)), save.sources_of(self.original))
         with contextlib.nullcontext() if report is None else self.report.staged(report):
             artifact = self.save_input(path) if self._is_input() else self.target.save(self.model, path)
             self.report.output = dataclasses.replace(self.report.output, bytes=artifact.nbytes)
         return artifact
 
     def _is_input(self) -> bool:
-        """No pass changed anything, and the target allows what the input is written in."""
-        limit = getattr(self.target, "opset", None)
-        return self.model is self.original and (limit is None or opset.origin(self.original)[0] <= limit)
+        """No pass changed anything, and the target can do with the file that came."""
+        limit = self.target.opset
+        return self.model is self.original and self.target.writes_onnx and (limit is None or versions.origin(self.original)[0] <= limit)
 
     def save_input(self, path: str | Path) -> Artifact:
         """Write the input as it came: the given file, or the plain export of a module or folder."""
@@ -73,28 +83,47 @@ class Result:
         """Time input and output side by side and put the result into the report; a target that cannot run here leaves the reason.
 
         Args:
-            shapes: BATCHxSEQUENCE sizes such as `1x16,8x64`; by default those of measure.default_shapes, or the user's samples.
+            shapes: BATCHxSEQUENCE sizes such as `1x16,8x64`; by default those of the target, the user's first sample, or race.SHAPES.
             quick: few rounds; for a smoke test, not for a number to quote.
             progress: called with the fraction done.
 
         Raises:
             GraphoptError: `shapes` does not parse.
         """
-        sizes = None if shapes is None else bench.parse_shapes(shapes)
+        sizes = None if shapes is None else race.parse_shapes(shapes)
+        effort = race.QUICK if quick else race.QUOTE
         try:
-            feeds = self._feeds(sizes)
+            feeds = race.feeds_of(self.target, self.graph, self.samples, sizes)
             sessions = {"input": self.target.session(self.original), "output": self.session()}
-            timings = bench.race(sessions, feeds, quick=quick, progress=progress)
+            timed = race.race(sessions, feeds, clock=race.clock_of(self.target), effort=effort, progress=progress)
         except GraphoptError as error:
             self.report.speed_up = Measured(None, str(error))
             return self.report
-        rows = zip(timings.shapes, timings.seconds["input"], timings.seconds["output"], strict=True)
-        self.report.latency = [Timing(shape, a * 1e3, b * 1e3) for shape, a, b in rows]
-        self.report.speed_up = Measured(timings.speedup("output"), None, f"geometric mean over {', '.join(timings.shapes)}")
+        self.report.speed_up, self.report.latency = told(timed)
         return self.report
 
-    def _feeds(self, sizes: Sequence[tuple[int, ...]] | None) -> Mapping[str, Mapping[str, Any]]:
-        if self.samples is not None and sizes is None:
-            first = next(iter(self.samples))
-            return {"x".join(map(str, next(iter(first.values())).shape)) if first else "sample": first}
-        return bench.feeds_for([self.graph], sizes)
+
+def told(timed: Timings) -> tuple[Measured, list[Timing]]:
+    """The speed-up of `output` over `input` for the report, and both their latencies."""
+    rows = zip(timed.shapes, timed.seconds["input"], timed.seconds["output"], strict=True)
+    latency = [Timing(shape, a * 1e3, b * 1e3) for shape, a, b in rows]
+    return Measured(timed.speedup("output"), None, f"geometric mean over {', '.join(timed.shapes)}"), latency
+
+
+def report_of(job: Job, lowered: ir.Model, records: list[PassRecord]) -> Report:
+    """What the run of a job did; `lowered` is the input itself where no pass changed anything. A larger output is one more record."""
+    target, original = job.target, job.original
+    before = Size.of(original, model_bytes(original) if job.source is None else size.size(job.source))
+    after: Size = before
+    rises: Sequence[versions.Rise] = ()
+    if lowered is not original:
+        finished, rises = target.finish(lowered)
+        own = target.size(finished)
+        after = Size.of(finished, model_bytes(finished) if own is None else own)
+    if after.bytes > before.bytes:
+        larger = f"the output has {after.bytes - before.bytes} bytes more than the input ({megabytes(before.bytes)})"
+        records.append(PassRecord("save", 0, 0.0, [Remark("warning", "save", "", larger)]))
+    described = {"name": str(target)} | target.report(lowered)
+    judged = job.loss.report(lambda: target.session(lowered))
+    told = [rise.as_dict() for rise in rises]
+    return Report(render(job.passes), described, before, after, records, judged, rises=told, model=job.name, threads=target.threads)

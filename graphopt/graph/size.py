@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from graphopt.core.errors import LoadError
 from graphopt.graph import questions as graph
+from graphopt.graph.attention_node import AttentionNode
 from graphopt.graph.dims import Bindings, size_of
 from graphopt.graph.questions import all_nodes
 
@@ -122,14 +123,14 @@ def _conv_transpose(node: ir.Node, bindings: Bindings) -> int:
 
 def _attention(node: ir.Node, bindings: Bindings) -> int:
     """Q K^T and P V, over past and present keys; [B,S,heads*dim] or [B,heads,S,dim]."""
-    query, key, value = (_shape(v, bindings) for v in node.inputs[:3])
-    past = node.inputs[4] if len(node.inputs) > 4 else None
-    keys = key[-2] + (_shape(past, bindings)[-2] if past is not None else 0)
-    if len(query) == 4:
-        pairs, dims = math.prod(query[:3]) * keys, query[3] + value[3]
-        return 2 * pairs * dims
-    heads, kv_heads = (node.attributes[name].as_int() for name in ("q_num_heads", "kv_num_heads"))
-    return 2 * query[0] * query[1] * keys * (query[2] + value[2] // kv_heads * heads)
+    a = AttentionNode.of(node)
+    if a is None:
+        raise _UnknownShape
+    query, key, value = (_shape(v, bindings) for v in a.operands)
+    keys = key[-2] + (_shape(a.past[0], bindings)[-2] if a.past[0] is not None else 0)
+    if not a.packed:
+        return 2 * math.prod(query[:3]) * keys * (query[3] + value[3])
+    return 2 * query[0] * query[1] * keys * (query[2] + value[2] // a.kv_heads * a.heads)
 
 
 _COUNTS: Mapping[str, Callable[[ir.Node, Bindings], int]] = {

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.core.remarks import Remarks
-from graphopt.graph.mask_floor import LOWEST, may_be_too_low
+from graphopt.graph.attention_node import LOWEST, AttentionNode, may_be_too_low
 from graphopt.graph.questions import all_nodes, constant, consumers, rank, same_dim
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.insert import Inserter
@@ -32,9 +32,9 @@ def _mend_masks(model: ir.Model, remarks: Remarks) -> int:
     inserter = Inserter(model)
     made: dict[tuple[ir.Value, str], ir.Value] = {}
     mended = 0
-    for node in [n for n in all_nodes(model) if n.domain == "" and n.op_type == "Attention" and len(n.inputs) > 3]:
-        query, mask = node.inputs[0], node.inputs[3]
-        if query is None or mask is None or query.shape is None or mask.shape is None:
+    for a in [a for n in all_nodes(model) if (a := AttentionNode.of(n)) is not None]:
+        node, query, mask = a.node, a.q, a.mask
+        if mask is None or query.shape is None or mask.shape is None:
             continue
         low = mask.dtype == ir.DataType.FLOAT and may_be_too_low(mask)
         flat = len(mask.shape) > 1 and mask.shape[-2] == 1 and query.shape[-2] != 1

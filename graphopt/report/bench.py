@@ -12,8 +12,8 @@ from graphopt.io.load import load
 from graphopt.report.document import Document
 from graphopt.report.elements import Table
 from graphopt.report.words import head
-from graphopt.run.clock import Timings
-from graphopt.run.race import Picky, Progress, feeds_for, parse_shapes, race
+from graphopt.run.clock import Timings, steady_clock
+from graphopt.run.race import QUOTE, SHAPES, Picky, Progress, feeds_for, parse_shapes, race
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +48,10 @@ def bench(paths: Sequence[Path], shapes: str | None = None, *, threads: int = 1,
     """
     from graphopt.run.ort import session
 
-    wanted = None if shapes is None else parse_shapes(shapes)
+    wanted = SHAPES if shapes is None else parse_shapes(shapes)
     names = [str(path) for path in paths]
     if len(set(names)) < len(names):
         raise GraphoptError("a model is given twice; each needs a name of its own")
     feeds = feeds_for([load(path) for path in paths], wanted)
     sessions = {name: Picky(session(path, threads=threads)) for name, path in zip(names, paths, strict=True)}
-    return Bench(race(sessions, feeds, progress=progress), threads)
+    return Bench(race(sessions, feeds, clock=steady_clock(threads), effort=QUOTE, progress=progress), threads)

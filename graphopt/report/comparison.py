@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.calibration.padding import Kept, Padding
 from graphopt.core.contract import Array
 from graphopt.core.errors import GraphoptError
 from graphopt.core.remarks import Remarks, plural
@@ -129,8 +130,10 @@ class Comparison(Document):
         return [*found, Line(self.verdict), *([Line(self.note)] if self.note and self.blocks else [])]
 
 
-def compare(a: Any, b: Any, *, samples: Any = None, tokenizer: Any = None, threads: int = 1, plugins: Sequence[str] = ()) -> Comparison:
-    """Run two models on the same samples and measure how far B is from A.
+def compare(
+    a: Any, b: Any, *, samples: Any = None, tokenizer: Any = None, threads: int = 1, plugins: Sequence[str] = (), **options: Unpack[load.LoadOptions]
+) -> Comparison:
+    """Run two models on the same samples and measure how far B is from A; positions of padding (of A) do not count.
 
     Args:
         a, b: what `graphopt.load` takes; neither is changed. ONNX Runtime's CPU provider runs both.
@@ -138,6 +141,7 @@ def compare(a: Any, b: Any, *, samples: Any = None, tokenizer: Any = None, threa
         tokenizer: for samples that are text.
         threads: of the runtime; 0 = its choice.
         plugins: files or modules that bring passes, as the blocks are read by passes.
+        options: of loading, for both models.
 
     Raises:
         GraphoptError: the models have different inputs or outputs.
@@ -145,24 +149,25 @@ def compare(a: Any, b: Any, *, samples: Any = None, tokenizer: Any = None, threa
     """
     from graphopt.run import ort
 
-    (first, graph), (second, other) = (load.load_both(x, remarks=Remarks()) for x in (a, b))
+    (first, graph), (second, other) = (load.load_both(x, remarks=Remarks(), **options) for x in (a, b))
     check_same_interface(first, second)
     sessions = [ort.session(x, threads=threads) for x in (first, second)]
     given = runnable_samples(graph, sessions[0]) if samples is None else Samples.load(samples, graph, tokenizer=tokenizer)
     outputs: dict[str, Running] = {str(v.name): Running() for v in first.graph.outputs}
+    ends, note = block_ends(graph, other, first, second, tuple(plugins))
+    padding = Padding(first).about(v for values in ends.values() for v in values)
     for feed in given:
         left, right = (s.run(feed) for s in sessions)
-        for name, running in outputs.items():
+        for name in outputs:
             _check_arrays(name, left[name], right[name])
-            running.add(left[name], right[name])
+        _add(outputs, padding.kept(feed), left, right)
     del sessions
     found = tuple(_output(name, running) for name, running in outputs.items())
     least = min((x.snr for x in found), default=math.inf)
-    ends, note = block_ends(graph, other, first, second, tuple(plugins))
     blocks: tuple[BlockDifference, ...] = ()
     if ends:
         try:
-            blocks, note = _blocks(first, second, given, ends, min(least, _EXACT) - _STRANGER, threads)
+            blocks, note = _blocks(first, second, given, padding, ends, min(least, _EXACT) - _STRANGER, threads)
         except GraphoptError as error:
             note = f"a model does not run with its inner values shown ({error})"
     return Comparison(called(a), called(b), len(given), samples is None, found, blocks, note)
@@ -197,12 +202,13 @@ def _check_arrays(name: str, a: Array, b: Array) -> None:
 
 
 def _blocks(
-    a: ir.Model, b: ir.Model, samples: Samples, ends: Mapping[str, Sequence[str]], floor: float, threads: int
+    a: ir.Model, b: ir.Model, samples: Samples, padding: Padding, ends: Mapping[str, Sequence[str]], floor: float, threads: int
 ) -> tuple[tuple[BlockDifference, ...], str]:
     """Run both with the ends of blocks as outputs, and B a second time with every block fed by A. What is below `floor` dB is left out."""
     from graphopt.run import ort
 
     names = list(dict.fromkeys(v for values in ends.values() for v in values))
+    padding.about(names)
     left, right = (ort.session(exposed(x, names), threads=threads) for x in (a, b))
     together, alone = ({name: Running() for name in names} for _ in range(2))
     cut: Any = None
@@ -214,15 +220,21 @@ def _blocks(
             strangers = [name for name in names if _snr(base[name], other[name]) < floor]
             names = [name for name in names if name not in strangers]
             cut = ort.session(_cut(b, {name: other[name] for name in names}), threads=threads)
-        made = cut.run(_feed(cut, feed, base, other))
-        for name in names:
-            together[name].add(base[name], _like(other[name], base[name]))
-            alone[name].add(base[name], _like(made[name], base[name]))
+        made, kept = cut.run(_feed(cut, feed, base, other)), padding.kept(feed)
+        for sums, arrays in ((together, other), (alone, made)):
+            _add({name: sums[name] for name in names}, kept, base, {name: _like(arrays[name], base[name]) for name in names})
     found = {block: [v for v in values if v in names] for block, values in ends.items()}
     rows = tuple(_block(block, values, together, alone) for block, values in found.items() if values)
     many = plural(len(strangers), "value of the same name holds other numbers and was", "values of the same name hold other numbers and were")
     note = f"{many} left out, such as `{strangers[0]}`" if strangers else ""
     return rows, note
+
+
+def _add(sums: Mapping[str, Running], kept: Kept, base: Mapping[str, Array], other: Mapping[str, Array]) -> None:
+    """One batch, without padding."""
+    shown, then = (kept.counted({name: arrays[name] for name in sums}) for arrays in (base, other))
+    for name, running in sums.items():
+        running.add(shown[name], then[name])
 
 
 def _snr(a: Array, b: Array) -> float:

@@ -7,13 +7,14 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import onnx_ir as ir
 
 from graphopt.analysis.attention import AttentionFacts, Attentions
 from graphopt.core.remarks import Remarks
-from graphopt.graph.questions import all_nodes, attr, shape_text, static_dim
+from graphopt.graph.attention_node import AttentionNode
+from graphopt.graph.questions import all_nodes, shape_text
 from graphopt.graph.serialize import model_bytes
 from graphopt.graph.size import Size, size
 from graphopt.io import load
@@ -22,7 +23,7 @@ from graphopt.report.document import Document
 from graphopt.report.elements import Element, Line, Table
 from graphopt.report.recognized import FUSE, RECOGNIZE, read_behind
 from graphopt.report.words import called, head, megabytes
-from graphopt.run.race import default_shapes
+from graphopt.run.race import sizes_for
 
 Facts = dict[str, Any]
 
@@ -81,11 +82,11 @@ def _cell(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else "" if value is None else str(value)
 
 
-def inspect(source: Any, *, plugins: Sequence[str] = (), **options: Any) -> Inspection:
+def inspect(source: Any, *, plugins: Sequence[str] = (), **options: Unpack[load.LoadOptions]) -> Inspection:
     """Look at a model; nothing is changed.
 
     Args:
-        source: what `graphopt.load` takes; `options` go to it.
+        source: what `graphopt.load` takes, with its `options`.
 
     Raises:
         LoadError: it cannot be read.
@@ -110,7 +111,7 @@ def inspect(source: Any, *, plugins: Sequence[str] = (), **options: Any) -> Insp
 
 def _card(model: ir.Model, plugins: tuple[str, ...]) -> Card:
     """The card of a canonicalized model, which is fused for it; FLOPs for one sequence of 128, or what the model has instead."""
-    return card(model, read_behind(FUSE, model, plugins), default_shapes(model)[:2][-1])
+    return card(model, read_behind(FUSE, model, plugins), list(sizes_for(model).values())[:2][-1])
 
 
 def attention(model: ir.Model, plugins: tuple[str, ...] = ()) -> tuple[list[Facts], list[Facts]]:
@@ -137,23 +138,19 @@ def _scale(facts: AttentionFacts) -> float:
 
 
 def _operator(node: ir.Node) -> Facts | None:
-    """The facts that an Attention operator on [batch, rows, heads * head_dim] states itself."""
-    heads, kv_heads, width = attr(node, "q_num_heads"), attr(node, "kv_num_heads"), static_dim(node.inputs[0], 2)
-    if node.op_type != "Attention" or not heads or not kv_heads:
+    """The facts that an Attention operator states itself."""
+    a = AttentionNode.of(node)
+    if a is None or not a.heads or not a.kv_heads:
         return None
-    head_dim = width // heads if width else None
-    value_width = static_dim(node.inputs[2], 2)
-    mask = node.inputs[3] if len(node.inputs) > 3 else None
-    scale = attr(node, "scale") or (head_dim**-0.5 if head_dim else None)
     return {
         "node": node.name,
         "op": "Attention",
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "value_dim": value_width // kv_heads if value_width else None,
-        "scale": scale,
-        "mask": [] if mask is None else [mask.name],
+        "heads": a.heads,
+        "kv_heads": a.kv_heads,
+        "head_dim": a.head_dim or None,
+        "value_dim": a.value_dim or None,
+        "scale": a.scale or None,
+        "mask": [] if a.mask is None else [a.mask.name],
     }
 
 

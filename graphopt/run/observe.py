@@ -1,17 +1,15 @@
-"""See the values inside a graph while it runs on samples: calibration, Hessians and importance all reduce them, batch after batch."""
+"""See the values inside a graph while it runs on samples, batch after batch."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import onnx_ir as ir
 
 from graphopt.core.contract import Array
 from graphopt.core.errors import GraphoptError, SampleError
 from graphopt.run import Feeds
-
-Reducer = Callable[[Array], None]
 
 
 def observable(model: ir.Model, value: ir.Value) -> bool:
@@ -20,16 +18,15 @@ def observable(model: ir.Model, value: ir.Value) -> bool:
     return value.is_graph_input() or (node is not None and node.graph is model.graph)
 
 
-def observe(model: ir.Model, samples: Iterable[Feeds], reducers: Mapping[ir.Value, Reducer], *, optimize: bool = True) -> int:
-    """Run the graph on every sample and hand each value to its reducer; nothing is kept, so memory does not grow with the samples.
+def shown(
+    model: ir.Model, values: Iterable[ir.Value], samples: Iterable[Feeds], *, optimize: bool = True
+) -> Iterator[tuple[Feeds, dict[ir.Value, Array]]]:
+    """Run the graph on every sample: what it was fed, and the array of each value; nothing is kept, so memory does not grow with the samples.
 
     Args:
         model: a graph that ONNX Runtime can run (standard operators); it is not changed.
-        reducers: for each value (of the main graph), what is called with its array once a batch.
+        values: of the main graph.
         optimize: False switches the runtime's own optimizations off.
-
-    Returns:
-        the number of samples.
 
     Raises:
         SampleError: there was no sample.
@@ -38,20 +35,19 @@ def observe(model: ir.Model, samples: Iterable[Feeds], reducers: Mapping[ir.Valu
     """
     from graphopt.run import ort
 
-    hidden = [str(v.name) for v in reducers if not observable(model, v)]
+    names = {value: str(value.name) for value in values}
+    hidden = [name for value, name in names.items() if not observable(model, value)]
     if hidden:
         raise GraphoptError(f"`{hidden[0]}` is computed inside a subgraph, where it cannot be observed")
-    names = {str(value.name): reduce for value, reduce in reducers.items()}
-    inputs, count = {str(v.name) for v in model.graph.inputs}, 0
-    session = None if inputs >= set(names) else ort.session(exposed(model, names), optimize=optimize)  # a session without outputs does not run
+    inputs, none = {str(v.name) for v in model.graph.inputs}, True
+    session = (
+        None if inputs >= set(names.values()) else ort.session(exposed(model, names.values()), optimize=optimize)
+    )  # one without outputs does not run
     for feed in samples:
-        outputs = {} if session is None else session.run(feed)
-        for name, reduce in names.items():
-            reduce(feed[name] if name in inputs else outputs[name])
-        count += 1
-    if not count:
+        outputs, none = {} if session is None else session.run(feed), False
+        yield feed, {value: feed[name] if name in inputs else outputs[name] for value, name in names.items()}
+    if none:
         raise SampleError("calibration gave 0 samples: the source is empty, or a generator that was used before")
-    return count
 
 
 @dataclasses.dataclass(frozen=True)

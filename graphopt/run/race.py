@@ -1,12 +1,10 @@
-"""Latency of several models side by side: which sizes, which feeds, how many rounds. The clock is in clock.py."""
+"""The one race, of models side by side: at which sizes, on which feeds, with how much effort, and when it is clear. The clock is in clock.py."""
 
 from __future__ import annotations
 
-import math
 import re
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -14,30 +12,125 @@ import onnx_ir as ir
 from graphopt.core.contract import Array, Session, Target
 from graphopt.core.errors import GraphoptError, SampleError
 from graphopt.graph.dims import limits, symbols
-from graphopt.run.clock import Timings, latency
+from graphopt.run import Feeds, Port
+from graphopt.run.clock import Timings, latency, steady_clock
 from graphopt.run.samples import random_samples
 
 Progress = Callable[[float], None]
-_EFFORT = ((0.001, 15, 20), (0.02, 6, 6), (0.2, 5, 4), (float("inf"), 4, 3))  # up to so many seconds a run: rounds, counted runs of a block
-_QUICK = (2, 2)
+Clock = Callable[[], float]
+SHAPES = ((1, 16), (1, 128), (8, 64))  # batch, length: where nothing else is asked for
+QUICK, CHOICE, VERDICT, QUOTE = 0.2, 0.7, 1.0, 2.0  # efforts: for a smoke test, between kernels, about an artifact, for a number to quote
+# Up to so many seconds a run: rounds (at an effort of 1; two at least), and counted runs of a block.
+_EFFORT = ((0.0005, 10, 20), (0.005, 8, 8), (0.02, 5, 5), (0.05, 4, 3), (0.2, 3, 2), (float("inf"), 2, 1))
+_PATIENCE = 3  # times the rounds, before a model counts as slower
+_LONG = 20.0  # seconds of one shape that are not spent again
+
+
+# ---- the race -------------------------------------------------------------------------------------------------------------------------
+
+
+def race(
+    sessions: Mapping[str, Session],
+    feeds: Mapping[str, Feeds],
+    *,
+    clock: Clock | None = None,
+    effort: float = VERDICT,
+    progress: Progress | None = None,
+) -> Timings:
+    """Interleaved timing; short runs get more rounds than long ones. The first session is the baseline.
+
+    Args:
+        feeds: label of a size, such as "8x64" -> inputs.
+        clock: that of `clock_of`, or by default the wall clock.
+
+    Raises:
+        GraphoptError: a model does not run; see `refusals`.
+    """
+    base = next(iter(sessions.values()))
+    found = {}
+    for done, (label, feed) in enumerate(feeds.items()):
+        base.run(feed)
+        rounds, block = _effort(_once(base, feed), effort)
+        share = None if progress is None else _share(progress, done, len(feeds))
+        found[label] = latency(sessions, feed, rounds=rounds, block=block, progress=share, clock=clock)
+    return Timings(found)
+
+
+def patient_race(sessions: Mapping[str, Session], feeds: Mapping[str, Feeds], *, clock: Clock | None = None) -> Timings:
+    """Rounds until the last model is not slower than the first, or until it is clear that it is: a slow moment of the machine is no verdict."""
+    name = list(sessions)[-1]
+    timed = race(sessions, feeds, clock=clock)
+    for _ in range(_PATIENCE - 1):
+        costs = zip(feeds, timed.seconds[timed.baseline], strict=True)
+        short = {label: feeds[label] for label, once in costs if _seconds(once, len(sessions)) <= _LONG}
+        if timed.not_slower(name) or not short:
+            break
+        timed = timed.plus(race(sessions, short, clock=clock))
+    return timed
+
+
+def refusals(sessions: Mapping[str, Session], feeds: Iterable[Feeds]) -> dict[str, str]:
+    """The sessions that do not run all of these feeds, and why."""
+    return {name: why for name, session in sessions.items() if (why := next(filter(None, (_refusal(session, f) for f in feeds)), None))}
+
+
+def clock_of(target: Target) -> Clock:
+    """The clock for sessions of this target."""
+    machine = target.machine()
+    return steady_clock(None if machine is None else machine.own_threads)
+
+
+def _refusal(session: Session, feed: Feeds) -> str | None:
+    try:
+        session.run(feed)
+    except GraphoptError as error:
+        return str(error)
+    return None
+
+
+def _effort(once: float, effort: float) -> tuple[int, int]:
+    rounds, block = next((r, b) for limit, r, b in _EFFORT if once <= limit)
+    return max(2, round(rounds * effort)), block
+
+
+def _once(session: Session, feed: Feeds) -> float:
+    start = time.perf_counter()
+    session.run(feed)
+    return time.perf_counter() - start
+
+
+def _seconds(once: float, models: int) -> float:
+    rounds, block = _effort(once, VERDICT)
+    return once * rounds * (block + 1) * models
+
+
+def _share(progress: Progress, done: int, total: int) -> Progress:
+    return lambda fraction: progress((done + fraction) / total)
 
 
 class Picky:
-    """A session that takes what it needs from a feed made for several models, in the integer width that it wants."""
+    """A session that takes what it needs from a feed made for several models, in the integer width that it wants.
 
-    def __init__(self, session: Any) -> None:
-        self.session = session
+    Args:
+        inputs: what it needs; by default what it says.
+    """
+
+    def __init__(self, session: Any, inputs: Sequence[Port] | None = None) -> None:
+        self.session, self.inputs = session, session.inputs if inputs is None else inputs
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        missing = [p.name for p in self.session.inputs if p.name not in feeds]
+        missing = [p.name for p in self.inputs if p.name not in feeds]
         if missing:
             raise SampleError(f"input {', '.join(missing)} missing; the models must have the same inputs")
-        outputs: dict[str, Array] = self.session.run({p.name: _as(feeds[p.name], p.dtype) for p in self.session.inputs})
+        outputs: dict[str, Array] = self.session.run({p.name: _as(feeds[p.name], p.dtype) for p in self.inputs})
         return outputs
 
 
 def _as(array: Array, dtype: Any) -> Array:
     return array if dtype is None or array.dtype == dtype or array.dtype.kind not in "iu" else array.astype(dtype)
+
+
+# ---- sizes and feeds ------------------------------------------------------------------------------------------------------------------
 
 
 def parse_shapes(text: str) -> list[tuple[int, ...]]:
@@ -51,13 +144,15 @@ def parse_shapes(text: str) -> list[tuple[int, ...]]:
     return [tuple(map(int, part.split("x"))) for part in text.replace(" ", "").split(",")]
 
 
-def sizes_for(model: ir.Model, shapes: Sequence[tuple[int, ...]] | None = None) -> dict[str, dict[str, int]]:
+def shapes_of(target: Target) -> Sequence[tuple[int, ...]]:
+    """The sizes that the target was asked for, such as `cpu{shapes=1x16+8x64}`, or the default ones."""
+    return parse_shapes(",".join(target.shapes)) if target.shapes else SHAPES
+
+
+def sizes_for(model: ir.Model, shapes: Sequence[tuple[int, ...]] = SHAPES) -> dict[str, dict[str, int]]:
     """Label -> a size for every symbol of the inputs: the first axis is the batch, every other one the length, within the position table."""
-    if shapes is None:
-        rows = default_shapes(model)
-    else:
-        bound, axes = limits(model), symbols(model)
-        rows = [{n: shape[0] if axis == 0 else min(shape[-1], bound.get(n, shape[-1])) for n, axis in axes.items()} for shape in shapes]
+    bound, axes = limits(model), symbols(model)
+    rows = [{n: shape[0] if axis == 0 else min(shape[-1], bound.get(n, shape[-1])) for n, axis in axes.items()} for shape in shapes]
     return {label(model, row): row for row in rows}
 
 
@@ -68,10 +163,14 @@ def label(model: ir.Model, sizes: Mapping[str, int]) -> str:
     return "x".join(str(size) for _, size in parts) or "as declared"
 
 
-def feeds_for(models: Sequence[ir.Model], shapes: Sequence[tuple[int, ...]] | None = None) -> dict[str, dict[str, Array]]:
-    """Label -> one feed that serves all models: inputs of the same name get the values that suit the first model that has them."""
+def feeds_for(models: Sequence[ir.Model], shapes: Sequence[tuple[int, ...]] = SHAPES) -> dict[str, Feeds]:
+    """Label -> one feed that serves all models: inputs of the same name get the values that suit the first model that has them.
+
+    Raises:
+        SampleError: an input has no shape.
+    """
     first, *others = models
-    feeds: dict[str, dict[str, Array]] = {}
+    feeds: dict[str, Feeds] = {}
     for name, sizes in sizes_for(first, shapes).items():
         feed = next(iter(random_samples(first, [sizes])))
         batch = max((s for n, s in sizes.items() if symbols(first)[n] == 0), default=1)
@@ -83,51 +182,13 @@ def feeds_for(models: Sequence[ir.Model], shapes: Sequence[tuple[int, ...]] | No
     return feeds
 
 
-def race(
-    sessions: Mapping[str, Session],
-    feeds: Mapping[str, Mapping[str, Array]],
-    *,
-    quick: bool = False,
-    progress: Progress | None = None,
-    clock: Callable[[], float] | None = None,
-) -> Timings:
-    """Interleaved timing; short runs get more rounds than long ones. `quick` is for a smoke test, not for a number to quote."""
-    seconds: dict[str, list[float]] = {name: [] for name in sessions}
-    for done, (name, feed) in enumerate(feeds.items()):
-        next(iter(sessions.values())).run(feed)
-        start = time.perf_counter()
-        next(iter(sessions.values())).run(feed)
-        cost = time.perf_counter() - start
-        rounds, block = _QUICK if quick else next((r, b) for limit, r, b in _EFFORT if cost <= limit)
-        share = None if progress is None else _share(progress, done, len(feeds))
-        timed = latency(sessions, {name: feed}, rounds=rounds, block=block, progress=share, clock=clock)
-        for model, values in timed.seconds.items():
-            seconds[model] += values
-    return Timings(tuple(feeds), {name: tuple(values) for name, values in seconds.items()})
+def feeds_of(target: Target, model: ir.Model, samples: Any, wanted: Sequence[tuple[int, ...]] | None = None) -> dict[str, Feeds]:
+    """What to time with: the sizes asked for (`wanted`, or by the target), the user's first sample, or the default sizes.
 
-
-def _share(progress: Progress, done: int, total: int) -> Progress:
-    return lambda fraction: progress((done + fraction) / total)
-
-
-def default_shapes(model: ir.Model) -> list[dict[str, int]]:
-    """Sizes to time a model at: (batch, length) of (1,16), (1,128), (8,64), (32,128), as far as it has such axes, within its position table."""
-    bound, axes = limits(model), symbols(model)
-    rows = [
-        {name: batch if axis == 0 else min(length, bound.get(name, length)) for name, axis in axes.items()}
-        for batch, length in ((1, 16), (1, 128), (8, 64), (32, 128))
-    ]
-    return [row for k, row in enumerate(rows) if row not in rows[:k]]
-
-
-SHAPES = ((1, 16), (1, 128), (8, 64))  # batch, length: where nothing else is asked for
-
-
-def shapes_of(target: Target) -> list[tuple[int, ...]]:
-    """The sizes that the target was asked for, such as `cpu{shapes=1x16+8x64}`."""
-    given: Sequence[str] = getattr(target, "shapes", ())
-    return parse_shapes(",".join(given)) if given else []
-
-
-def _mean(ratios: Sequence[float]) -> float:
-    return math.exp(statistics.fmean(math.log(r) for r in ratios))
+    Raises:
+        SampleError: an input has no shape.
+    """
+    if samples is not None and not wanted and not target.shapes:
+        first = next(iter(samples))
+        return {"x".join(map(str, next(iter(first.values())).shape)) if first else "sample": first}
+    return feeds_for([model], wanted or shapes_of(target))

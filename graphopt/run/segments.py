@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
 import onnx
 import onnx_ir as ir
 
 from graphopt.core.contract import Array
 from graphopt.core.errors import GraphoptError
+from graphopt.core.replay import Spool
 from graphopt.graph.questions import bodies, is_constant
 from graphopt.run import Feeds, ort
 
@@ -82,9 +84,8 @@ class Segments:
         return self._piece(self._place[value])
 
     def begin(self, feed: Feeds) -> State:
-        """The state before the first piece; an input that is not fed has its default."""
-        defaults = {str(v.name): v.const_value.numpy() for v in self._model.graph.inputs if v.const_value is not None and v.name not in feed}
-        return {name: array for name, array in {**defaults, **feed}.items() if name in self._last}
+        """The state before the first piece."""
+        return {name: array for name, array in _given(self._model, feed).items() if name in self._last}
 
     def step(self, piece: int, state: State, change: Change | None = None, key: object = None) -> State:
         """The state behind a piece, out of the state before it.
@@ -113,16 +114,70 @@ class Segments:
 
     def _session(self, piece: int, state: State, change: Change) -> ort.OrtSession:
         start, end = self._starts[piece], (*self._starts[1:], len(self._nodes))[piece]
-        writer = _Writer(self._model, state)
-        for node in self._nodes[start:end]:
-            replaced = [str(v.name) for v in node.outputs if v.name in change]
-            for name in replaced:
-                writer.recipe(name, change[name])
-            if len(replaced) < sum(bool(v.name) for v in node.outputs):
-                writer.node(node)
-        wanted = [name for name in writer.made if self._last.get(name, -1) > piece]
-        # the runtime would round activations in some of its fused kernels for quantized weights; the change is to be measured as it is written
-        return ort.session(writer.model(wanted), optimize=not change)
+        return _session(self._model, self._nodes[start:end], state, lambda name: self._last.get(name, -1) > piece, change)
+
+
+class Walk:
+    """A graph on its way through samples, all batches at one place: each node runs once a batch, however often one stops.
+
+    What lies behind the place may change meanwhile, what lies in front of it may not.
+
+    Args:
+        held: bytes of states that are kept in memory; more are written to a temporary folder.
+    """
+
+    def __init__(self, model: ir.Model, samples: Iterable[Feeds], held: int = 2**31) -> None:
+        self._model, self._held, self._done = model, held, set[ir.Node]()
+        self.states: Sequence[State] = _kept((_given(model, feed) for feed in samples), held)
+
+    def until(self, node: ir.Node) -> Sequence[State]:
+        """The values in front of a node of the main graph that something behind still reads, for every batch."""
+        todo = []
+        for other in self._model.graph:
+            if other is node:
+                break
+            if other not in self._done:
+                todo.append(other)
+        self._done.update(todo)
+        alive = {name for other in self._model.graph if other not in self._done for name in _reads(other)}
+        if any(v.name in alive for other in todo for v in other.outputs):
+            runner = _session(self._model, todo, self.states[0], lambda name: name in alive, {})
+            self.states = _kept((_stepped(runner, state, alive) for state in self.states), self._held)
+        return self.states
+
+
+def _given(model: ir.Model, feed: Feeds) -> State:
+    """The state before the first node; an input that is not fed has its default."""
+    defaults = {str(v.name): v.const_value.numpy() for v in model.graph.inputs if v.const_value is not None and v.name not in feed}
+    return {**defaults, **feed}
+
+
+def _stepped(runner: ort.OrtSession, state: State, alive: Container[str]) -> State:
+    made = runner.run({port.name: state[port.name] for port in runner.inputs})
+    return {name: array for name, array in {**state, **made}.items() if name in alive}
+
+
+def _kept(states: Iterator[State], held: int) -> Sequence[State]:
+    first, size = list[State](), 0
+    for state in states:
+        first.append(state)
+        size += sum(array.nbytes for array in state.values())
+        if size > held:
+            return Spool(itertools.chain(first, states))
+    return first
+
+
+def _session(model: ir.Model, nodes: Sequence[ir.Node], state: State, wanted: Callable[[str], bool], change: Change) -> ort.OrtSession:
+    """A session of some nodes, fed from `state`; what it makes is what is wanted."""
+    writer = _Writer(model, state)
+    for node in nodes:
+        replaced = [str(v.name) for v in node.outputs if v.name in change]
+        for name in replaced:
+            writer.recipe(name, change[name])
+        if len(replaced) < sum(bool(v.name) for v in node.outputs):
+            writer.node(node)
+    # the runtime would round activations in some of its fused kernels for quantized weights; the change is to be measured as it is written
+    return ort.session(writer.model([name for name in writer.made if wanted(name)]), optimize=not change)
 
 
 def alone(model: ir.Model, change: Change, state: Mapping[str, Array]) -> onnx.ModelProto:

@@ -14,10 +14,7 @@ from graphopt.core.errors import GraphoptError
 from graphopt.graph.dims import size_of
 from graphopt.graph.questions import initializer
 from graphopt.run import race
-from graphopt.run import race as bench
-from graphopt.run.clock import latency, steady_clock
 
-_EFFORT = ((0.0005, 7, 10), (0.005, 5, 4), (0.05, 3, 2))  # up to so many seconds a run: rounds, counted runs of a block
 _SECONDS = 20.0  # for all timing of one pass
 _ROWS = 4096
 
@@ -27,9 +24,9 @@ class Stopwatch:
 
     def __init__(self, model: ir.Model, ctx: Context) -> None:
         target = ctx.target
-        timed = target is not None and getattr(target, "tune", "off") == "on" and getattr(target, "processor", None) is None
-        self.target = target if timed and target is not None and target.machine() is not None else None
-        self.sizes = {} if self.target is None else bench.sizes_for(model, race.shapes_of(self.target) or race.SHAPES)
+        timed = target is not None and ctx.tune and target.tune == "on" and target.processor is None and target.runs_here()
+        self.target = target if timed else None
+        self.sizes = {} if self.target is None else race.sizes_for(model, race.shapes_of(self.target))
         self.known: dict[tuple[int, ...], str | None] = {}
         self.spent = 0.0
 
@@ -49,8 +46,6 @@ class Stopwatch:
 
     def _compare(self, inner: int, rank: int, widths: tuple[int, ...], rows: list[int]) -> str | None:
         assert self.target is not None
-        machine = self.target.machine()
-        assert machine is not None
         try:
             sessions = {
                 "whole": self.target.session(_product(inner, (), widths)),
@@ -58,16 +53,8 @@ class Stopwatch:
             }
         except GraphoptError:
             return None
-        ratios = []
-        for count in rows:
-            feed = {"x": np.random.default_rng(0).standard_normal((min(count, _ROWS), inner)).astype(np.float32)}
-            start = time.perf_counter()
-            sessions["whole"].run(feed)
-            once = time.perf_counter() - start
-            effort = next(((r, b) for limit, r, b in _EFFORT if once <= limit), (2, 1))
-            timed = latency(sessions, {"": feed}, rounds=effort[0], block=effort[1], clock=steady_clock(machine.own_threads))
-            ratios.append(timed.ratios("factors")[0])
-        mean = math.exp(float(np.mean(np.log(ratios)))) if ratios else math.inf
+        feeds = {str(count): {"x": np.random.default_rng(0).standard_normal((min(count, _ROWS), inner)).astype(np.float32)} for count in rows}
+        mean = race.race(sessions, feeds, clock=race.clock_of(self.target), effort=race.CHOICE).speedup("factors") if rows else math.inf
         if mean > 1:
             return None
         return f"[{inner},{'+'.join(map(str, widths))}]: factors of rank {rank} are {mean:.2f}x as fast on {self.target.name}, at {rows} rows"

@@ -7,12 +7,11 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import onnx_ir as ir
 
-from graphopt.calibration.padding import Padding
+from graphopt.calibration.padding import Paddings
 from graphopt.compress.lowrank.cut import Plan
 from graphopt.compress.lowrank.factorable import Item
-from graphopt.core.contract import Array, Batches
+from graphopt.core.contract import Array, Batches, Context
 from graphopt.run import ort
 from graphopt.run.distance import relative_l2
 
@@ -22,19 +21,18 @@ _FLOOR = 1e-9
 _LEAST = 1e-6
 
 
-def sensitivities(model: ir.Model, samples: Batches, plans: Sequence[Plan]) -> dict[Item, float]:
+def sensitivities(ctx: Context, plans: Sequence[Plan]) -> dict[Item, float]:
     """For each item (output error)^2 / (its own relative error)^2, where it alone is cut to half of the largest rank that saves something.
 
     Padding does not count. One session serves all: the weights are fed. An item whose weight cannot be fed (stored inside a subgraph) gets the median
     of the others.
     """
-    copy = model.clone()
+    copy, samples, padding = ctx.model.clone(), ctx.require_samples(), ctx.get(Paddings())
     stored = copy.graph.initializers
     fed = [p for p in plans if str(p.item.linears[0].weight.name) in stored]
     for name in dict.fromkeys(str(p.item.linears[0].weight.name) for p in fed):
         copy.graph.inputs.append(stored[name])
     session, feeds = ort.session(copy), _few(samples, _OPERATIONS / (2 * max(len(plans), 1) * max(sum(p.item.size for p in plans), 1)))
-    padding = Padding(model)
     kept = [padding.kept(feed) for feed in feeds]
     base = [k.counted(session.run(feed)) for feed, k in zip(feeds, kept, strict=True)]
     found: dict[Item, float] = {}

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.compress.prune.importance import Ranking
+from graphopt.compress.prune.criterion import Ranking
 from graphopt.compress.prune.removable import Candidate, Removable
-from graphopt.core.contract import Array, Context, Session, Target
+from graphopt.core.contract import Array, Context, Target
 from graphopt.core.errors import TargetError
-from graphopt.core.pipeline import PassManager
+from graphopt.core.pipeline import lower
 from graphopt.rewrite.slicing.apply import apply
 from graphopt.rewrite.slicing.close import Slicing
 from graphopt.run import race
-from graphopt.run import race as bench
-from graphopt.run.clock import latency, steady_clock
 
 _POINTS = (0.25, 0.5, 0.75)  # of the steps of a block; between them time is a straight line
-_ROUNDS, _BLOCK = 5, 3
 
 
 def savings(model: ir.Model, ctx: Context, rankings: Mapping[Candidate, Ranking], resize: Sequence[str]) -> dict[Candidate, list[float]]:
@@ -34,7 +29,7 @@ def savings(model: ir.Model, ctx: Context, rankings: Mapping[Candidate, Ranking]
     kinds: dict[object, list[Candidate]] = {}
     for c in rankings:
         kinds.setdefault((c.kind, c.count, c.group, c.width, c.saves), []).append(c)
-    models = {"whole": model.clone()}
+    models = {"whole": model}
     for k, alike in enumerate(kinds.values()):
         for point in _POINTS:
             models[f"{k} {point}"] = _without(model, {c: rankings[c].first(_steps(rankings[c], point)) for c in alike}, resize)
@@ -50,17 +45,13 @@ def savings(model: ir.Model, ctx: Context, rankings: Mapping[Candidate, Ranking]
 
 def speedup(ctx: Context, before: ir.Model, after: ir.Model) -> float:
     """Time of one graph over that of another, as the target runs them; geometric mean over its shapes."""
-    return 1 / _race(_runnable(ctx.target), {"whole": before.clone(), "other": after.clone()})["other"]
+    return 1 / _race(_runnable(ctx.target), {"whole": before, "other": after})["other"]
 
 
 def _runnable(target: Target | None) -> Target:
-    machine = None if target is None else target.machine()
-    if target is None or machine is None:
+    if target is None or not target.runs_here():
         raise TargetError("a latency budget needs a target that runs here; give one that does, or flops=... instead of latency=...")
-    if getattr(target, "tune", "off") == "off":
-        return target
-    untuned: Target = dataclasses.replace(target, tune="off")  # type: ignore[type-var]
-    return untuned
+    return target
 
 
 def _steps(ranking: Ranking, point: float) -> int:
@@ -87,12 +78,7 @@ def _without(model: ir.Model, gone: Mapping[Candidate, Array], resize: Sequence[
 
 def _race(target: Target, models: Mapping[str, ir.Model]) -> dict[str, float]:
     """Time of each model over that of `whole`: medians of one interleaved run, geometric mean over the target's shapes."""
-    machine = target.machine()
-    assert machine is not None
-    sessions: dict[str, Session] = {}
-    for name, model in models.items():
-        PassManager(target.lowerings()).run(model, Context(model, target=target))
-        sessions[name] = target.session(model)
-    feeds = bench.feeds_for([models["whole"]], race.shapes_of(target) or race.SHAPES)
-    timed = latency(sessions, feeds, rounds=_ROUNDS, block=_BLOCK, clock=steady_clock(machine.own_threads))
-    return {name: math.exp(-float(np.mean(np.log(timed.ratios(name))))) for name in sessions}
+    sessions = {name: target.session(lower(model, target, tune=False)) for name, model in models.items()}
+    feeds = race.feeds_for([models["whole"]], race.shapes_of(target))
+    timed = race.race(sessions, feeds, clock=race.clock_of(target), effort=race.CHOICE)
+    return {name: 1 / timed.speedup(name) for name in sessions}

@@ -7,25 +7,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from graphopt.analysis.head_columns import HeadOperand
 from graphopt.analysis.heads import Heads
 from graphopt.calibration.averages import Averages, centered, moments
 from graphopt.compress.prune.align import linked, planes_of, scores, values
 from graphopt.compress.weights import Editor, unfit
 from graphopt.core.contract import Array
 
-Operands = tuple[HeadOperand, HeadOperand, HeadOperand]
 
-
-def unmergeable(unit: Heads, operands: Operands | None) -> str | None:
+def unmergeable(unit: Heads) -> str | None:
     """Why the heads of an attention cannot become one another's."""
-    if operands is None:
-        return "its heads are not known"
     if unit.group > 1:
         return f"{unit.group} query heads share a key head; merge key heads with kv-heads=N, or remove groups with prune-heads"
-    if operands[2].linear is None:
-        return f"the value: {operands[2].reason}"
-    return unfit(operands[2].linear) or unfit(unit.output)
+    value = unit.operands[2]
+    if value.linear is None:
+        return f"the value: {value.reason}"
+    return unfit(value.linear) or unfit(unit.output)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +35,6 @@ class Merging:
     """
 
     unit: Heads
-    operands: Operands
     turns: bool
     query: Array
     key: Array
@@ -56,7 +51,7 @@ class Merging:
 
     def write(self, editor: Editor, cluster: Sequence[int]) -> float:
         """Write the weights of the head that stays; returns the fraction of what the cluster added that is lost."""
-        v, out = self.operands[2], self.unit.output
+        v, out = self.unit.operands[2], self.unit.output
         assert v.linear is not None
         assert out is not None
         members = list(cluster)
@@ -73,7 +68,7 @@ class Merging:
 
     def _keys(self, editor: Editor, members: list[int], kept: int) -> None:
         """The mean of the scores of all members, weighted by what they contribute."""
-        q, k, _ = self.operands
+        q, k, _ = self.unit.operands
         assert q.linear is not None
         assert k.linear is not None
         places = np.arange(self.unit.heads * q.dim).reshape(-1, q.dim)[members].reshape(-1)
@@ -87,10 +82,10 @@ class Merging:
 class Asked:
     """What of one attention is averaged over the samples."""
 
-    def __init__(self, unit: Heads, operands: Operands, averages: Averages) -> None:
-        q, k, _ = operands
+    def __init__(self, unit: Heads, averages: Averages) -> None:
+        q, k, _ = unit.operands
         assert unit.output is not None
-        self.unit, self.operands = unit, operands
+        self.unit = unit
         self.turns = all(unfit(o.linear) is None for o in (q, k)) and (q.rotary is None) == (k.rotary is None)
         everything = np.arange(unit.output.in_features)[None]
         self.result = averages.ask(unit.output.x, "moments", moments(everything))
@@ -109,12 +104,12 @@ class Asked:
         query, key = nothing, nothing
         if self.turns:
             query, key = averages[self.query][0], averages[self.key][0]
-            key = key if self.operands[1].rotary is not None else centered(key)
+            key = key if self.unit.operands[1].rotary is not None else centered(key)
         weight = self.unit.output.matrix().astype(np.float64).reshape(heads, -1, self.unit.output.out_features)
         blocks = result.reshape(heads, self.unit.value_dim, heads, self.unit.value_dim)
         energy = np.array([float(np.sum((blocks[h, :, h] @ weight[h]) * weight[h])) for h in range(heads)])
         distance = _apart(query, key, heads) if maps is None else maps
-        return Merging(self.unit, self.operands, self.turns, query, key, result, distance, energy / max(float(energy.sum()), 1e-300))
+        return Merging(self.unit, self.turns, query, key, result, distance, energy / max(float(energy.sum()), 1e-300))
 
 
 def _apart(query: Array, key: Array, heads: int) -> Array:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from graphopt.analysis.head_columns import HeadOperand
 from graphopt.analysis.heads import Heads
+from graphopt.analysis.projections import HeadOperand, Operands
 from graphopt.calibration.averages import Averages, centered, leading, moments, root, squares
 from graphopt.compress.weights import Editor, unfit
 from graphopt.core.contract import Array
@@ -56,12 +56,12 @@ class Part:
         return chosen, float(worth[chosen].sum() / max(float(worth.sum()), 1e-300))
 
 
-def keys_of(operands: tuple[HeadOperand, HeadOperand, HeadOperand], stays: int, groups: Sequence[Array], turns: bool, averages: Averages) -> Part:
+def keys_of(operands: Operands, stays: int, groups: Sequence[Array], turns: bool, averages: Averages) -> Part:
     """Query and key: the scores q^T k."""
     q, k, _ = operands
     free = turns and all(len(g) == 1 for g in groups) and all(o.rotary is None and unfit(o.linear) is None for o in (q, k))
     if not free:
-        handles = [averages.ask(o.value, "squares", squares(o)) for o in (q, k)]
+        handles = [averages.ask(o.value, "squares", squares, o.by_head) for o in (q, k)]
         return Part("query and key", q, stays, groups, lambda a: _scores(a[handles[0]], a[handles[1]]), None)
     assert q.linear is not None
     assert k.linear is not None
@@ -100,7 +100,7 @@ def values_of(unit: Heads, v: HeadOperand, stays: int, turns: bool, averages: Av
     groups = [np.array([d]) for d in range(v.dim)]
     out = unit.output
     if out is None:
-        handle = averages.ask(v.value, "squares", squares(v))
+        handle = averages.ask(v.value, "squares", squares, v.by_head)
         return Part("value", v, stays, groups, lambda a: a[handle].sum(0), None)
     places = np.arange(unit.heads * v.dim).reshape(unit.heads, v.dim)
     moment = averages.ask(out.x, "moments", moments(places))

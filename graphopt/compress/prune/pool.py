@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.head_columns import HeadOperand, HeadOperands
 from graphopt.analysis.heads import Heads, Units
 from graphopt.calibration.averages import Averages, centered, moments
 from graphopt.compress.prune.align import balanced, planes_of, scores, values
@@ -15,8 +14,8 @@ from graphopt.compress.prune.refit import fit_behind
 from graphopt.compress.prune.units import OutOfFuel, carry_out
 from graphopt.compress.weights import Editor, unfit
 from graphopt.core.contract import Array, Context
+from graphopt.graph.attention_node import AttentionNode
 from graphopt.graph.layout import Tracer
-from graphopt.graph.questions import rank, static_dim
 from graphopt.rewrite.slicing.close import Slicing
 from graphopt.rewrite.slicing.plan import Kind, Refusal
 from graphopt.run.observe import observable
@@ -25,13 +24,12 @@ from graphopt.run.observe import observable
 def pool(model: ir.Model, ctx: Context, kv_heads: int, *, rows: int, refits: bool, resize: Sequence[str]) -> int:
     """Leave `kv_heads` key and value heads in every attention whose number of them is a multiple; see MergeHeads."""
     averages, todo, plan = Averages(), list[_Pooling](), Slicing(model, resize=resize)
-    operands = ctx.get(HeadOperands())
     for unit in ctx.get(Units()).attention:
-        reason = _unfit(model, unit, operands.get(unit), kv_heads)
+        reason = _unfit(model, unit, kv_heads)
         try:
             if reason is None:
-                _remove(plan, ctx, unit, operands[unit][1], kv_heads)
-                todo.append(_Pooling(unit, operands[unit], kv_heads, averages))
+                _remove(plan, ctx, unit, kv_heads)
+                todo.append(_Pooling(unit, kv_heads, averages))
         except OutOfFuel:
             break
         except Refusal as refusal:
@@ -40,7 +38,7 @@ def pool(model: ir.Model, ctx: Context, kv_heads: int, *, rows: int, refits: boo
             ctx.remarks.missed(unit.node.name or "", f"key heads not pooled: {reason}")
     if not todo:
         return 0
-    averages.run(model, ctx.require_samples(), rows)
+    averages.run(ctx, rows)
     teacher, editor = model.clone() if refits else model, Editor(model)
     for p in todo:
         groups = p.groups(averages)
@@ -59,14 +57,14 @@ def pool(model: ir.Model, ctx: Context, kv_heads: int, *, rows: int, refits: boo
     return len(todo)
 
 
-def _remove(plan: Slicing, ctx: Context, unit: Heads, key: HeadOperand, kv_heads: int) -> None:
+def _remove(plan: Slicing, ctx: Context, unit: Heads, kv_heads: int) -> None:
     """Plan that key heads from `kv_heads` on go, and their value heads with them, while all query heads stay.
 
     Raises:
         Refusal: it cannot be done.
         OutOfFuel: it must not be done.
     """
-    gone = np.arange(unit.kv_heads) >= kv_heads
+    gone, (_, key, _) = np.arange(unit.kv_heads) >= kv_heads, unit.operands
     plan.regrouped.add(unit.node)
     try:
         with plan.together():
@@ -79,66 +77,46 @@ def _remove(plan: Slicing, ctx: Context, unit: Heads, key: HeadOperand, kv_heads
         raise
 
 
-def _unfit(model: ir.Model, unit: Heads, operands: tuple[HeadOperand, HeadOperand, HeadOperand] | None, kv_heads: int) -> str | None:
-    if unit.node.op_type != "Attention":
+def _unfit(model: ir.Model, unit: Heads, kv_heads: int) -> str | None:
+    a = AttentionNode.of(unit.node)
+    if a is None:
         return "it is spelled out in primitive operators; run fuse-attention first"
-    if operands is None or unit.output is None:
-        return "its heads or its output projection are not known"
+    if unit.output is None:
+        return "its output projection is not known"
     if unit.kv_heads <= kv_heads or unit.kv_heads % kv_heads:
         return f"it has {unit.kv_heads} of them, which is no multiple of {kv_heads} above it"
-    node = unit.node
-    mask = node.inputs[3] if len(node.inputs) > 3 else None
-    if mask is not None and not _same_for_heads(mask):
-        return f"its mask `{mask.name}` differs from head to head"
-    if len(node.outputs) > 3 and node.outputs[3].name:
+    if a.mask is not None and a.mask_differs and not _is_repeated(a.mask):
+        return f"its mask `{a.mask.name}` differs from head to head"
+    if a.shown is not None:
         return "the model returns its attention weights"
-    for o, what in zip(operands, ("query", "key", "value"), strict=True):
+    for o, what in zip(unit.operands, ("query", "key", "value"), strict=True):
         if o.linear is None:
             return f"the {what}: {o.reason}"
         if o.heads != len(o.columns):
             return f"the {what} has {o.heads} heads, and its projection makes {len(o.columns)}"
         if not observable(model, o.linear.output):
             return f"`{o.linear.output.name}` is computed inside a subgraph"
-    q, k, v = operands
+    q, k, v = unit.operands
     if (q.rotary is None) != (k.rotary is None) or v.rotary is not None:
         return "query and key are not turned alike"
-    made = [(o.linear.weight, int(c)) for o in operands if o.linear is not None for c in o.columns.reshape(-1)]
+    made = [(o.linear.weight, int(c)) for o in unit.operands if o.linear is not None for c in o.columns.reshape(-1)]
     if len(set(made)) < len(made):
         return "query, key and value have features in common"
-    if not _by_head(unit):
-        return f"what its heads add does not stand head by head in `{unit.output.x.name}`"
     return next((r for x in (q.linear, k.linear, v.linear, unit.output) if (r := unfit(x)) is not None), None)
 
 
-def _same_for_heads(mask: ir.Value) -> bool:
-    """True for a mask without an axis of heads, or repeated along it."""
-    size = rank(mask)
-    if size is None or size < 3 or static_dim(mask, -3) == 1:
-        return size is not None
+def _is_repeated(mask: ir.Value) -> bool:
+    """True for a mask that is repeated along its axis of heads."""
     view = Tracer().view(mask)
-    return view is not None and all(atom.axis == -1 for atom in view.axes[-3])
-
-
-def _by_head(unit: Heads) -> bool:
-    """True if the output projection reads the features of the first head first, then those of the second."""
-    view = None if unit.output is None else Tracer().view(unit.output.x)
-    if view is None or view.root is not unit.value:
-        return False
-    index = np.zeros(1, np.int64)
-    for atom in view.axes[-1]:
-        if not isinstance(atom.size, int) or not isinstance(atom.stride, int):
-            return False
-        step = atom.stride * (unit.value_dim if atom.axis == unit.axis and unit.axis == 1 else 1)
-        index = (index[:, None] + step * np.arange(atom.size)).reshape(-1)
-    return np.array_equal(index, np.arange(unit.heads * unit.value_dim))
+    return view is not None and len(view.axes) > 2 and all(atom.axis == -1 for atom in view.axes[-3])
 
 
 class _Pooling:
     """One attention whose key and value heads are pooled."""
 
-    def __init__(self, unit: Heads, operands: tuple[HeadOperand, HeadOperand, HeadOperand], kv_heads: int, averages: Averages) -> None:
-        self.unit, self.operands, self.kv_heads = unit, operands, kv_heads
-        q, k, v = operands
+    def __init__(self, unit: Heads, kv_heads: int, averages: Averages) -> None:
+        self.unit, self.kv_heads = unit, kv_heads
+        q, k, v = unit.operands
         assert q.linear is not None
         assert k.linear is not None
         assert v.linear is not None
@@ -153,7 +131,7 @@ class _Pooling:
         query, key, value = (a[handle] for handle in self.asked)
         u = self.unit
         queries = query.reshape(u.kv_heads, u.group, u.head_dim, u.head_dim).sum(1)
-        return queries, key[0] if self.operands[1].rotary is not None else centered(key[0]), value[0]
+        return queries, key[0] if self.unit.operands[1].rotary is not None else centered(key[0]), value[0]
 
     def _reads(self) -> Array:
         """W W^T of the output projection for each value head, [kv_heads, value_dim, value_dim]."""
@@ -176,7 +154,7 @@ class _Pooling:
 
     def _lost_scores(self, queries: Array, keys: Array, group: Sequence[int]) -> float:
         query, key = self._scores_of(queries, keys, group)
-        turn_q, turn_k = scores(query, key, planes_of(self.operands[1].rotary, self.unit.head_dim), self.unit.head_dim)
+        turn_q, turn_k = scores(query, key, planes_of(self.unit.operands[1].rotary, self.unit.head_dim), self.unit.head_dim)
         rest = np.eye(len(query)) - turn_q @ turn_k.T
         return float(np.trace(rest.T @ query @ rest @ key) / max(float(np.trace(query @ key)), 1e-300))
 
@@ -191,7 +169,7 @@ class _Pooling:
     def write(self, a: Averages, editor: Editor, groups: Sequence[Sequence[int]]) -> None:
         """Draft the weights: query heads in the order of their groups, and a common key and value in the first places of each projection."""
         (queries, keys, moment), reads, u = self._moments(a), self._reads(), self.unit
-        q, k, v = self.operands
+        q, k, v = self.unit.operands
         out = u.output
         assert q.linear is not None
         assert k.linear is not None

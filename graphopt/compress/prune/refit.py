@@ -7,19 +7,17 @@ to the residual stream there, corrected by what the stream has lost already (Kwo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Linear, Linears, bias_of
-from graphopt.calibration.padding import Kept, Padding
-from graphopt.calibration.pair import _Progress, _rows, _Sums
+from graphopt.calibration.pair import LeastSquares, Meeting, Pair
 from graphopt.compress.weights import store, unfit
-from graphopt.core.contract import Context
+from graphopt.core.contract import Array, Context
 from graphopt.graph.questions import Names
 from graphopt.run import Feeds
-from graphopt.run.segments import State
 
 _RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0)  # of the mean second moment, towards the old weights; chosen on what is held out
 _HELD_OUT = 4  # one batch of so many; one row, where there are fewer batches
@@ -54,13 +52,8 @@ def refit(
     order = [name for name in order if name not in dict(refused)]
     if not order:
         return [], refused
-    pupil = _Progress(model, [new[name] for name in order])
-    master = _Progress(teacher, [old[name] for name in order])
-    pupil.begin(samples, rows)
-    master.begin(pupil.feeds, rows)
-    padding, fresh = Padding(teacher, [str(old[name].x.name) for name in order]), Names(model)
-    kept = [padding.kept(feed) for feed in pupil.feeds]
-    return [_fit(model, fresh, new[n], old[n], pupil.until(new[n]), master.until(old[n]), kept) for n in order], refused
+    pair, fresh = Pair(model, teacher, samples, [old[name] for name in order], rows), Names(model)
+    return [_fit(model, fresh, new[n], old[n], pair.at(new[n], old[n])) for n in order], refused
 
 
 def fit_behind(model: ir.Model, teacher: ir.Model, names: Sequence[str], ctx: Context, rows: int) -> None:
@@ -73,12 +66,12 @@ def fit_behind(model: ir.Model, teacher: ir.Model, names: Sequence[str], ctx: Co
         ctx.remarks.missed(name, f"not refitted: {reason}")
 
 
-def _fit(model: ir.Model, names: Names, new: Linear, old: Linear, pupil: Sequence[State], master: Sequence[State], kept: Sequence[Kept]) -> Fitted:
+def _fit(model: ir.Model, names: Names, new: Linear, old: Linear, met: Meeting) -> Fitted:
     weight, bias = new.matrix().astype(np.float32), bias_of(new)
     start = (weight if bias is None else np.concatenate([weight, bias[None]])).astype(np.float64)
-    fit, held = _Sums(*start.shape), _Sums(*start.shape)
-    for number, (x, y) in enumerate(_rows(new, old, pupil, master, kept)):
-        out = np.arange(number, number + len(x)) if len(pupil) < _HELD_OUT else np.full(len(x), number)
+    fit, held = (LeastSquares(np.zeros((len(start), len(start))), np.zeros(start.shape)) for _ in range(2))
+    for number, (x, y) in enumerate(_rows(old, met, biased=bias is not None)):
+        out = np.arange(number, number + len(x)) if len(met) < _HELD_OUT else np.full(len(x), number)
         out = out % _HELD_OUT == _HELD_OUT - 1
         fit.add(x[~out], y[~out])
         held.add(x[out], y[out])
@@ -87,6 +80,18 @@ def _fit(model: ir.Model, names: Names, new: Linear, old: Linear, pupil: Sequenc
     found = whole.solve(start, ridge)
     store(model, names, new, found if bias is None else found[:-1], None if bias is None else found[-1])
     return Fitted(str(new.node.name), whole.error(start), whole.error(found))
+
+
+def _rows(old: Linear, met: Meeting, *, biased: bool) -> Iterator[tuple[Array, Array]]:
+    """For each batch what the pruned multiply is fed, a one behind it where it has a bias, and what should come out."""
+    target, then = old.matrix().astype(np.float32), bias_of(old)
+    for x, z, drift in met:
+        y = z @ target
+        if biased:
+            x = np.concatenate([x, np.ones((len(x), 1), x.dtype)], 1)
+        if then is not None:
+            y = y + then.astype(np.float32)
+        yield x, y if drift is None else y + drift
 
 
 def _unfit(model: ir.Model, new: Linear | None, old: Linear | None) -> str | None:

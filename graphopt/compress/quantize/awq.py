@@ -43,19 +43,19 @@ def scale_inputs(model: ir.Model, ctx: Context, fits: Callable[[Linear], bool], 
         fits: whether a multiply will be quantized.
         rounded: how.
     """
-    found, refused = groups([x for x in ctx.get(Linears()) if x.node.graph is model.graph])
-    for linear, reason in refused:
-        if fits(linear):
-            ctx.remarks.missed(linear.node.name or "", f"its input channels are not scaled: {reason}")
-    places: dict[ir.Value, Group] = {}
+    found = groups([x for x in ctx.get(Linears()) if x.node.graph is model.graph])
     for group in found:
+        if group.source is None and fits(group.readers[0]):
+            ctx.remarks.missed(group.readers[0].node.name or "", f"its input channels are not scaled: {group.reason}")
+    places: dict[ir.Value, Group] = {}
+    for group in (g for g in found if g.source is not None):
         fit = [x for x in group.readers if fits(x)]
         if len(fit) == len(group.readers) and observable(model, group.x) and static_dim(group.x, -1) is not None:
             places[group.x] = group
         elif fit:
             reason = f"all that read `{group.x.name}` would have to be quantized"
             ctx.remarks.missed(fit[0].node.name or "", f"its input channels are not scaled: {reason}, and its size known")
-    planned = [(places[x], _search(places[x], m, rounded)) for x, m in input_moments(model, ctx.require_samples(), list(places))] if places else []
+    planned = [(places[x], _search(places[x], m, rounded)) for x, m in input_moments(ctx, list(places))] if places else []
     inserter, changes = Inserter(model), 0
     for group, scaling in planned:
         where = group.readers[0].node.name or ""

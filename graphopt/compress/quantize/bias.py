@@ -152,7 +152,8 @@ def _correction(before: Array, after: Array, seen: Activation, rounded: Array) -
 def _rounding(linear: Linear, seen: Activation, *, rows: bool) -> tuple[ir.Value, Array | None]:
     """What a multiply reads before it is rounded, and the sampled rows [n, in] as they are rounded; None where they stay float.
 
-    `rows`: each is divided by its largest magnitude first. A grid that is made at run time is taken to be the one of all samples.
+    `rows`: each is divided by its largest magnitude first. A grid that is made at run time is taken to be the one of all samples,
+    padding too.
     """
     decode = producer(linear.x, "DequantizeLinear")
     code = None if decode is None else producer(decode.inputs[0], "QuantizeLinear", "DynamicQuantizeLinear")
@@ -161,7 +162,7 @@ def _rounding(linear: Linear, seen: Activation, *, rows: bool) -> tuple[ir.Value
     size = np.maximum(np.abs(seen.rows).max(1, keepdims=True), np.finfo(np.float32).tiny) if rows else np.float32(1)
     scale, zero = (scalar(v) for v in code.inputs[1:3]) if code.op_type == "QuantizeLinear" else (None, None)
     if scale is None or zero is None:
-        scale, zero = grid(-1.0, 1.0) if rows else grid(float(seen.low.min()), float(seen.high.max()))
+        scale, zero = grid(-1.0, 1.0) if rows else grid(float(seen.bottom.min()), float(seen.top.max()))
     step = np.float32(scale)
     rounded: Array = ((np.clip(np.rint(seen.rows / size / step) + zero, 0, 255) - zero) * step * size).astype(np.float32)
     return code.inputs[0], rounded

@@ -24,43 +24,47 @@ _NO_SOURCE = "no norm with stored scale, or gate behind a stored weight, makes i
 class Group:
     """`x` is divided channel by channel where `source` makes it (a norm, or the Linear before a gate), and all its readers multiply back.
 
-    Without a source others read x, too, or its channels cannot be scaled where it is made: a multiplication in front of `readers` divides it.
+    Without a source others read x, too, or its channels cannot be scaled where it is made: a multiplication in front of `readers` divides it,
+    unless they are `stiff`.
+
+    Attributes:
+        reason: why there is no source.
+        stiff: the readers cannot take a factor for each channel.
     """
 
     x: ir.Value
     source: ir.Node | Linear | None
     readers: tuple[Linear, ...]
+    reason: str = ""
+    stiff: bool = False
 
 
-def groups(linears: Sequence[Linear], multiply: bool = False) -> tuple[list[Group], list[tuple[Linear, str]]]:
-    """The places where it is exact, and the multiplies that have none, with the reason; `multiply`: also places without a source."""
+def groups(linears: Sequence[Linear]) -> list[Group]:
+    """One for each input, also where nothing can be divided."""
     by_input: dict[ir.Value, list[Linear]] = {}
     for linear in linears:
         by_input.setdefault(linear.x, []).append(linear)
     by_output = {linear.output: linear for linear in linears}
     found: list[Group] = []
-    refused: list[tuple[Linear, str]] = []
     for x, readers in by_input.items():
+        stiff = _why_not(readers)
         alone = not x.is_graph_output() and {r.node for r in readers} == set(consumers(x))
-        source = _source(x, by_output) if alone else None
-        reason = _why_not(readers)
-        if reason is None and source is None and not multiply:
-            reason = _NO_SOURCE if alone else f"`{x.name}` is read by more than multiplies with stored weights"
-        if reason is None:
-            found.append(Group(x, source, tuple(readers)))
-        else:
-            refused.append((readers[0], reason))
-    return found, refused
+        source = _source(x, by_output) if alone and stiff is None else None
+        why = _NO_SOURCE if alone else f"`{x.name}` is read by more than multiplies with stored weights"
+        found.append(Group(x, source, tuple(readers), stiff or ("" if source is not None else why), stiff is not None))
+    return found
 
 
 def scales(group: Group, seen: Activation, strength: float | None, rows: bool) -> tuple[Array, float, float, float]:
     """The power of two for each channel, the strength, and the relative output error before and after.
 
-    `strength` None: searched over GRID against the error of the quantized output on the sampled rows.
+    `strength` None: searched over GRID against the error of the quantized output on the sampled rows. One scale for all rows is made at run time,
+    where rows of padding set it, too.
     """
     weights = [w.matrix().astype(np.float32) for w in group.readers]
     bases = [seen.rows @ w for w in weights]
-    magnitude = np.maximum(seen.high, -seen.low)
+    high, low = (seen.high, seen.low) if rows else (seen.top, seen.bottom)
+    magnitude = np.maximum(high, -low)
     largest = np.max([np.abs(w).max(1) for w in weights], axis=0)
     plain = np.ones(len(magnitude), np.float32)
     before = _error(seen, weights, bases, plain, rows)
@@ -91,7 +95,7 @@ def _error(seen: Activation, weights: Sequence[Array], bases: Sequence[Array], s
     if rows:
         step = np.maximum(2 * np.abs(x).max(1, keepdims=True) / 255, np.finfo(np.float32).tiny)
     else:
-        width = max(float((seen.high / s).max()), 0) - min(float((seen.low / s).min()), 0)
+        width = max(float((seen.top / s).max()), 0) - min(float((seen.bottom / s).min()), 0)
         step = np.maximum(np.float32(width / 255), np.finfo(np.float32).tiny)
     coarse = (np.rint(x / step) * step).astype(np.float32)
     total = 0.0

@@ -169,7 +169,7 @@ class WeightOnly(RewritePass[WeightMatch]):
                 hidden.append(operand)
                 continue
             groups.setdefault(operand.x, {}).setdefault(operand.weight, operand)
-        for x, moments in input_moments(model, ctx.require_samples(), list(groups)):
+        for x, moments in input_moments(ctx, list(groups)):
             inputs = Inputs.of(moments) if "gptq" in self.options.method else None
             for linear in groups[x].values():
                 key = linear.weight, _input_axis(linear)

@@ -20,9 +20,9 @@ from graphopt.core.errors import GraphoptError
 from graphopt.core.machine import Machine
 
 T = TypeVar("T")
-FORMAT = "graphopt-tuning-1"
+FORMAT = "graphopt-tuning-2"  # 2: the key of a piece holds what its small constants say
 _COLUMNS = ("processor", "runtime", "provider", "threads", "piece", "spelling", "shape", "seconds", "description", "measured")
-_CREATE = """create table if not exists timings (
+_CREATE = """create table if not exists timings_2 (
     processor text not null, runtime text not null, provider text not null, threads integer not null, piece text not null, spelling text not null,
     shape text not null, seconds real not null, description text not null, measured real not null,
     primary key (processor, runtime, provider, threads, piece, spelling))"""
@@ -65,7 +65,7 @@ class Cache:
             found: dict[tuple[str, str], float] = {}
             for piece in wanted:
                 rows = connection.execute(
-                    "select spelling, seconds from timings where processor = ? and provider = ? and threads = ? and piece = ?"
+                    "select spelling, seconds from timings_2 where processor = ? and provider = ? and threads = ? and piece = ?"
                     " and (runtime = ? or ?) order by measured",
                     (machine.processor, machine.provider, machine.threads, piece, machine.runtime, any_runtime),
                 )
@@ -84,7 +84,7 @@ class Cache:
 
     def rows(self) -> list[dict[str, Any]]:
         """Everything, newest first."""
-        query = f"select {', '.join(_COLUMNS)} from timings order by measured desc, piece, seconds"
+        query = f"select {', '.join(_COLUMNS)} from timings_2 order by measured desc, piece, seconds"
         return self._use(lambda c: [dict(zip(_COLUMNS, row, strict=True)) for row in c.execute(query)], [])
 
     def export(self) -> str:
@@ -114,7 +114,7 @@ class Cache:
 
     @staticmethod
     def _insert(connection: sqlite3.Connection, rows: Iterable[tuple[Any, ...]]) -> None:
-        connection.executemany(f"insert or replace into timings values ({', '.join('?' * len(_COLUMNS))})", rows)
+        connection.executemany(f"insert or replace into timings_2 values ({', '.join('?' * len(_COLUMNS))})", rows)
 
     def _use(self, action: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
         """One short transaction; a file that cannot be used is a `problem`, never a crash."""

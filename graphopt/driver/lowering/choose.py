@@ -14,24 +14,21 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graphopt.core.contract import Array, Context, Kind, Pass, Piece, Session, Spelling, Target, kind_name
+from graphopt.core.contract import Context, Kind, Pass, Piece, Session, Spelling, Target, kind_name
 from graphopt.core.errors import GraphoptError, TargetError
 from graphopt.driver.lowering import extract
 from graphopt.driver.lowering.cache import Cache, Timed
 from graphopt.graph.dims import Bindings
 from graphopt.graph.questions import all_nodes
 from graphopt.rewrite.choices import Choices
-from graphopt.run import race as bench
-from graphopt.run.clock import latency, steady_clock
-from graphopt.run.race import SHAPES, _mean, shapes_of
+from graphopt.run import race
+from graphopt.run.clock import NOISE, geometric_mean
 from graphopt.run.roles import random_feed
 
-NOISE = 1.03  # a spelling must be this much faster than the default one, in the geometric mean over the sizes ...
-FLOOR = 1e-5  # ... and by this many seconds over all sizes together: below that the clock decides, not the kernel
+FLOOR = 1e-5  # seconds over all sizes together, that a spelling must win beyond the noise: below that the clock decides, not the kernel
 BUDGET = 20.0  # seconds for all timing of one model; what is left over goes by the table
 _REFUSED = 1e6  # seconds: what the cache says of a spelling that the runtime does not run at these sizes
 _BYTES = 512 * 2**20  # activations of a piece, at most
-_EFFORT = ((0.0002, 8, 20), (0.002, 6, 8), (0.02, 5, 4), (float("inf"), 3, 2))  # up to so many seconds a run: rounds, counted runs of a block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +61,11 @@ class _Variant:
 class _Tuner:
     def __init__(self, target: Target, model: ir.Model, ctx: Context) -> None:
         self.target, self.model, self.ctx = target, model, ctx
-        self.mode: str = getattr(target, "tune", "on")
+        self.mode = target.tune if ctx.tune else "off"
         self.machine = target.machine()
-        self.elsewhere = getattr(target, "processor", None) is not None
+        self.elsewhere = target.processor is not None
         self.cache = Cache()
-        self.sizes = bench.sizes_for(model, shapes_of(target) or SHAPES)
+        self.sizes = race.sizes_for(model, race.shapes_of(target))
         self.spent, self.untimed = 0.0, 0
         self.by_table: dict[str, str] = {}
 
@@ -132,7 +129,7 @@ class _Tuner:
                 times[label] = {name: seconds for name, seconds in row.items() if seconds is not None}
             else:
                 missing[label] = key
-        if missing and self.mode == "on" and not self.elsewhere and self.spent < BUDGET:
+        if missing and self.mode == "on" and not self.elsewhere and self.target.runs_here() and self.spent < BUDGET:
             start = time.perf_counter()
             times.update(self._measure(small, variants, missing))
             self.spent += time.perf_counter() - start
@@ -160,34 +157,25 @@ class _Tuner:
                 self.cache.add(self.machine, [Timed(key, v.key, label, found[label][v.spelling.name], told) for v in variants])
         return found
 
-    def _race(self, small: ir.Model, sessions: dict[str, Session], sizes: Bindings) -> dict[str, float]:
+    def _race(self, small: ir.Model, sessions: Mapping[str, Session], sizes: Bindings) -> dict[str, float]:
         """Seconds of each; a spelling that the runtime refuses at this size leaves this race."""
-        sessions = dict(sessions)
         try:
-            feed: Mapping[str, Array] = random_feed(small, sizes)
+            feed = random_feed(small, sizes)
         except ValueError:
             return {}
-        base = next(iter(sessions))
-        for name in list(sessions):
-            try:
-                sessions[name].run(feed)
-            except GraphoptError as error:
-                self.ctx.remarks.missed("", f"`{name}` does not run at {dict(sizes)}: {error}")
-                del sessions[name]
-        if base not in sessions:
+        refused = race.refusals(sessions, [feed])
+        for name, why in refused.items():
+            self.ctx.remarks.missed("", f"`{name}` does not run at {dict(sizes)}: {why}")
+        if next(iter(sessions)) in refused:
             return {}
-        start = time.perf_counter()
-        sessions[base].run(feed)
-        once = time.perf_counter() - start
-        rounds, block = next((r, b) for limit, r, b in _EFFORT if once <= limit)
-        assert self.machine is not None
-        timed = latency(sessions, {"": feed}, rounds=rounds, block=block, clock=steady_clock(self.machine.own_threads))
+        able = {name: session for name, session in sessions.items() if name not in refused}
+        timed = race.race(able, {"": feed}, clock=race.clock_of(self.target), effort=race.CHOICE)
         return {name: seconds[0] for name, seconds in timed.seconds.items()}
 
     def _judge(self, variants: Sequence[_Variant], times: Mapping[str, Mapping[str, float]], node: str, count: int) -> Spelling:
         default = variants[0].spelling
         names = [v.spelling.name for v in variants]
-        gain = {n: _mean([row[default.name] / row[n] for row in times.values()]) for n in names}
+        gain = {n: geometric_mean([row[default.name] / row[n] for row in times.values()]) for n in names}
         saved = {n: sum(row[default.name] - row[n] for row in times.values()) for n in names}
         best = max(names, key=lambda n: gain[n])
         facts: dict[str, Any] = {
@@ -216,7 +204,7 @@ class _Tuner:
     def _why(self) -> str:
         if self.mode == "off":
             return "tune=off"
-        if self.machine is None:
+        if self.machine is None or not (self.elsewhere or self.mode == "cache" or self.target.runs_here()):
             return f"{self.target.name} cannot run here"
         if self.mode == "cache" or self.elsewhere:
             return "the tuning cache has no such timings" + (f" of {self.machine.processor}" if self.elsewhere else "")

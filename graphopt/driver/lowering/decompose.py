@@ -15,8 +15,9 @@ import onnx_ir as ir
 
 from graphopt.core.contract import Context, Pass
 from graphopt.driver.lowering.limits import KeepWithin
+from graphopt.graph.attention_node import AttentionNode
 from graphopt.graph.questions import attr, rank, static_dim
-from graphopt.rewrite.attention import Sizes, sizes_of, unfused
+from graphopt.rewrite.attention import read_outputs, unfused, why_not_unfused
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import M, Match, Miss
 from graphopt.rewrite.rules import RewritePass
@@ -237,7 +238,7 @@ class DecomposeGelu(Decompose[Match]):
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMatch(Match):
-    sizes: Sizes
+    attention: AttentionNode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,10 +251,11 @@ class DecomposeAttention(Decompose[AttentionMatch]):
     anchors: ClassVar[frozenset[str]] = frozenset({"Attention"})
 
     def match(self, node: ir.Node, ctx: Context) -> AttentionMatch | Miss:
-        sizes = sizes_of(node)
-        if isinstance(sizes, str):
-            return Miss(node, f"stays Attention: {sizes}")
-        return AttentionMatch((node,), tuple(node.outputs[i] for i in sizes.made), sizes)
+        a = AttentionNode.of(node)
+        reason = "it breaks the specification of the operator" if a is None else why_not_unfused(a)
+        if a is None or reason is not None:
+            return Miss(node, f"stays Attention: {reason}")
+        return AttentionMatch((node,), tuple(node.outputs[i] for i in read_outputs(a)), a)
 
     def build(self, op: Builder, m: AttentionMatch) -> Sequence[ir.Value]:
-        return unfused(op, m.nodes[0], m.sizes)
+        return unfused(op, m.attention)

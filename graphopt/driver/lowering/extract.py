@@ -104,14 +104,15 @@ def dims(value: ir.Value, bindings: Bindings) -> tuple[int, ...] | None:
 
 
 def signature(model: ir.Model, bindings: Bindings | None) -> str:
-    """Equal texts = equal work: operators, attributes, types, sizes and constants' shapes. Without `bindings` dimensions stand by name."""
+    """Equal texts = equal work: operators, attributes, types, sizes, constants' shapes, and what small ones say of sizes and axes. Without
+    `bindings` dimensions stand by name."""
     place: dict[ir.Value, str] = {}
     lines = [f"opset {sorted(model.opset_imports.items())}"]
     for kind, values in (("in", model.graph.inputs), ("const", model.graph.initializers.values())):
         for value in values:
             place[value] = f"{kind}{len(place)}"
             shape: Iterable[object] = value.shape or () if bindings is None else dims(value, bindings) or ()
-            lines.append(f"{place[value]} {value.dtype} {[str(d) for d in shape]}")
+            lines.append(f"{place[value]} {value.dtype} {[str(d) for d in shape]}{_said(value)}")
     for node in model.graph:
         for value in node.outputs:
             place[value] = f"v{len(place)}"
@@ -120,6 +121,12 @@ def signature(model: ir.Model, bindings: Bindings | None) -> str:
         lines.append(f"{node.domain}::{node.op_type} {attributes} {read} -> {[place[v] for v in node.outputs]}")
     lines.append(f"out {[place[v] for v in model.graph.outputs]}")
     return "\n".join(lines)
+
+
+def _said(value: ir.Value) -> str:
+    """The contents of a small int64 constant: how a Split or a Reshape divides, which axes. Other numbers make no other work."""
+    array = constant(value) if value.dtype == ir.DataType.INT64 and value.const_value is not None and value.const_value.size <= _KEPT else None
+    return "" if array is None else f" {array.tolist()}"
 
 
 def fingerprint(text: str) -> str:

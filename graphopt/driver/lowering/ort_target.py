@@ -19,10 +19,11 @@ import onnx_ir as ir
 
 from graphopt.core.contract import Artifact, Pass, Session, Target
 from graphopt.core.errors import TargetError
+from graphopt.core.options import option
 from graphopt.driver.lowering.decompose import portable
 from graphopt.driver.lowering.limits import save_within, vendor_report
 from graphopt.graph.opset.node_form import WORKING
-from graphopt.graph.opset.versions import OLDEST
+from graphopt.graph.opset.versions import NEWEST, OLDEST, Rise
 from graphopt.graph.questions import all_nodes
 
 
@@ -58,8 +59,8 @@ class OrtTarget(Target):
     and `shapes`, BATCHxLENGTH sizes to measure at, such as `1x16+8x64`.
     """
 
-    threads: int = 1
-    opset: int | None = None
+    threads: int = option(1, least=1)
+    opset: int | None = option(None, least=OLDEST, most=NEWEST)
     vendor: bool = True
     shapes: tuple[str, ...] = ()
     provider: ClassVar[str] = ""
@@ -104,6 +105,11 @@ class OrtTarget(Target):
         kind = _kind(node)
         return None if kind is None or any(k.takes(kind) for k in fitting) else f"no kernel for {name} of {kind}"
 
+    def finish(self, model: ir.Model) -> tuple[ir.Model, tuple[Rise, ...]]:
+        from graphopt.io.save import finish
+
+        return finish(model, self.opset)
+
     def save(self, model: ir.Model, path: Path) -> Artifact:
         return save_within(model, path, self.opset, self.without)
 
@@ -117,21 +123,21 @@ class OrtTarget(Target):
         """What runs before the CPU provider does, with its options."""
         return (self.provider,)
 
+    def runs_here(self) -> bool:
+        return self.provider in available()
+
     def _require(self) -> None:
         try:
-            import onnxruntime
+            import onnxruntime  # noqa: F401
         except ImportError as error:
             raise TargetError(f"onnxruntime cannot be imported ({error}); pip install {self.package}") from error
-        here = onnxruntime.get_available_providers()
-        if self.provider not in here:
-            have = ", ".join(here)
+        if not self.runs_here():
+            have = ", ".join(available())
             raise TargetError(f"target {self.name} cannot run here: this onnxruntime has {have} and no {self.provider}; pip install {self.package}")
 
     def report(self, model: ir.Model) -> dict[str, Any]:
         """`falls_back`: [{node, op, reason}] of the artifact's nodes that would run on the CPU; `known_from`; `vendor_ops`."""
-        from graphopt.io.save import finish
-
-        finished, _ = finish(model, self.opset)
+        finished, _ = self.finish(model)
         refused = [(n, self.refusal(n, finished.opset_imports[""])) for n in all_nodes(finished)]
         told = [{"node": n.name or "", "op": n.op_type, "reason": reason} for n, reason in refused if reason is not None]
         source = "the registry of the installed runtime" if self.has_kernels and registered(self.provider) else "the documentation of the provider"
@@ -185,17 +191,23 @@ def _name(dtype: ir.DataType) -> str:
     return dtype.name.lower()
 
 
+def available() -> Sequence[str]:
+    """The providers of the installed runtime; none where it is not installed."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return ()
+    found: Sequence[str] = onnxruntime.get_available_providers()
+    return found
+
+
 @functools.cache
 def registered(provider: str) -> tuple[Kernel, ...]:
     """The kernels that the installed runtime has registered for a provider; empty where it has none, or compiles whole graphs instead.
 
     Read in a process of its own: the listing crashes the interpreter in some builds (onnxruntime-openvino 1.24.1).
     """
-    try:
-        import onnxruntime
-    except ImportError:
-        return ()
-    if provider not in onnxruntime.get_available_providers():
+    if provider not in available():
         return ()
     done = subprocess.run([sys.executable, "-c", _LISTING, provider], capture_output=True, text=True, check=False)
     return tuple(_kernel(*row) for row in json.loads(done.stdout)) if done.returncode == 0 else ()

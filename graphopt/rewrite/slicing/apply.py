@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.core.contract import Array
+from graphopt.graph.attention_node import AttentionNode, head_counts
 from graphopt.graph.fold import known_integers
 from graphopt.graph.interface import RESIZED
 from graphopt.graph.questions import attr, constant, consumers, graphs, is_constant, static_dim
@@ -237,16 +238,16 @@ def _gather(a: Applier, node: ir.Node) -> None:
 
 
 def _attention(a: Applier, node: ir.Node) -> None:
-    q, k = Slot(node, 0), Slot(node, 1)
-    head_dim = (static_dim(q.value, rank(q) - 1) or 0) // (1 if rank(q) == 4 else int(attr(node, "q_num_heads", 1)))
+    now = AttentionNode.of(node)
+    assert now is not None
     if "scale" not in node.attributes:  # the scale of the heads as they were trained
-        node.attributes["scale"] = ir.AttrFloat32("scale", float(head_dim) ** -0.5)
-    if rank(q) == 4:
+        node.attributes["scale"] = ir.AttrFloat32("scale", now.scale)
+    if not now.packed:
         return
-    for slot, name in ((q, "q_num_heads"), (k, "kv_num_heads")):
-        mask, heads = a.s.mask(slot, 2), int(attr(node, name))
-        if mask is not None:
-            node.attributes[name] = ir.AttrInt64(name, int((~mask.reshape(heads, -1)).any(axis=1).sum()))
+    masks = (a.s.mask(Slot(node, 0), 2), now.heads), (a.s.mask(Slot(node, 1), 2), now.kv_heads)
+    left = [heads if mask is None else int((~mask.reshape(heads, -1)).any(axis=1).sum()) for mask, heads in masks]
+    for name, heads in head_counts(*left).items():
+        node.attributes[name] = ir.AttrInt64(name, heads)
 
 
 def _rotary(a: Applier, node: ir.Node) -> None:

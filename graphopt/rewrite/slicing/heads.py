@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.core.contract import Array
+from graphopt.graph.attention_node import AttentionNode
 from graphopt.graph.questions import attr, static_dim
 from graphopt.rewrite.slicing.places import rank, same, union
 from graphopt.rewrite.slicing.plan import Kind, Plan, Refusal, Slot, factor, is_ragged, spread
@@ -13,11 +14,10 @@ from graphopt.rewrite.slicing.plan import Kind, Plan, Refusal, Slot, factor, is_
 
 def attention(node: ir.Node, s: Plan, final: bool) -> None:
     """Query heads go by whole groups with their key and value head, or evenly in every group; features go from query and key together."""
-    q, k, v, y = Slot(node, 0), Slot(node, 1), Slot(node, 2), Slot(node, 0, True)
-    heads = int(attr(node, "q_num_heads", 0) or static_dim(q.value, 1) or 0)
-    kv_heads = int(attr(node, "kv_num_heads", 0) or static_dim(k.value, 1) or 0)
-    if not heads or not kv_heads:
+    a = AttentionNode.of(node)
+    if a is None or not a.heads or not a.kv_heads:
         raise Refusal(f"Attention `{node.name}`: its number of heads is unknown")
+    q, k, v, y, heads, kv_heads = Slot(node, 0), Slot(node, 1), Slot(node, 2), Slot(node, 0, True), a.heads, a.kv_heads
     present = [Slot(node, n, True) for n in (1, 2) if n < len(node.outputs) and node.outputs[n].name]
     past = [Slot(node, n) for n in (4, 5) if Slot(node, n).value is not None]
     keys = [k, *(p for p in (*past, *present) if p.index in ((4,) if not p.output else (1,)))]
