@@ -19,7 +19,8 @@ import numpy as np
 from _perplexity import feed_of, perplexity
 
 import graphopt
-from graphopt.compress.prune.importance import Importance, Ranking
+from graphopt.compress.prune.criterion import Ranking
+from graphopt.compress.prune.importance import Importance
 from graphopt.compress.prune.removable import Removable
 from graphopt.core.contract import Context
 from graphopt.core.pipeline import PassManager, parse

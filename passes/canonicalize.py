@@ -65,7 +65,7 @@ class Canonicalize(Pass):
             if not work.sweep():
                 break
             infer_shapes(model)
-            ctx.invalidate(self.preserves)
+            ctx.invalidate()
             if work.endless:
                 break
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
@@ -12,7 +12,9 @@ from graphopt.analysis.stream import StreamLayer, Streams
 from graphopt.calibration.observe import Reducer, observe
 from graphopt.calibration.padding import Paddings
 from graphopt.core.contract import Array, Context, Pass
-from graphopt.core.options import at_option
+from graphopt.core.errors import PipelineError
+from graphopt.core.options import exclusive, option
+from graphopt.core.strength import Dial
 from graphopt.run.observe import observable
 
 from ._drop import DropSteps, Unit, cosines, inside, left_over, units
@@ -38,29 +40,13 @@ class DropLayers(Pass):
         SampleError: when it runs: no samples, and no `layers`.
     """
 
-    count: int | None = None
-    ratio: float | None = None
-    layers: tuple[int, ...] = ()
+    count: int | None = option(None, least=1)
+    ratio: float | None = option(None, above=0, below=1)
+    layers: tuple[int, ...] = option((), least=0)
     what: Literal["layer", "attention", "ffn"] = "layer"
     exact: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        given = [key for key in ("count", "ratio", "layers") if getattr(self, key) not in (None, ())]
-        if len(given) > 1:
-            _refuse(given[1], f"to stand alone, as one of count, ratio and layers says what is dropped; `{given[0]}` stands beside it")
-        if self.count is not None and self.count < 1:
-            _refuse("count", f"1 or more, found {self.count}")
-        if self.ratio is not None and not 0 < self.ratio < 1:
-            _refuse("ratio", f"a number between 0 and 1, found {self.ratio:g}")
-        if any(k < 0 for k in self.layers):
-            _refuse("layers", f"numbers from 0 on, found {min(self.layers)}")
-
-    def weaker(self) -> Self | None:
-        if self.ratio is not None:
-            return dataclasses.replace(self, ratio=round(0.7 * self.ratio, 4)) if self.ratio > 0.01 else None
-        if self.layers:
-            return dataclasses.replace(self, layers=self.layers[:-1]) if len(self.layers) > 1 else None
-        return dataclasses.replace(self, count=self.count - 1) if self.count is not None and self.count > 1 else None
+    ways = exclusive("count", "ratio", "layers")
+    dials = (Dial("count", mild=1, by=0.7), Dial("ratio", by=0.7), Dial("layers", mild=1, by=0.7))
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         if not self.layers:
@@ -88,7 +74,7 @@ class DropLayers(Pass):
             known = {unit.number: unit for unit in found}
             unknown = [k for k in self.layers if k not in known]
             if unknown:
-                _refuse("layers", f"numbers of {', '.join(map(str, known))}, found {unknown[0]}")
+                raise PipelineError(f"{self.name}: option `layers` expects numbers of {', '.join(map(str, known))}, found {unknown[0]}")
             wanted = [known[k] for k in self.layers]
         else:
             count = int(self.ratio * len(found)) if self.ratio is not None else self.count or 1
@@ -146,7 +132,3 @@ def _without(unit: Unit, rows: Sequence[Array]) -> Array:
 
 def _score(scores: Mapping[Unit, float], unit: Unit) -> dict[str, float]:
     return {"cosine": round(scores[unit], 4)} if unit in scores else {}
-
-
-def _refuse(key: str, expected: str) -> None:
-    raise at_option(key, f"drop-layers: option `{key}` expects {expected}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
@@ -20,12 +20,12 @@ from graphopt.compress.lowrank.spectrum import Spectrum, factors, spectrum
 from graphopt.compress.select import check_patterns
 from graphopt.compress.weights import numbers
 from graphopt.core.contract import Array, Context, Pass
-from graphopt.core.options import at_option
+from graphopt.core.options import exclusive, option, option_error
+from graphopt.core.strength import Dial
 from graphopt.graph.questions import static_dim
 from graphopt.run.observe import observable
 
 _ENERGY = 0.95
-_LEAST = 0.02  # a milder setting than this is not worth trying
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,44 +61,31 @@ class Factorize(Pass):
         SampleError: when it runs: a method that needs samples, without any.
     """
 
-    energy: float | None = None
-    rank: int | None = None
-    ratio: float | None = None
-    budget: float | None = None
+    energy: float | None = option(None, above=0, below=1)
+    rank: int | None = option(None, least=1)
+    ratio: float | None = option(None, above=0, below=1)
+    budget: float | None = option(None, above=0, below=1)
     method: Literal["whitened", "asvd", "svd"] = "whitened"
     joint: bool = False
     sensitivity: bool = True
     sequential: bool = False
-    multiple: int = 16
+    multiple: int = option(16, least=1)
     embeddings: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     exact: ClassVar[bool] = False
+    ways = exclusive("energy", "rank", "ratio", "budget")
+    dials = (
+        Dial("energy", mild=0.9998, rest=True, unset=_ENERGY),
+        Dial("rank", mild=2**14, by=2 / 3, rises=True),
+        Dial("ratio", mild=0.02, by=0.7),
+        Dial("budget", mild=0.02, by=0.7),
+    )
 
     def __post_init__(self) -> None:
-        given = [key for key in ("energy", "rank", "ratio", "budget") if getattr(self, key) is not None]
-        if len(given) > 1:
-            _refuse(given[1], f"to stand alone, as one of energy, rank, ratio and budget says how far to cut; `{given[0]}` stands beside it")
-        for key in ("energy", "ratio", "budget"):
-            value = getattr(self, key)
-            if value is not None and not 0 < value < 1:
-                _refuse(key, f"a number between 0 and 1, found {value:g}")
-        for key in ("rank", "multiple"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                _refuse(key, f"1 or more, found {value}")
+        super().__post_init__()
         if self.sequential and self.method == "svd":
-            _refuse("sequential", "a method that reads samples: whitened or asvd")
-
-    def weaker(self) -> Self | None:
-        if self.rank is not None:
-            return dataclasses.replace(self, rank=self.rank * 3 // 2 + 1) if self.rank < 2**14 else None
-        for key in ("ratio", "budget"):
-            value = getattr(self, key)
-            if value is not None:
-                return dataclasses.replace(self, **{key: round(0.7 * value, 4)}) if 0.7 * value > _LEAST else None
-        lost = (1 - (self.energy or _ENERGY)) / 2
-        return dataclasses.replace(self, energy=round(1 - lost, 5)) if lost > _LEAST / 100 else None
+            raise option_error(self.name, "sequential", "a method that reads samples: whitened or asvd", "svd")
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         check_patterns(model, (*self.include, *self.exclude), ("MatMul", "Gemm", "Gather"))
@@ -202,7 +189,3 @@ def _hidden(model: ir.Model, linear: Linear) -> str | None:
 def _no_smaller(item: Item, rank: int) -> list[Whole]:
     told = f"[{item.in_features},{item.out_features}]: rank {rank} would hold {item.kept(rank):,} numbers instead of {item.size:,}"
     return [Whole(x.node, f"{told}; the largest rank that saves any is {item.largest}") for x in item.linears]
-
-
-def _refuse(key: str, expected: str) -> None:
-    raise at_option(key, f"factorize: option `{key}` expects {expected}")

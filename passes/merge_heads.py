@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import heapq
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Self
+from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.heads import Heads, Units
 from graphopt.calibration.attention_maps import map_distances
 from graphopt.calibration.averages import Averages
+from graphopt.compress.budget import Menu, solve
 from graphopt.compress.prune.merge import Asked, Merging, unmergeable
 from graphopt.compress.prune.pool import pool
 from graphopt.compress.prune.refit import fit_behind
-from graphopt.compress.prune.units import OutOfFuel, carry_out, planned, weaker
+from graphopt.compress.prune.units import OutOfFuel, carry_out, planned
 from graphopt.compress.weights import Editor
 from graphopt.core.contract import Context, Pass
-from graphopt.core.options import option_error
+from graphopt.core.options import exclusive, option
+from graphopt.core.strength import Dial
 from graphopt.rewrite.slicing.close import Slicing
 from graphopt.rewrite.slicing.plan import Refusal
 from graphopt.run.observe import limited, observable
@@ -54,36 +56,21 @@ class MergeHeads(Pass):
         SampleError: there are no samples.
     """
 
-    ratio: float | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    by: str = "maps"
+    ratio: float | None = option(None, above=0, below=1, what="a fraction")
+    heads: int | None = option(None, least=1)
+    kv_heads: int | None = option(None, least=1)
+    by: str = option("maps", one_of=("maps", "projections"))
     refit: bool = True
-    rows: int = 32768
+    rows: int = option(32768, least=1)
     resize: tuple[str, ...] = ()
     exact: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        given = [key for key in ("ratio", "heads", "kv_heads") if getattr(self, key) is not None]
-        if len(given) > 1:
-            raise option_error(self.name, given[1].replace("_", "-"), f"to stand without {given[0].replace('_', '-')}", "both")
-        if self.ratio is not None and not 0 < self.ratio < 1:
-            raise option_error(self.name, "ratio", "a fraction between 0 and 1", self.ratio)
-        for key in ("heads", "kv_heads", "rows"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise option_error(self.name, key.replace("_", "-"), "1 or more", value)
-        if self.by not in ("maps", "projections"):
-            raise option_error(self.name, "by", "maps or projections", self.by)
-
-    def weaker(self) -> Self | None:
-        return weaker(self)
+    ways = exclusive("ratio", "heads", "kv_heads", says="how many heads go")
+    dials = (Dial("ratio"),)
 
     def run(self, model: ir.Model, ctx: Context) -> int:
+        self.ways.require(self)
         if self.kv_heads is not None:
             return pool(model, ctx, self.kv_heads, rows=self.rows, refits=self.refit, resize=self.resize)
-        if self.ratio is None and self.heads is None:
-            raise option_error(self.name, "ratio", "how many heads go (or heads, or kv-heads)", "nothing")
         found = self._measured(model, ctx)
         clusters = _by_ratio(found, self.ratio) if self.ratio is not None else {m: _clusters(m, m.unit.heads - int(self.heads or 0)) for m in found}
         teacher = model.clone() if self.refit else model
@@ -162,17 +149,9 @@ def _clusters(m: Merging, merges: int) -> list[list[int]]:
 
 
 def _by_ratio(found: Sequence[Merging], ratio: float) -> Mapping[Merging, list[list[int]]]:
-    """The cheapest merges of all layers, until a fraction of all heads is gone."""
-    total = sum(m.unit.heads for m in found)
-    merges, steps = dict.fromkeys(found, 0), {m: m.steps() for m in found}
-    queue = [(steps[m][0][0], k) for k, m in enumerate(found) if steps[m]]
-    heapq.heapify(queue)
-    for _ in range(round(total * ratio)):
-        if not queue:
-            break
-        _, k = heapq.heappop(queue)
-        m = found[k]
-        merges[m] += 1
-        if merges[m] < len(steps[m]):
-            heapq.heappush(queue, (steps[m][merges[m]][0], k))
-    return {m: _clusters(m, n) for m, n in merges.items() if n}
+    """The merges of all layers that cost least together, so that a fraction of all heads is gone."""
+    menus = [Menu(range(m.unit.heads), -np.arange(m.unit.heads), np.cumsum([0.0, *(cost for cost, _, _ in m.steps())])) for m in found]
+    most = sum(m.unit.heads - 1 for m in found)
+    choice = solve(menus, cost=-min(round(sum(m.unit.heads for m in found) * ratio), most))
+    assert choice is not None
+    return {m: _clusters(m, n) for m, n in zip(found, choice.settings, strict=True) if n}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
@@ -14,15 +14,16 @@ from graphopt.analysis.linear import StoredOperands
 from graphopt.calibration.effects import effects
 from graphopt.compress.mix.cost import timed
 from graphopt.compress.mix.parts import Assemble, Part, merged, parts_of
-from graphopt.compress.mix.plan import Effects, Plan, choose, joined
+from graphopt.compress.mix.plan import Effects, Labels, Plan, choose, joined, whole
 from graphopt.compress.mix.split_heads import SplitHeads, why_together
 from graphopt.compress.select import check_patterns, passed_over
 from graphopt.core import registry
 from graphopt.core.contract import Batches, Context, Pass
 from graphopt.core.errors import PipelineError
-from graphopt.core.options import option_error
+from graphopt.core.options import option, option_error
 from graphopt.core.pipeline import PassManager, parse
 from graphopt.core.remarks import Remarks
+from graphopt.core.strength import Dial
 from graphopt.run import Feeds
 from graphopt.run.samples import Samples
 
@@ -32,8 +33,6 @@ KNOWN = {
     "dynamic": "quantize",
 }
 _MARGIN = 0.98  # of the budget: the target computes in another order than the measurement
-_LEAST_SHARE = 1 / 16
-_PLANS = 3  # of heads: put together they lose a little more or less than one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,33 +64,26 @@ class MixPrecision(Pass):
     """
 
     choices: tuple[str, ...] = ("int4", "int8")
-    loss: float | None = None
-    share: float = 1.0
-    batches: int = 4
+    loss: float | None = option(None, above=0, what="a fraction")
+    share: float = option(1.0, above=0, most=1)
+    batches: int = option(4, least=0)
     cost: Literal["bytes", "time"] = "bytes"
     heads: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     exact: ClassVar[bool] = False
+    dials = (Dial("share", mild=1 / 16),)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.choices:
             raise option_error(self.name, "choices", f"one of {', '.join(KNOWN)} at least", "none")
-        if self.loss is not None and not self.loss > 0:
-            raise option_error(self.name, "loss", "a fraction above 0", self.loss)
-        if not 0 < self.share <= 1:
-            raise option_error(self.name, "share", "a number above 0 and at most 1", self.share)
         if self.heads and self.cost == "time":
             raise option_error(self.name, "cost", "bytes with heads=true, as the time of a head by itself says little about all together", self.cost)
-        if self.batches < 0:
-            raise option_error(self.name, "batches", "a number of batches, or 0 for all", self.batches)
 
     def check(self, known: Mapping[str, type[Pass]]) -> None:
         for choice in self.choices:
             _step(choice, known)
-
-    def weaker(self) -> Self | None:
-        return dataclasses.replace(self, share=self.share / 2) if self.share / 2 >= _LEAST_SHARE else None
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         samples, budget = ctx.require_samples(), self._budget(ctx)
@@ -109,19 +101,17 @@ class MixPrecision(Pass):
         if self.cost == "time" and feeds:
             parts = timed(work, feeds[0], parts, ctx)
         found = self._effects(work, feeds, parts, ctx)
-        apart = plan = choose(work, feeds, parts, found, budget)
-        for k in range(_PLANS if blocks else 0):
-            plan = joined(model, feeds, blocks, apart, lambda graph: self._versions(graph, fitting, {}))
-            if plan.loss <= budget:
-                break
-            apart = choose(work, feeds, parts, found, apart.loss * 0.9 ** (k + 1) * budget / plan.loss)
-        if plan.loss > budget:
-            ctx.remarks.missed("", f"nothing is changed: together the heads lose {plan.loss:.4g}, over the budget {budget:.4g}")
-            return 0
+
+        def assemble(labels: Labels) -> Plan:
+            if blocks:
+                return joined(model, feeds, blocks, parts, labels, lambda graph: self._versions(graph, fitting, {}))
+            return whole(work, feeds, parts, labels)
+
+        labels, plan = choose(parts, found, budget, assemble)
         quiet = Context(model, fuel=ctx.fuel)
         changes = 0 if plan.split is None else plan.split.run(model, quiet)
         changes += Assemble(model, merged(plan.parts, plan.labels)).run(model, quiet)
-        self._tell(ctx, apart, found)
+        self._tell(ctx, parts, labels, found)
         plan.tell(ctx, sum(part.nbytes[""] for part in parts), budget, changes)
         return changes
 
@@ -188,8 +178,9 @@ class MixPrecision(Pass):
             elif node not in taken and node.name in refused:
                 ctx.remarks.missed(node.name or "", refused[node.name or ""])
 
-    def _tell(self, ctx: Context, plan: Plan, found: Effects) -> None:
-        for number, (part, label) in enumerate(zip(plan.parts, plan.labels, strict=True)):
+    @staticmethod
+    def _tell(ctx: Context, parts: Sequence[Part], labels: Labels, found: Effects) -> None:
+        for number, (part, label) in enumerate(zip(parts, labels, strict=True)):
             measured = {other: effect for (k, other), effect in found.items() if k == number}
             if not measured:
                 continue

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Self
+from collections.abc import Mapping
+from typing import ClassVar
 
 import onnx_ir as ir
 
-from graphopt.compress.prune.units import Settings, check, prune, weaker
+from graphopt.compress.prune.criterion import check_importance
+from graphopt.compress.prune.units import Settings, prune
 from graphopt.core.contract import Context, Pass
-from graphopt.core.options import option_error
+from graphopt.core.options import exclusive, option
+from graphopt.core.strength import Dial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,24 +32,22 @@ class PruneFfn(Pass):
         SampleError: importance or refit needs samples, and there are none.
     """
 
-    ratio: float | None = None
-    flops: float | None = None
-    latency: float | None = None
+    ratio: float | None = option(None, above=0, below=1, what="a fraction")
+    flops: float | None = option(None, above=0, below=1, what="a fraction")
+    latency: float | None = option(None, above=0, below=1, what="a fraction")
     importance: str = "obs"
-    multiple: int = 32
+    multiple: int = option(32, least=1)
     refit: bool = True
     loss: str = "auto"
-    rows: int = 32768
+    rows: int = option(32768, least=1)
     seed: int = 0
     exact: ClassVar[bool] = False
+    ways = exclusive("ratio", "flops", "latency", says="how much is to go")
+    dials = (Dial("ratio"), Dial("flops"), Dial("latency"))
 
-    def __post_init__(self) -> None:
-        check(self.name, Settings.of(self))
-
-    def weaker(self) -> Self | None:
-        return weaker(self)
+    def check(self, known: Mapping[str, type[Pass]]) -> None:
+        check_importance(self.name, self.importance, known)
 
     def run(self, model: ir.Model, ctx: Context) -> int:
-        if Settings.of(self).amount is None:
-            raise option_error(self.name, "ratio", "how much is to go (or flops, latency)", "nothing")
+        self.ways.require(self)
         return prune(model, ctx, ("neurons",), Settings.of(self))

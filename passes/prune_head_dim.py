@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -13,10 +13,11 @@ from graphopt.analysis.projections import HeadOperand
 from graphopt.calibration.averages import Averages
 from graphopt.compress.prune.narrow import Part, keys_of, values_of
 from graphopt.compress.prune.refit import fit_behind
-from graphopt.compress.prune.units import carry_out, weaker
+from graphopt.compress.prune.units import carry_out
 from graphopt.compress.weights import Editor
 from graphopt.core.contract import Array, Context, Pass
-from graphopt.core.options import option_error
+from graphopt.core.options import exclusive, option
+from graphopt.core.strength import Dial
 from graphopt.graph.questions import static_dim
 from graphopt.rewrite.slicing.close import Slicing
 from graphopt.rewrite.slicing.plan import Refusal, kept
@@ -48,35 +49,20 @@ class PruneHeadDim(Pass):
         SampleError: there are no samples.
     """
 
-    dim: int | None = None
-    ratio: float | None = None
-    parts: str = "both"
-    method: str = "auto"
-    multiple: int = 8
+    dim: int | None = option(None, least=1)
+    ratio: float | None = option(None, above=0, below=1, what="a fraction")
+    parts: str = option("both", one_of=("both", "keys", "values"))
+    method: str = option("auto", one_of=("auto", "select"))
+    multiple: int = option(8, least=1)
     refit: bool = True
-    rows: int = 32768
+    rows: int = option(32768, least=1)
     resize: tuple[str, ...] = ()
     exact: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if self.dim is not None and self.ratio is not None:
-            raise option_error(self.name, "ratio", "to stand without dim", "both")
-        if self.ratio is not None and not 0 < self.ratio < 1:
-            raise option_error(self.name, "ratio", "a fraction between 0 and 1", self.ratio)
-        for key in ("dim", "multiple", "rows"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise option_error(self.name, key, "1 or more", value)
-        for key, known in (("parts", ("both", "keys", "values")), ("method", ("auto", "select"))):
-            if getattr(self, key) not in known:
-                raise option_error(self.name, key, f"one of {', '.join(known)}", getattr(self, key))
-
-    def weaker(self) -> Self | None:
-        return weaker(self)
+    ways = exclusive("dim", "ratio", says="how many features of a head stay")
+    dials = (Dial("ratio"),)
 
     def run(self, model: ir.Model, ctx: Context) -> int:
-        if self.dim is None and self.ratio is None:
-            raise option_error(self.name, "dim", "how many features of a head stay (or ratio)", "nothing")
+        self.ways.require(self)
         averages = Averages()
         found = [(unit, part) for unit in ctx.get(Units()).attention for part in self._parts(model, ctx, unit, averages)]
         if not found:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Self
+from collections.abc import Mapping
+from typing import ClassVar
 
 import onnx_ir as ir
 
-from graphopt.compress.prune.units import Settings, check, explicit, prune, weaker
+from graphopt.compress.prune.criterion import check_importance
+from graphopt.compress.prune.units import Settings, explicit, prune
 from graphopt.core.contract import Context, Pass
-from graphopt.core.options import option_error
+from graphopt.core.options import exclusive, option, option_error
+from graphopt.core.strength import Dial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,30 +40,31 @@ class PruneHeads(Pass):
         SampleError: importance or refit needs samples, and there are none.
     """
 
-    ratio: float | None = None
-    flops: float | None = None
-    latency: float | None = None
+    ratio: float | None = option(None, above=0, below=1, what="a fraction")
+    flops: float | None = option(None, above=0, below=1, what="a fraction")
+    latency: float | None = option(None, above=0, below=1, what="a fraction")
     heads: tuple[str, ...] = ()
     importance: str = "obs"
     refit: bool = True
     loss: str = "auto"
-    rows: int = 32768
+    rows: int = option(32768, least=1)
     seed: int = 0
     resize: tuple[str, ...] = ()
     exact: ClassVar[bool] = False
+    ways = exclusive("ratio", "flops", "latency", "heads", says="how much is to go")
+    dials = (Dial("ratio"), Dial("flops"), Dial("latency"))
 
     def __post_init__(self) -> None:
-        check(self.name, Settings.of(self), bool(self.heads))
+        super().__post_init__()
         self._listed()
 
-    def weaker(self) -> Self | None:
-        return weaker(self)
+    def check(self, known: Mapping[str, type[Pass]]) -> None:
+        check_importance(self.name, self.importance, known)
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         if self.heads:
             return explicit(model, ctx, self._listed(), "heads", Settings.of(self))
-        if Settings.of(self).amount is None:
-            raise option_error(self.name, "ratio", "how much is to go (or flops, latency, heads)", "nothing")
+        self.ways.require(self)
         return prune(model, ctx, ("heads",), Settings.of(self))
 
     def _listed(self) -> dict[int, list[int]]:

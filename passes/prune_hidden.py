@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -12,9 +12,10 @@ import onnx_ir as ir
 from graphopt.analysis.heads import Units
 from graphopt.analysis.linear import Linear, Linears
 from graphopt.calibration.moments import input_moments
-from graphopt.compress.prune.units import carry_out, weaker
+from graphopt.compress.prune.units import carry_out
 from graphopt.core.contract import Array, Context, Pass
-from graphopt.core.options import option_error
+from graphopt.core.options import exclusive, option
+from graphopt.core.strength import Dial
 from graphopt.graph.questions import static_dim
 from graphopt.rewrite.slicing.close import Slicing
 from graphopt.rewrite.slicing.plan import Refusal
@@ -40,28 +41,16 @@ class PruneHidden(Pass):
         SampleError: there are no samples.
     """
 
-    width: int | None = None
-    ratio: float | None = None
-    multiple: int = 32
+    width: int | None = option(None, least=1)
+    ratio: float | None = option(None, above=0, below=1, what="a fraction")
+    multiple: int = option(32, least=1)
     resize: tuple[str, ...] = ()
     exact: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if self.width is not None and self.ratio is not None:
-            raise option_error(self.name, "ratio", "to stand without width", "both")
-        if self.ratio is not None and not 0 < self.ratio < 1:
-            raise option_error(self.name, "ratio", "a fraction between 0 and 1", self.ratio)
-        if self.multiple < 1:
-            raise option_error(self.name, "multiple", "1 or more", self.multiple)
-        if self.width is not None and self.width < 1:
-            raise option_error(self.name, "width", "1 or more", self.width)
-
-    def weaker(self) -> Self | None:
-        return weaker(self)
+    ways = exclusive("width", "ratio", says="how many channels stay")
+    dials = (Dial("ratio"),)
 
     def run(self, model: ir.Model, ctx: Context) -> int:
-        if self.width is None and self.ratio is None:
-            raise option_error(self.name, "width", "how many channels stay (or ratio)", "nothing")
+        self.ways.require(self)
         streams = {h.projections[0].x: h.node for h in ctx.get(Units()).attention if h.projections}
         s, changes = Slicing(model, resize=self.resize), 0
         for x, node in streams.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -22,7 +22,8 @@ from graphopt.compress.quantize.weight_only import WeightOnly
 from graphopt.compress.select import check_patterns, passed_over
 from graphopt.compress.weights import numbers, tied_table, why_no_linear
 from graphopt.core.contract import Context
-from graphopt.core.options import option_error
+from graphopt.core.options import option, option_error
+from graphopt.core.strength import Switch
 from graphopt.graph.questions import attr, constant, producer
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Match, Miss
@@ -112,7 +113,7 @@ class Quantize(RewritePass[QuantizeMatch]):
 
     mode: str = "dynamic"
     calibrate: str = "minmax"
-    percentile: float = 99.999
+    percentile: float = option(99.999, above=50, most=100)
     per_channel: bool = True
     symmetric: bool = True
     bits: int = 8
@@ -126,14 +127,19 @@ class Quantize(RewritePass[QuantizeMatch]):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     exact: ClassVar[bool] = False
+    dials = (
+        Switch("per_channel", False, {"per_channel": True}),
+        Switch("mode", "static", {"mode": "dynamic"}),
+        Switch("bits", 4, {"bits": 8, "codes": "linear"}),
+        Switch("embeddings", True, {"embeddings": False}),
+    )
     anchors: ClassVar[frozenset[str]] = frozenset({"MatMul", "Gemm", "Gather"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for key, value, known in self._known():
             if value not in known:
                 raise option_error(self.name, key, f"{' or '.join(str(x) for x in known if x is not None)} in this version", value)
-        if not 50 < self.percentile <= 100:
-            raise option_error(self.name, "percentile", "more than 50 and at most 100", self.percentile)
         if self.bias_correction and self.method.startswith("awq"):  # it rescales the inputs that the correction has looked at
             raise option_error(self.name, "bias-correction", "false beside method=awq", True)
 
@@ -152,15 +158,6 @@ class Quantize(RewritePass[QuantizeMatch]):
         reduced = (False,) if self.mode == "weight-only" else (False, True)  # float products cannot saturate
         rows = ("false", "true", "auto") if self.mode == "dynamic" else ("false",)
         return *own, ("calibrate", self.calibrate, METHODS), ("reduce_range", self.reduce_range, reduced), ("rows", self.rows, rows)
-
-    def weaker(self) -> Self | None:
-        if not self.per_channel:
-            return dataclasses.replace(self, per_channel=True)
-        if self.mode == "static":
-            return dataclasses.replace(self, mode="dynamic")
-        if self.bits == 4:
-            return dataclasses.replace(self, bits=8, codes="linear")
-        return dataclasses.replace(self, embeddings=False) if self.embeddings else None
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         check_patterns(model, (*self.include, *self.exclude), self.anchors)

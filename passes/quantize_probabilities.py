@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -13,6 +13,7 @@ import onnx_ir as ir
 from graphopt.analysis.attention import Attentions
 from graphopt.core.contract import Context
 from graphopt.core.options import option_error
+from graphopt.core.strength import Switch
 from graphopt.graph.questions import producer
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Match, Miss
@@ -51,15 +52,14 @@ class QuantizeProbabilities(RewritePass[ProbabilitiesMatch]):
     codes: Literal["linear", "log"] = "linear"
     bits: int = 8
     exact: ClassVar[bool] = False
+    dials = (Switch("codes", "log", {"codes": "linear", "bits": 8}), Switch("bits", 4, {"bits": 8}))
     anchors: ClassVar[frozenset[str]] = frozenset({"Softmax", "Attention"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         known = _BITS.get(self.codes, ())
         if known and self.bits not in known:
             raise option_error(self.name, "bits", f"{' or '.join(map(str, known))} for codes={self.codes}", self.bits)
-
-    def weaker(self) -> Self | None:
-        return dataclasses.replace(self, codes="linear", bits=8) if (self.codes, self.bits) != ("linear", 8) else None
 
     def match(self, node: ir.Node, ctx: Context) -> ProbabilitiesMatch | Miss | None:
         if node.op_type == "Attention":

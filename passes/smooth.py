@@ -38,6 +38,7 @@ class Smooth(Pass):
     rows: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._strength()
 
     def run(self, model: ir.Model, ctx: Context) -> int:

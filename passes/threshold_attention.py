@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Mapping, Sequence, Set
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +16,8 @@ from graphopt.calibration.observe import Reducer, observe
 from graphopt.calibration.padding import Padding
 from graphopt.compress.attention_weights import Place, place_of
 from graphopt.core.contract import Array, Context, Pass
-from graphopt.core.options import at_option
+from graphopt.core.options import exclusive, option
+from graphopt.core.strength import Dial
 from graphopt.graph.questions import all_nodes, graphs
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.engine import Driver
@@ -54,27 +55,13 @@ class ThresholdAttention(Pass):
         SampleError: when it runs: sparsity or constant without samples.
     """
 
-    threshold: float | None = None
-    sparsity: float | None = None
+    threshold: float | None = option(None, above=0, below=1)
+    sparsity: float | None = option(None, above=0, below=1)
     relative: bool = False
-    constant: float | None = None
+    constant: float | None = option(None, above=0, below=1)
     exact: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if self.threshold is not None and self.sparsity is not None:
-            _refuse("sparsity", "to stand alone; `threshold` stands beside it")
-        for key in ("threshold", "sparsity", "constant"):
-            value = getattr(self, key)
-            if value is not None and not 0 < value < 1:
-                _refuse(key, f"a number between 0 and 1, found {value:g}")
-
-    def weaker(self) -> Self | None:
-        closer = None if self.constant is None else self.constant / 2
-        if self.sparsity is not None:
-            milder = dataclasses.replace(self, sparsity=round(0.7 * self.sparsity, 4), constant=closer)
-            return milder if self.sparsity > 0.02 else None
-        now = self.threshold or _DEFAULT
-        return dataclasses.replace(self, threshold=now / 2, constant=closer) if now > 1e-5 else None
+    ways = exclusive("threshold", "sparsity")
+    dials = (Dial("threshold", mild=1e-5, unset=_DEFAULT), Dial("sparsity", mild=0.02, by=0.7), Dial("constant", mild=1e-5))
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         if self.sparsity is not None or self.constant is not None:
@@ -208,7 +195,3 @@ def _facts(seen: Histogram, limit: Array | None) -> dict[str, Any]:
         return {"sparsity": 0.0}
     told = [float(f"{x:.4g}") for x in limit.reshape(-1)]
     return {"threshold": told[0] if len(told) == 1 else told, "sparsity": round(seen.below(limit), 4)}
-
-
-def _refuse(key: str, expected: str) -> None:
-    raise at_option(key, f"threshold-attention: option `{key}` expects {expected}")

@@ -77,6 +77,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import Context, Pass
+from graphopt.core.strength import Dial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +96,17 @@ class ShiftWeights(Pass):
 
     def weaker(self):
         return None if self.stubborn or self.by < 0.001 else dataclasses.replace(self, by=self.by / 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class DialedShift(ShiftWeights):
+    """The same, with a dial: `weaker` and what lies between two settings follow from it."""
+
+    dials = (Dial("by", mild=0.001),)
+    weaker = Pass.weaker
+
+    def run(self, model: ir.Model, ctx: Context) -> int:
+        return super().run(model, ctx) if ctx.fuel.burn() else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -373,6 +385,28 @@ def test_over_the_budget_it_is_weakened(block: onnx.ModelProto, lossy: str) -> N
     assert tried
     assert all(remark.facts["loss"] > 0.05 for remark in tried)
     assert 0 < result.report.loss.value <= 0.05
+
+
+@pytest.mark.parametrize("budget", [0.04, 0.05, 0.06, 0.07])
+def test_between_the_first_setting_within_the_budget_and_the_last_over_it(block: onnx.ModelProto, lossy: str, tmp_path: Path, budget: float) -> None:
+    """Halving alone would stop at half of what may be; and what was tried last is not what stays."""
+    options: dict[str, Any] = {"samples": FEEDS, "max_loss": budget, "plugins": [lossy]}
+    halved = graphopt.optimize(block, "shift-weights{by=0.4}", **options)
+    result = graphopt.optimize(block, "dialed-shift{by=0.4}", dump=tmp_path, fuel=1, **options)
+    record = next(r for r in result.report.passes if r.name.startswith("dialed-shift"))
+    by = float(record.name.partition("by=")[2].rstrip("}"))
+    assert halved.report.loss.value <= result.report.loss.value <= budget
+    assert result.report.loss.value > 0.85 * budget
+    kept = [r for r in record.remarks if r.kind == "applied"]
+    assert kept[-1].facts["loss"] == pytest.approx(result.report.loss.value)
+    assert all(r.facts["loss"] > budget for r in record.remarks if r.kind == "missed")
+    assert len(record.remarks) <= 16
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in block.graph.initializer}
+    (dumped,) = tmp_path.glob("01-*.onnx")
+    for graph in (result.graph, ir.load(dumped)):
+        for name, value in graph.graph.initializers.items():
+            if value.const_value is not None and value.const_value.size > 32:
+                np.testing.assert_allclose(value.const_value.numpy(), stored[name] * (1 + by), rtol=1e-6)
 
 
 def test_over_the_budget_without_a_weaker_setting_it_is_undone(block: onnx.ModelProto, lossy: str) -> None:

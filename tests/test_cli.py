@@ -215,9 +215,6 @@ def test_wrong_texts_show_where(block: Path, tmp_path: Path) -> None:
             (["--input-shape", f"x:{dim},1,8"], f"`{dim}` is no axis of input `x`")
             for dim in ("2.5", "--", "?", "9" * 20, "b-1", "None", "1e3", "b*2")
         ),
-        (["--target", "cpu{threads=-3}"], "cpu: option `threads` expects 1 or more, found -3"),
-        (["--target", "cpu{opset=5}"], "cpu: option `opset` expects a number from 7 to"),
-        (["--target", "quantized{opset=99}"], "quantized: option `opset` expects a number from 7 to"),
         (["--task", "text-classification"], "Hugging Face"),
     ],
 )
@@ -225,6 +222,20 @@ def test_failures_are_one_line(block: Path, tmp_path: Path, arguments: list[str]
     error = fails(tmp_path, "optimize", block, "-o", tmp_path / "out.onnx", *arguments)
     assert part in error
     assert "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("target", "part"),
+    [
+        ("cpu{threads=-3}", "cpu: option `threads` expects 1 or more, found -3"),
+        ("cpu{opset=5}", "cpu: option `opset` expects a number from 7 to"),
+        ("quantized{opset=99}", "quantized: option `opset` expects a number from 7 to"),
+    ],
+)
+def test_a_number_out_of_its_range_gets_a_caret(block: Path, tmp_path: Path, target: str, part: str) -> None:
+    head, line, caret = fails(tmp_path, "optimize", block, "-o", tmp_path / "out.onnx", "--target", target).split("\n")
+    assert part in head
+    assert line[caret.index("^") :].startswith(target[:-1].partition("{")[2])
 
 
 def test_a_pass_that_raises_is_named(block: Path, tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +15,6 @@ from models import parse as model_of  # type: ignore[import-not-found]
 from models import run
 
 import graphopt
-from graphopt.compress.budget import Option, cheapest, predicted, settle
 from graphopt.core.contract import Budget, Context
 from graphopt.core.errors import PassError, PipelineError
 from graphopt.core.pipeline import PassManager, parse
@@ -73,37 +70,6 @@ def loss(model: ir.Model, proto: onnx.ModelProto | None = None) -> float:
 
 def choices(remarks: Sequence[Remark]) -> Mapping[str, str]:
     return {str(r.facts["weight"]): str(r.facts["choice"]) for r in remarks if "choice" in r.facts}
-
-
-# ---- the choice -----------------------------------------------------------------------------------------------------------------------
-
-
-def test_the_cheapest_assignment_is_within_one_step_of_the_best() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(30):
-        parts = [
-            [Option(100, 0.0), *(Option(float(c), float(e)) for c, e in zip(rng.integers(10, 99, 2), rng.random(2), strict=True))] for _ in range(5)
-        ]
-        budget = float(rng.random() * 1.5)
-        chosen = cheapest(parts, budget)
-        assert predicted(parts, chosen) <= budget + 1e-12
-        every = [c for c in itertools.product(*(range(len(p)) for p in parts)) if predicted(parts, c) <= budget]
-        best = min(sum(p[k].cost for p, k in zip(parts, c, strict=True)) for c in every)
-        assert sum(p[k].cost for p, k in zip(parts, chosen, strict=True)) <= best + 90
-
-
-def test_options_that_are_never_worth_it_are_never_taken() -> None:
-    parts = [[Option(10, 0.0), Option(10, 0.1), Option(5, 0.2), Option(6, 0.3), Option(1, math.inf)]]
-    assert [cheapest(parts, b) for b in (0.1, 0.2, 10.0)] == [(0,), (2,), (2,)]
-
-
-@pytest.mark.parametrize("factor", [0.3, 1.0, 3.0])
-def test_the_measured_error_decides_not_the_predicted_one(factor: float) -> None:
-    parts = [[Option(4, 0.0), Option(2, 0.002 * (k + 1)), Option(1, 0.01 * (k + 1))] for k in range(24)]
-    chosen, error = settle(parts, 0.1, lambda c: factor * predicted(parts, c))
-    assert error == pytest.approx(factor * predicted(parts, chosen))
-    assert 0.08 < error <= 0.1
-    assert settle(parts, 0.1, lambda c: 1.0 if any(c) else 0.0) == ((0,) * 24, 0.0)
 
 
 # ---- the pass -------------------------------------------------------------------------------------------------------------------------

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from test_api import RELU, model
 
 import graphopt
+from graphopt.compress.prune.criterion import criteria
 from graphopt.core import registry
 from graphopt.core.errors import PipelineError
 
@@ -93,6 +96,73 @@ def test_its_near_miss_is_reported(installed: Path, tmp_path: Path) -> None:
     run = ("optimize", source, "-o", out, "--no-measure", "--pipeline", "remove-involutions{ops=Neg}", "--remarks", "missed")
     assert "Not is not among ops=Neg; add it to the option" in command(installed, *run).stdout
     assert out.read_bytes() == source.read_bytes()
+
+
+PEAK = '''"""A criterion in one file."""
+
+import numpy as np
+
+from graphopt.compress.prune.criterion import Scores
+
+
+class {name}(Scores):
+    """The largest output weight."""
+
+    def scores(self, candidates, asked):
+        return [(c, np.max([np.abs(u.output.matrix()).reshape(c.count, -1).max(1) for u in c.units], axis=0)) for c in candidates]
+'''
+FFN = """<ir_version: 10, opset_import: ["" : 21]> g (float[B,S,16] x) => (float[B,S,16] y) <float[16,64] up, float[64,16] down>
+    { h = MatMul(x, up) a = Relu(h) y = MatMul(a, down) }"""
+
+
+def ffn(folder: Path) -> tuple[Path, list[dict[str, np.ndarray]]]:
+    """A feed-forward block whose neurons matter in the order of their numbers, and samples."""
+    rng = np.random.default_rng(0)
+    down = rng.standard_normal((64, 16)) * np.linspace(0.05, 1, 64)[:, None] ** 2
+    proto = onnx.parser.parse_model(FFN)
+    stored = (("up", rng.standard_normal((16, 64))), ("down", down))
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(array.astype(np.float32), name) for name, array in stored)
+    onnx.save(proto, folder / "ffn.onnx")
+    return folder / "ffn.onnx", [{"x": rng.standard_normal((2, 5, 16)).astype(np.float32)} for _ in range(4)]
+
+
+def zeros(path: Path) -> list[int]:
+    (down,) = (onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer if t.dims == [64, 16])
+    return np.flatnonzero((down == 0).all(1)).tolist()
+
+
+def test_a_compression_pass_and_a_criterion_of_a_package(installed: Path, tmp_path: Path) -> None:
+    """It is built from the public rooms, and is a transaction as every lossy pass: within the budget, and close to it."""
+    source, samples = ffn(tmp_path)
+    np.savez(tmp_path / "x.npz", **samples[0])
+    for options in ("ratio=0.9", "ratio=0.9 importance=peak"):
+        out = tmp_path / "out.onnx"
+        run = ("optimize", source, "-o", out, "--no-measure", "--json", "--samples", tmp_path / "x.npz", "--max-loss", "0.1")
+        report = json.loads(command(installed, *run, "--pipeline", f"zero-units{{{options}}}").stdout)
+        (name,) = (step["name"] for step in report["passes"] if step["name"].startswith("zero-units"))
+        gone = zeros(out)
+        assert 0.01 < float(re.findall(r"ratio=([\d.]+)", name)[0]) < 0.9
+        assert len(gone) > 10
+        assert 0.05 < report["loss"]["value"] <= 0.1
+        assert np.mean(gone) < 20, "those that matter least"
+    assert "one of attention, entropy" in command(installed, *run, "--pipeline", "zero-units{importance=speak}", code=1).stderr
+
+
+def test_a_criterion_in_one_file(tmp_path: Path) -> None:
+    source, samples = ffn(tmp_path)
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(PEAK.format(name="MyPeak"))
+    text = "prune-ffn{ratio=0.9 multiple=1 importance=my-peak}"
+    with pytest.raises(PipelineError, match=r"option `importance` expects one of .*found `my-peak`"):
+        graphopt.optimize(source, text, samples=samples, max_loss=0.3)
+    result = graphopt.optimize(source, text, samples=samples, max_loss=0.3, plugins=[str(plugin)])
+    (facts,) = (r.facts for r in result.report.remarks("applied") if "removed" in r.facts)
+    assert facts["importance"] == "my-peak"
+    assert 10 < facts["removed"] < 0.9 * 64
+    assert result.report.loss.value <= 0.3
+    plugin.write_text(PEAK.format(name="Magnitude"))
+    with pytest.raises(PipelineError, match=r"`magnitude` in graphopt\.criteria is claimed by"):
+        criteria(registry.passes((str(shutil.copy(plugin, tmp_path / "other.py")),)))
 
 
 def test_a_clash_names_both_owners(installed: Path, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from pruning import masked, prune, same, shapes, units  # type: ignore[import-no
 from tiny import tiny  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.compress.budget import cheapest_cut
-from graphopt.compress.prune.importance import CRITERIA, Importance, Ranking
+from graphopt.compress.prune.criterion import criteria
+from graphopt.compress.prune.importance import Importance
 from graphopt.compress.prune.removable import Removable
 from graphopt.core.contract import Context
 from graphopt.core.errors import PassError, PipelineError
@@ -80,7 +80,7 @@ def test_pruned_equals_masked(name: str, attention: str, route: str, fused: bool
     assert parameters(model) < before
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", criteria())
 def test_every_criterion_ranks_and_prunes(criterion: str) -> None:
     model = graphopt.load(tiny("bert", "sdpa", "18"))
     prune(model, FUSE)
@@ -240,11 +240,11 @@ def test_minilm_keeps_its_outputs_better_by_obs_than_by_chance() -> None:
 def test_out_of_fuel_nothing_is_removed_that_is_not_told() -> None:
     model = graphopt.load(tiny("bert", "sdpa", "18"))
     prune(model, FUSE)
+    before = {(c.name, c.count) for c in Context(model).get(Removable()).candidates}
     step = steps("prune{flops=0.3 multiple=8 importance=magnitude refit=false}", passes())
     (record,) = PassManager(step).run(model, Context(model, fuel=Fuel(1)))
     assert record.changes == 1
-    found = Context(model).get(Removable()).candidates
-    assert sum(c.count not in (4, 64) for c in found) == 1
+    assert len(before - {(c.name, c.count) for c in Context(model).get(Removable()).candidates}) == 1
 
 
 def test_a_wide_ffn_is_no_output_layer() -> None:
@@ -284,15 +284,3 @@ def test_what_reads_all_neurons_forbids_to_remove_some(between: str) -> None:
         plan.remove(value, -1, mask, inside=inside)
     assert not plan.removed
     assert not plan.private
-
-
-def test_the_search_takes_no_more_than_it_must() -> None:
-    cost = np.arange(13.0)
-    names: list[Any] = [object() for _ in range(12)]
-    rankings = {name: Ranking(tuple(np.array([k]) for k in range(12)), cost) for name in names}
-    savings = {name: list(map(float, range(13))) for name in names}
-    for budget, wanted in ((36.0, 36), (132.0, 132), (35.5, 36)):
-        found = cheapest_cut(rankings, savings, budget)
-        assert found is not None
-        assert sum(found.values()) == wanted
-    assert cheapest_cut(rankings, savings, 145.0) is None

@@ -1,236 +1,238 @@
-"""The cheapest setting for each of many parts whose errors add up as squares."""
+"""Budgets: each of many things takes one setting of its menu, so that one sum stays within a limit and another becomes least."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from graphopt.core.contract import Array
 
-if TYPE_CHECKING:
-    from graphopt.compress.prune.importance import Ranking
-    from graphopt.compress.prune.removable import Candidate
+T = TypeVar("T")
+Table = tuple[Array, Array]  # of one menu: what counts against the limit, and what becomes least
 
-_TRIALS = 6  # assembled models that are measured, at most
-_CLOSE = 0.95  # of the budget; what is nearer is not worth another trial
+_WORK = 2**26  # of solving exactly: units of the limit times settings
+_TRIALS = 6  # choices that are measured, at most
+_CLOSE = 0.95  # of the limit; what is nearer is not worth another trial
+_ROUNDING = 1e-9
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Menu(Generic[T]):
+    """What one thing may be set to. Of settings with equal numbers the first is taken.
+
+    Attributes:
+        settings: [n], in the words of the caller.
+        cost: [n] what each takes, such as operations or bytes.
+        loss: [n] what each does to the result, in a unit that adds up over the things (squared errors, not errors); infinite: never taken.
+    """
+
+    settings: Sequence[T]
+    cost: Array
+    loss: Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Option:
-    """One setting of a part: what it costs (bytes), and its error alone, a fraction; of two with equal numbers the first is taken."""
+class Choice(Generic[T]):
+    """One setting of each menu.
 
+    Attributes:
+        picks: the indices of the settings.
+        cost, loss: of all together.
+        gap: what the best choice may be better by, at most; 0 where it was found exactly.
+    """
+
+    picks: tuple[int, ...]
+    settings: tuple[T, ...]
     cost: float
-    error: float
+    loss: float
+    gap: float
 
 
-Assignment = tuple[int, ...]  # for each part the index of its option
+def solve(menus: Sequence[Menu[T]], *, cost: float | None = None, loss: float | None = None) -> Choice[T] | None:
+    """The least loss whose cost is at most `cost`; or, where `loss` is given instead, the least cost whose loss is at most that.
+
+    Exact, by dynamic programming, where what is limited comes in units that are not too many (whole numbers; their common divisor is the unit).
+    Otherwise along the lower convex hulls (the linear relaxation of a multiple-choice knapsack), and what is left over is spent on the change
+    that helps most, until none fits: at most the one step at the border from the best, and `gap` says how much that is.
+
+    Returns:
+        None if even the settings that take least are over the limit.
+    """
+    assert (cost is None) != (loss is None), "one limit, of cost or of loss"
+    limit = cost if cost is not None else loss if loss is not None else 0.0
+    tables = [_finite(*((m.cost, m.loss) if loss is None else (m.loss, m.cost))) for m in menus]
+    spare = limit - sum(float(spent.min()) for spent, _ in tables)
+    if spare < -_ROUNDING * max(1.0, abs(limit)):
+        return None
+    picks, gap = _exact(tables, spare) or _along_hulls(tables, max(spare, 0.0))
+    chosen = list(zip(menus, picks, strict=True))
+    sums = (sum(float(m.cost[k]) for m, k in chosen), sum(float(m.loss[k]) for m, k in chosen))
+    return Choice(tuple(picks), tuple(m.settings[k] for m, k in chosen), *sums, gap)
 
 
-def cheapest(parts: Sequence[Sequence[Option]], budget: float) -> Assignment:
-    """Options whose root of the sum of squared errors is at most `budget`, the cheapest that steps along the lower hulls of the parts find.
+def _finite(spent: Array, won: Array) -> Table:
+    """What would win infinitely little takes infinitely much."""
+    spent, won = np.asarray(spent, np.float64), np.asarray(won, np.float64)
+    return np.where(np.isfinite(won), spent, np.inf), won
 
-    From the most precise option of each part, the step that saves most for its squared error comes first (the greedy solution of the linear
-    relaxation of a multiple-choice knapsack: optimal but for one part at the border); steps that no longer fit are passed over.
+
+def settle(menus: Sequence[Menu[T]], limit: float, measure: Callable[[Choice[T]], float]) -> tuple[Choice[T], float]:
+    """The choice of least cost whose measured error is within `limit`, and that error; what is predicted is only where to look.
+
+    The predicted error, the root of the loss, is right where the errors of the things do not know of each other. Its limit is corrected by
+    what the whole really loses, between the largest that was met and the least that was not.
 
     Args:
-        parts: for each part its options; one of them must have the error 0.
+        menus: losses are squared errors; each has a setting with the loss 0.
     """
-    chosen, steps = [], []
-    for number, options in enumerate(parts):
-        hull = _hull(options)
-        chosen.append(hull[0])
-        for before, after in itertools.pairwise(hull):
-            saved, added = options[before].cost - options[after].cost, options[after].error ** 2 - options[before].error ** 2
-            steps.append((-saved / added if added else -math.inf, number, before, after, added))
-    spent = 0.0
-    for _, number, before, after, added in sorted(steps):
-        if chosen[number] == before and spent + added <= budget**2:
-            chosen[number], spent = after, spent + added
-    return tuple(chosen)
 
+    def predicted(error: float) -> Choice[T]:
+        found = solve(menus, loss=error**2)
+        assert found is not None, "a menu without a setting of the loss 0"
+        return found
 
-def predicted(parts: Sequence[Sequence[Option]], chosen: Assignment) -> float:
-    """The root of the sum of squared errors: right where the errors of the parts do not know of each other."""
-    return math.sqrt(sum(options[k].error ** 2 for options, k in zip(parts, chosen, strict=True)))
-
-
-def settle(parts: Sequence[Sequence[Option]], budget: float, measure: Callable[[Assignment], float]) -> tuple[Assignment, float]:
-    """The cheapest assignment whose measured error is within the budget, and that error; what is predicted is only where to look.
-
-    The predicted budget is corrected by what the assembled model really loses, between the largest that was met and the least that was not.
-    """
-    exact = cheapest(parts, 0.0)
-    best = (exact, measure(exact) if predicted(parts, exact) else 0.0)
-    known = {exact: best[1]}
-    low, high, now = 0.0, math.inf, budget
+    best = (predicted(0.0), 0.0)
+    cheapest, known = predicted(math.inf), {best[0].picks: 0.0}
+    low, high, now = 0.0, math.inf, limit
     for _ in range(_TRIALS):
-        chosen = cheapest(parts, now)
-        if chosen not in known:
-            known[chosen] = measure(chosen)
-        error = known[chosen]
-        if error <= budget:
+        chosen = predicted(now)
+        if chosen.picks not in known:
+            known[chosen.picks] = measure(chosen)
+        error = known[chosen.picks]
+        if error <= limit:
             low = now
-            best = min((best, (chosen, error)), key=lambda found: sum(p[k].cost for p, k in zip(parts, found[0], strict=True)))
-            if error >= _CLOSE * budget or cheapest(parts, math.inf) == chosen:
+            best = min(best, (chosen, error), key=lambda found: found[0].cost)
+            if error >= _CLOSE * limit or cheapest.picks == chosen.picks:
                 break
         else:
             high = now
-        guess = now * budget / error if 0 < error < math.inf else now / 2
+        guess = now * limit / error if 0 < error < math.inf else now / 2
         now = guess if low < guess < high else (low + high) / 2 if high < math.inf else 2 * now
     return best
 
 
-def _hull(options: Sequence[Option]) -> list[int]:
-    """Indices along the lower convex hull of cost over squared error, from the cheapest of the most precise on; falling costs only."""
-    order = sorted((k for k, o in enumerate(options) if o.error < math.inf), key=lambda k: (options[k].error, options[k].cost))
-    hull: list[int] = []
-    for k in order:
-        if hull and options[k].cost >= options[hull[-1]].cost:
-            continue
-        while len(hull) > 1 and _slope(options, hull[-2], k) <= _slope(options, hull[-2], hull[-1]):
+def together(menus: Sequence[Menu[tuple[T, ...]]]) -> Menu[tuple[T, ...]]:
+    """Several things as one: every combination of their settings that no other beats in both cost and loss."""
+    found = menus[0]
+    for other in menus[1:]:
+        cost, loss = (np.add.outer(a, b).ravel() for a, b in ((found.cost, other.cost), (found.loss, other.loss)))
+        kept = _front(cost, loss)
+        pairs = zip(*np.divmod(kept, len(other.cost)), strict=True)
+        found = Menu([(*found.settings[i], *other.settings[j]) for i, j in pairs], cost[kept], loss[kept])
+    return found
+
+
+def either(menus: Sequence[Menu[T]]) -> Menu[T]:
+    """A choice between alternatives."""
+    settings = list(itertools.chain.from_iterable(m.settings for m in menus))
+    return Menu(settings, np.concatenate([m.cost for m in menus]), np.concatenate([m.loss for m in menus]))
+
+
+# ---- exact ------------------------------------------------------------------------------------------------------------------------------
+
+
+def _exact(tables: Sequence[Table], spare: float) -> tuple[list[int], float] | None:
+    """The picks, and no gap; None where there are too many units for that."""
+    extra = [spent - spent.min() for spent, _ in tables]
+    unit = _unit(extra)
+    if unit is None:
+        return None
+    most = sum(float(x.max()) for x in extra)
+    size = math.floor(min(spare, most) / unit + _ROUNDING)
+    if (size + 1) * sum(map(len, extra)) > _WORK:
+        return None
+    best, taken = np.zeros(size + 1), list[Array]()  # best[j]: the least within j units
+    for spent, (_, won) in zip(extra, tables, strict=True):
+        best, picks = _with(best, np.rint(spent / unit).astype(np.int64), won)
+        taken.append(picks)
+    found, left = list[int](), size
+    for spent, picks in zip(reversed(extra), reversed(taken), strict=True):
+        found.append(int(picks[left]))
+        left -= round(float(spent[found[-1]]) / unit)
+    return found[::-1], 0.0
+
+
+def _unit(extra: Sequence[Array]) -> int | None:
+    """The common divisor of whole numbers."""
+    numbers = np.unique(np.concatenate([*extra, np.zeros(1)]))
+    if not np.isfinite(numbers).all() or numbers[-1] >= 2**53 or (numbers != np.rint(numbers)).any():
+        return None
+    return int(np.gcd.reduce(numbers.astype(np.int64))) or 1
+
+
+def _with(best: Array, units: Array, won: Array) -> tuple[Array, Array]:
+    lowest, taken = np.full(len(best), np.inf), np.zeros(len(best), np.int32)
+    for pick, (need, value) in enumerate(zip(units, won, strict=True)):
+        total = best[: len(best) - need] + value if need < len(best) else best[:0]
+        better = total < lowest[need:]
+        lowest[need:][better], taken[need:][better] = total[better], pick
+    return lowest, taken
+
+
+# ---- along convex hulls -----------------------------------------------------------------------------------------------------------------
+
+
+def _along_hulls(tables: Sequence[Table], left: float) -> tuple[list[int], float]:
+    """Picks, and the gap to what the linear relaxation reaches, which no choice goes below."""
+    chosen, steps = list[int](), list[tuple[float, int, int, int]]()
+    for number, table in enumerate(tables):
+        hull = _hull(*table)
+        chosen.append(hull[0])
+        steps += [(_slope(*table, a, b), number, a, b) for a, b in itertools.pairwise(hull)]
+    bound: float | None = None
+    for slope, number, a, b in sorted(steps):
+        need = float(tables[number][0][b] - tables[number][0][a])
+        if chosen[number] == a and need <= left:
+            chosen[number], left = b, left - need
+        elif bound is None:
+            bound = _won(tables, chosen) + slope * left
+    _fill(tables, chosen, left)
+    return chosen, 0.0 if bound is None else max(_won(tables, chosen) - bound, 0.0)
+
+
+def _won(tables: Sequence[Table], chosen: Iterable[int]) -> float:
+    return sum(float(won[k]) for (_, won), k in zip(tables, chosen, strict=True))
+
+
+def _front(spent: Array, won: Array) -> Array:
+    """Indices of the settings that no other beats, from the one that takes least on."""
+    order = np.lexsort((won, spent))
+    order = order[np.isfinite(spent[order]) & np.isfinite(won[order])]
+    before = np.minimum.accumulate(np.concatenate([[np.inf], won[order]]))[:-1]
+    return np.asarray(order[won[order] < before])
+
+
+def _hull(spent: Array, won: Array) -> list[int]:
+    """Of `_front`, those on its lower convex hull."""
+    hull = list[int]()
+    for k in _front(spent, won).tolist():
+        while len(hull) > 1 and _slope(spent, won, hull[-2], k) <= _slope(spent, won, hull[-2], hull[-1]):
             hull.pop()
         hull.append(k)
     return hull
 
 
-def _slope(options: Sequence[Option], a: int, b: int) -> float:
-    """Negative: cost saved for each squared error."""
-    added = options[b].error ** 2 - options[a].error ** 2
-    return (options[b].cost - options[a].cost) / added if added else -math.inf
+def _slope(spent: Array, won: Array, a: int, b: int) -> float:
+    return float((won[b] - won[a]) / (spent[b] - spent[a]))
 
 
-_HALVINGS = 60
-
-
-@dataclasses.dataclass(frozen=True)
-class Menu:
-    """The settings of one item: rank 0 stands for the whole weight, and comes first.
-
-    Attributes:
-        ranks: [n].
-        cost: [n] operations at each.
-        loss: [n] what each adds to the loss that is minimized.
-    """
-
-    ranks: Array
-    cost: Array
-    loss: Array
-
-
-def spread(groups: Sequence[Sequence[Sequence[Menu]]], limit: float) -> list[tuple[int, tuple[int, ...]]] | None:
-    """For each group the alternative that is taken, and a rank for each menu of it.
-
-    The sum of losses is minimized while the sum of costs stays within `limit`, by one price of an operation for all (a Lagrange multiplier,
-    which finds the optimum of the convex hull); what is left over then raises ranks one after the other where that helps most.
-
-    Args:
-        groups: each a choice between alternatives (cut jointly, or one by one), each of those a list of menus.
-        limit: operations of all together.
-
-    Returns:
-        None if even the lowest ranks cost more.
-    """
-    low, high = 0.0, 1.0
-    while _cost(groups, _taken(groups, high)) > limit:
-        high *= 16
-        if high > 1e30:
-            return None
-    for _ in range(_HALVINGS):
-        price = (low + high) / 2
-        if _cost(groups, _taken(groups, price)) > limit:
-            low = price
-        else:
-            high = price
-    taken = _taken(groups, high)
-    _fill(groups, taken, limit)
-    return [(a, tuple(int(m.ranks[k]) for m, k in zip(groups[g][a], picks, strict=True))) for g, (a, picks) in enumerate(taken)]
-
-
-def _taken(groups: Sequence[Sequence[Sequence[Menu]]], price: float) -> list[tuple[int, list[int]]]:
-    """Of each group the alternative, and of each menu in it the setting, that is cheapest in loss + price * operations."""
-    found = []
-    for alternatives in groups:
-        offers = []
-        for number, menus in enumerate(alternatives):
-            picks = [int(np.argmin(m.loss + price * m.cost)) for m in menus]
-            offers.append((sum(float(m.loss[k] + price * m.cost[k]) for m, k in zip(menus, picks, strict=True)), number, picks))
-        _, number, picks = min(offers)
-        found.append((number, picks))
-    return found
-
-
-def _cost(groups: Sequence[Sequence[Sequence[Menu]]], taken: Sequence[tuple[int, list[int]]]) -> float:
-    return sum(float(m.cost[k]) for g, (a, picks) in enumerate(taken) for m, k in zip(groups[g][a], picks, strict=True))
-
-
-def _fill(groups: Sequence[Sequence[Sequence[Menu]]], taken: list[tuple[int, list[int]]], limit: float) -> None:
-    """Spend what is left: the single change that gains most for what it costs, until none fits."""
-    left = limit - _cost(groups, taken)
+def _fill(tables: Sequence[Table], chosen: list[int], left: float) -> None:
+    """The single change that gains most for what it takes, until none fits."""
     while True:
-        best: tuple[float, int, int, int] | None = None
-        for g, (a, picks) in enumerate(taken):
-            for j, menu in enumerate(groups[g][a]):
-                now = picks[j]
-                extra, gain = menu.cost - menu.cost[now], menu.loss[now] - menu.loss
-                fits = (extra > 0) & (extra <= left) & (gain > 0)
-                if fits.any():
-                    rate = np.where(fits, gain / np.where(fits, extra, 1), -np.inf)
-                    k = int(np.argmax(rate))
-                    if best is None or rate[k] > best[0]:
-                        best = (float(rate[k]), g, j, k)
+        best: tuple[float, int, int] | None = None
+        for number, (spent, won) in enumerate(tables):
+            extra, gain = spent - spent[chosen[number]], won[chosen[number]] - won
+            rate = np.divide(gain, extra, out=np.full(len(extra), -np.inf), where=(extra > 0) & (extra <= left) & (gain > 0))
+            k = int(np.argmax(rate))
+            if rate[k] > 0 and (best is None or rate[k] > best[0]):
+                best = (float(rate[k]), number, k)
         if best is None:
             return
-        _, g, j, k = best
-        menu = groups[g][taken[g][0]][j]
-        left -= float(menu.cost[k] - menu.cost[taken[g][1][j]])
-        taken[g][1][j] = k
-
-
-_CELLS = 4000  # the budget is counted in so many parts
-
-
-def cheapest_cut(rankings: Mapping[Candidate, Ranking], savings: Mapping[Candidate, Sequence[float]], budget: float) -> dict[Candidate, int] | None:
-    """The number of steps to take in each candidate: at least `budget` is saved at the least total cost; None where everything saves less.
-
-    A knapsack, solved exactly where savings are whole numbers up to `_CELLS`; else they are rounded down to parts of the budget.
-
-    Args:
-        savings: for each candidate what its first k steps save together, k = 0 .. steps.
-    """
-    if budget <= 0:
-        return dict.fromkeys(rankings, 0)
-    if sum(max(savings[c]) for c in rankings) < budget:
-        return None
-    counted = all(float(x).is_integer() for c in rankings for x in savings[c]) and budget <= _CELLS
-    size = math.ceil(budget - 1e-9) if counted else _CELLS
-    cell = 1.0 if counted else budget / _CELLS
-    best = np.full(size + 1, np.inf)  # best[j]: the least cost of saving at least j cells
-    best[0] = 0.0
-    chosen: list[Array] = []
-    for candidate, ranking in rankings.items():
-        best, taken = _with(best, ranking.cost, [math.floor(s / cell + 1e-9) for s in savings[candidate]])
-        chosen.append(taken)
-    reached = np.flatnonzero(np.isfinite(best))[-1]
-    if reached < size - len(rankings):  # each block loses less than a cell to rounding
-        return None
-    found: dict[Candidate, int] = {}
-    left = int(reached)
-    for candidate, taken in zip(reversed(list(rankings)), reversed(chosen), strict=True):
-        found[candidate] = int(taken[left])
-        left = max(left - math.floor(savings[candidate][found[candidate]] / cell + 1e-9), 0)
-    return found
-
-
-def _with(best: Array, cost: Array, cells: Sequence[int]) -> tuple[Array, Array]:
-    places = np.arange(len(best))
-    lower, taken = np.full(len(best), np.inf), np.zeros(len(best), np.int64)
-    for steps, saved in enumerate(cells):
-        total = best[np.maximum(places - saved, 0)] + cost[steps]
-        better = total < lower
-        lower[better], taken[better] = total[better], steps
-    return lower, taken
+        _, number, k = best
+        left -= float(tables[number][0][k] - tables[number][0][chosen[number]])
+        chosen[number] = k

@@ -17,6 +17,7 @@ from graphopt.core.options import Configurable
 from graphopt.core.places import data_file
 from graphopt.core.remarks import Remarks
 from graphopt.core.replay import Spool
+from graphopt.core.strength import Dial, Dials, in_use, switched, turned
 
 if TYPE_CHECKING:
     from graphopt.core.machine import Machine
@@ -31,11 +32,11 @@ class Pass(Configurable, ABC):
     """One change of a graph. A subclass is a frozen dataclass whose fields are its options.
 
     `exact` is False for a pass that may change the numbers beyond rounding (quantization, pruning, low rank).
-    `preserves` lists the analyses whose facts are still true after the pass changed something.
+    `dials` says which options make such a pass milder, and how far.
     """
 
     exact: ClassVar[bool] = True
-    preserves: ClassVar[frozenset[type]] = frozenset()
+    dials: ClassVar[Dials] = ()
 
     @abstractmethod
     def run(self, model: ir.Model, ctx: Context) -> int:
@@ -50,12 +51,17 @@ class Pass(Configurable, ABC):
         """Refuse options that name passes which are not among `known`; whoever parses a pipeline asks.
 
         Raises:
-            PipelineError: its `bad_key` names the option.
+            PipelineError: its `option` names the option.
         """
 
     def weaker(self) -> Self | None:
         """A milder setting of the same pass, or None if it can only be undone."""
-        return None
+        return turned(self, Dial.milder) or switched(self)
+
+    def between(self, milder: Self) -> Self | None:
+        """A setting between this one and a milder one; None where there is none that is worth trying."""
+        values = dict(in_use(milder))
+        return turned(self, lambda dial, value: dial.between(value, values.get(dial, value)))
 
 
 class Analysis(ABC, Generic[Facts]):
@@ -125,9 +131,9 @@ class Context:
         """The facts of an analysis about the current graph, where several are computed at once."""
         self._facts[analysis] = facts
 
-    def invalidate(self, keep: frozenset[type] = frozenset()) -> None:
-        """Drop the facts of every analysis but those of the types in `keep`."""
-        self._facts = {a: f for a, f in self._facts.items() if type(a) in keep}
+    def invalidate(self) -> None:
+        """Drop the facts of every analysis: the graph has changed."""
+        self._facts = {}
 
     def require_samples(self) -> Batches:
         """The user's samples.

@@ -16,7 +16,11 @@ class SaveError(GraphoptError):
 
 
 class PipelineError(GraphoptError):
-    """A pipeline, pass or target text that does not parse, or names what does not exist."""
+    """A pipeline, pass or target text that does not parse, or names what does not exist; `option` is the one under which the text gets its caret."""
+
+    def __init__(self, message: str, option: str = "") -> None:
+        super().__init__(message)
+        self.option = option
 
 
 class VerifyError(GraphoptError):

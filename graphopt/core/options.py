@@ -29,23 +29,119 @@ def near(word: str, known: Iterable[str]) -> str:
 def option_error(name: str, key: str, expected: object, found: object) -> PipelineError:
     """The error of a pass or target `name` whose option `key` (of its text, or the field) has a value that it cannot have."""
     key = key.replace("_", "-")
-    return at_option(key, f"{name}: option `{key}` expects {expected}, found `{found}`")
+    return PipelineError(f"{name}: option `{key}` expects {expected}, found `{found}`", key)
 
 
-def at_option(key: str, message: str) -> PipelineError:
-    """`bad_key` names the option under which the pipeline text gets its caret."""
-    error = PipelineError(message)
-    error.bad_key = key  # type: ignore[attr-defined]
-    return error
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Which values an option may have; of a tuple, each of its items. `what` they are, in the words of an error."""
+
+    above: float | None = None
+    below: float | None = None
+    least: float | None = None
+    most: float | None = None
+    one_of: tuple[Any, ...] = ()
+    what: str = "a number"
+
+    def holds(self, value: Any) -> bool:
+        if self.one_of:
+            return value in self.one_of
+        low = (self.above is None or value > self.above) and (self.least is None or value >= self.least)
+        return low and (self.below is None or value < self.below) and (self.most is None or value <= self.most)
+
+    def __str__(self) -> str:
+        """`a number between 0 and 1`."""
+        if self.one_of:
+            return "one of " + ", ".join(map(_print, self.one_of))
+        if self.above is not None and self.below is not None:
+            return f"{self.what} between {self.above:g} and {self.below:g}"
+        if self.above is not None and self.most is None:
+            return f"{self.what} above {self.above:g}"
+        if self.least is not None and self.most is not None:
+            return f"{self.what} from {self.least:g} to {self.most:g}"
+        bounds = (self.above, "more than {:g}"), (self.below, "less than {:g}"), (self.least, "{:g} or more"), (self.most, "at most {:g}")
+        return " and ".join(text.format(bound) for bound, text in bounds if bound is not None)
+
+
+def option(
+    default: Any,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    one_of: Sequence[Any] = (),
+    what: str = "a number",
+) -> Any:
+    """A field of a pass or target whose values are bounded; `default` itself is always allowed (None = not given).
+
+    Example:
+        `ratio: float | None = option(None, above=0, below=1, what="a fraction")`
+    """
+    return dataclasses.field(default=default, metadata={Range: Range(above, below, least, most, tuple(one_of), what)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Exclusive:
+    """Options of which one at most is given, that is, differs from its default."""
+
+    keys: tuple[str, ...] = ()
+    says: str = ""
+
+    def given(self, one: Configurable) -> list[str]:
+        return [f.name for key in self.keys for f in _fields(type(one)) if f.name == key and getattr(one, key) != _default(f)]
+
+    def require(self, one: Configurable) -> str:
+        """The one that is given.
+
+        Raises:
+            PipelineError: none is.
+        """
+        for key in self.given(one):
+            return key
+        first, *others = (key.replace("_", "-") for key in self.keys)
+        raise option_error(one.name, first, f"{self.says} (or {', '.join(others)})", "nothing")
+
+
+def exclusive(*keys: str, says: str = "") -> Exclusive:
+    """Declares `ways` of a pass or target: options that do not stand together. `says` is what one of them has to tell, where one must be given.
+
+    Example:
+        `ways = exclusive("ratio", "flops", says="how much is to go")`
+    """
+    return Exclusive(keys, says)
 
 
 class Configurable:
     """A frozen dataclass whose fields are its options, of the types bool, int, float, str, tuples of these, or None.
 
-    The class name gives the name in texts: `FuseNorm` is `fuse-norm`; the field `per_channel` is the option `per-channel`.
+    The class name gives the name in texts: `FuseNorm` is `fuse-norm`; the field `per_channel` is the option `per-channel`. A field that is made
+    by `option` states its range, and `ways` which options exclude each other; both are checked when one is made, and printed by `describe`.
     """
 
     name: ClassVar[str] = ""
+    ways: ClassVar[Exclusive] = Exclusive()
+
+    def __post_init__(self) -> None:
+        """A subclass that checks more, such as two options against each other, calls this first.
+
+        Raises:
+            PipelineError: an option out of its range, or two that exclude each other.
+        """
+        given = [key.replace("_", "-") for key in self.ways.given(self)]
+        if len(given) > 1:
+            raise PipelineError(f"{self.name}: option `{given[1]}` expects to stand alone, without {given[0]}; both are given", given[1])
+        for field in _fields(type(self)):
+            self._check(field)
+
+    def _check(self, field: dataclasses.Field[Any]) -> None:
+        bounds, found = field.metadata.get(Range), getattr(self, field.name)
+        if bounds is None or found == _default(field):
+            return
+        for value in found if isinstance(found, tuple) else (found,):
+            if not bounds.holds(value):
+                told = f"{value:g}" if isinstance(value, float) else f"`{value}`" if isinstance(value, str) else value
+                raise PipelineError(f"{self.name}: option `{_key(field)}` expects {bounds}, found {told}", _key(field))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -60,14 +156,14 @@ class Configurable:
         """Build from text values; a key without a value (None) means true.
 
         Raises:
-            PipelineError: unknown key, or a value of another type; `bad_key` names the option.
+            PipelineError: unknown key, or a value of another type or out of its range.
         """
         hints = typing.get_type_hints(cls)
         known = {_key(f): f for f in _fields(cls)}
         values = {}
         for key, text in options.items():
             if key not in known:
-                raise at_option(key, f"{cls.name} has no option `{key}`{near(key, known)}\n  options: {cls.describe() or 'none'}")
+                raise PipelineError(f"{cls.name} has no option `{key}`{near(key, known)}\n  options: {cls.describe() or 'none'}", key)
             try:
                 values[known[key].name] = _cast("true" if text is None else text, hints[known[key].name])
             except ValueError as cause:
@@ -76,25 +172,10 @@ class Configurable:
 
     @classmethod
     def describe(cls) -> str:
-        """The options with types and defaults, as one line: `energy: float = 0.95, rank: int | None = None`."""
+        """The options with types, defaults and ranges, as one line: `energy: float = 0.95 (a number between 0 and 1), rank: int | None = None`."""
         hints = typing.get_type_hints(cls)
-        return ", ".join(f"{_key(f)}: {_type_text(hints[f.name])} = {_print(_default(f))}" for f in _fields(cls))
-
-
-def check_limits(one: Configurable, limits: Mapping[str, tuple[int, int | None]]) -> None:
-    """Refuse options out of their range (least, most); names that it has not are ignored, and so are defaults.
-
-    Raises:
-        PipelineError: names the option and its range.
-    """
-    for field in _fields(type(one)):
-        least, most = limits.get(field.name, (0, None))
-        found = getattr(one, field.name)
-        if field.name not in limits or not isinstance(found, int) or found == _default(field):
-            continue
-        if found < least or (most is not None and found > most):
-            expected = f"{least} or more" if most is None else f"a number from {least} to {most}"
-            raise PipelineError(f"{one.name}: option `{_key(field)}` expects {expected}, found {found}")
+        ranges = {f.name: f" ({f.metadata[Range]})" if Range in f.metadata else "" for f in _fields(cls)}
+        return ", ".join(f"{_key(f)}: {_type_text(hints[f.name])} = {_print(_default(f))}{ranges[f.name]}" for f in _fields(cls))
 
 
 def _fields(cls: type) -> Sequence[dataclasses.Field[Any]]:

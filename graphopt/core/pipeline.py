@@ -80,7 +80,7 @@ class _Parser:
                 made.check(self.classes)
             return made
         except PipelineError as error:
-            place = places.get(getattr(error, "bad_key", ""), token)
+            place = places.get(error.option, token)
             head, _, tail = str(error).partition("\n")
             raise self.error(head, place, tail=tail) from None
 
@@ -173,7 +173,7 @@ class PassManager:
             changes = step.run(model, ctx)
             seconds = time.perf_counter() - start
             if changes:
-                ctx.invalidate(step.preserves)
+                ctx.invalidate()
             for instrument in self.instruments:
                 instrument.after(step, position, changes, seconds, model, ctx)
         except (Exception, SystemExit) as error:  # a pass must not end the program, and with exit code 0 at that

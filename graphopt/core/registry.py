@@ -10,11 +10,11 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from graphopt.core.errors import GraphoptError, PipelineError
 
@@ -25,21 +25,30 @@ PASSES, TARGETS = "graphopt.passes", "graphopt.targets"
 
 
 class Registry(Mapping[str, type[Any]]):
-    """Names -> classes of one group; the values are imported on demand."""
+    """Names -> classes of one group; the values are imported on demand.
 
-    def __init__(self, group: str, plugins: tuple[str, ...] = ()) -> None:
-        self.group = group
+    Args:
+        group: of entry points that name packages.
+        base: gives what every class is; called when the first is imported.
+        plugins: files and modules of the user.
+        builtin: a package that needs no entry point.
+    """
+
+    def __init__(self, group: str, base: Callable[[], type], plugins: tuple[str, ...] = (), builtin: str | None = None) -> None:
+        self.group, self.base, self.plugins = group, base, plugins
         self._owners: dict[str, str] = {}
         self._places: dict[str, str | type[Any]] = {}
         for entry in sorted(entry_points(group=group), key=lambda e: (e.name != "builtin", e.name)):
             self._add_package(entry)
+        if builtin is not None:
+            self._add_package(EntryPoint("builtin", builtin, group))
         for plugin in plugins:
             self._add_plugin(plugin)
 
     def __getitem__(self, name: str) -> type[Any]:
         place = self._places[name]
         if isinstance(place, str):
-            place = self._places[name] = _class_in(importlib.import_module(place), name, self.group)
+            place = self._places[name] = self._class_in(importlib.import_module(place), name)
         return place
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -69,7 +78,7 @@ class Registry(Mapping[str, type[Any]]):
 
     def _add_plugin(self, plugin: str) -> None:
         for cls in vars(load_plugin(plugin)).values():
-            if _is_member(cls, self.group) and not cls.__module__.startswith("graphopt."):
+            if self._is_member(cls) and not cls.__module__.startswith("graphopt."):
                 self._claim(cls.name, cls, plugin)
 
     def _claim(self, name: str, place: str | type[Any], owner: str) -> None:
@@ -77,13 +86,33 @@ class Registry(Mapping[str, type[Any]]):
             raise PipelineError(f"the name `{name}` in {self.group} is claimed by {self._owners[name]} and by {owner}; rename or remove one of them")
         self._places[name], self._owners[name] = place, owner
 
+    def _is_member(self, cls: object) -> TypeGuard[type[Any]]:
+        return isinstance(cls, type) and issubclass(cls, self.base()) and not inspect.isabstract(cls)
+
+    def _class_in(self, module: ModuleType, name: str) -> type[Any]:
+        for cls in vars(module).values():
+            if self._is_member(cls) and cls.name == name:
+                return cls
+        kind = self.base().__name__.lower()
+        raise PipelineError(f"{module.__name__} must define the {kind} class of its file name (`{name}`), and does not")
+
 
 def passes(plugins: tuple[str, ...] = ()) -> Registry:
-    return Registry(PASSES, plugins)
+    def base() -> type:
+        from graphopt.core.contract import Pass
+
+        return Pass
+
+    return Registry(PASSES, base, plugins)
 
 
 def targets(plugins: tuple[str, ...] = ()) -> Registry:
-    return Registry(TARGETS, plugins)
+    def base() -> type:
+        from graphopt.core.contract import Target
+
+        return Target
+
+    return Registry(TARGETS, base, plugins)
 
 
 def load_plugin(plugin: str) -> ModuleType:
@@ -109,22 +138,6 @@ def load_plugin(plugin: str) -> ModuleType:
         del sys.modules[name]
         raise PipelineError(f"plugin file {path} failed to import: {type(error).__name__}: {error}") from error
     return module
-
-
-def _is_member(cls: object, group: str) -> bool:
-    from graphopt.core.contract import Pass, Target
-
-    base = Pass if group == PASSES else Target
-    return isinstance(cls, type) and issubclass(cls, base) and not inspect.isabstract(cls)
-
-
-def _class_in(module: ModuleType, name: str, group: str) -> type[Any]:
-    for cls in vars(module).values():
-        if _is_member(cls, group) and cls.name == name:
-            found: type[Any] = cls
-            return found
-    kind = "pass" if group == PASSES else "target"
-    raise PipelineError(f"{module.__name__} must define the {kind} class of its file name (`{name}`), and does not")
 
 
 def load_metric(text: str) -> Metric:

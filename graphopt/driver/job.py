@@ -9,7 +9,6 @@ from pathlib import Path
 from time import perf_counter as clock
 from typing import TYPE_CHECKING, Any
 
-import onnx
 import onnx_ir as ir
 
 from graphopt.core import pipeline as pipelines
@@ -17,7 +16,7 @@ from graphopt.core import registry
 from graphopt.core.contract import Budget, Context, Metric, Pass, Target
 from graphopt.core.errors import GraphoptError, PipelineError, SampleError, VerifyError
 from graphopt.core.fuel import Fuel
-from graphopt.core.options import check_limits, near
+from graphopt.core.options import near
 from graphopt.core.pipeline import Instrument, PassManager, PassRecord, parse, render
 from graphopt.core.places import check_places
 from graphopt.core.remarks import Remarks
@@ -29,7 +28,6 @@ from graphopt.driver.promise import Outcome
 from graphopt.driver.result import Result, report_of
 from graphopt.driver.transaction import TransactionManager
 from graphopt.graph.interface import interface
-from graphopt.graph.opset.versions import OLDEST
 from graphopt.graph.verify import verify
 from graphopt.io.load import LoadOptions, check_options, load_both
 from graphopt.io.save import sources_of
@@ -113,7 +111,7 @@ class Job:
         """
         options = options or {}
         check_options(options)
-        where = _shaped(parse_target(target, tuple(plugins)) if isinstance(target, str) else _limited(target), shapes)
+        where = _shaped(parse_target(target, tuple(plugins)) if isinstance(target, str) else target, shapes)
         known = registry.passes(tuple(plugins))
         passes: list[Pass] = parse(where.pipeline(level) if pipeline is None else pipeline, known)
         lowerings = tuple(where.lowerings())
@@ -208,12 +206,7 @@ def parse_target(text: str, plugins: tuple[str, ...] = ()) -> Target:
     found: list[Target] = parse(text, registry.targets(plugins), "target")
     if len(found) != 1:
         raise PipelineError(f"expected one target such as cpu or cpu{{threads=2}}, found `{text}`")
-    return _limited(found[0])
-
-
-def _limited(target: Target) -> Target:
-    check_limits(target, {"threads": (1, None), "opset": (OLDEST, onnx.defs.onnx_opset_version())})
-    return target
+    return found[0]
 
 
 def _shaped(target: Target, shapes: str | None) -> Target:

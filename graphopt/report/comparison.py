@@ -154,7 +154,8 @@ def compare(
     sessions = [ort.session(x, threads=threads) for x in (first, second)]
     given = runnable_samples(graph, sessions[0]) if samples is None else Samples.load(samples, graph, tokenizer=tokenizer)
     outputs: dict[str, Running] = {str(v.name): Running() for v in first.graph.outputs}
-    padding = Padding(first)
+    ends, note = block_ends(graph, other, first, second, tuple(plugins))
+    padding = Padding(first).about(v for values in ends.values() for v in values)
     for feed in given:
         left, right = (s.run(feed) for s in sessions)
         for name in outputs:
@@ -163,7 +164,6 @@ def compare(
     del sessions
     found = tuple(_output(name, running) for name, running in outputs.items())
     least = min((x.snr for x in found), default=math.inf)
-    ends, note = block_ends(graph, other, first, second, tuple(plugins))
     blocks: tuple[BlockDifference, ...] = ()
     if ends:
         try:

@@ -37,7 +37,7 @@ class RewritePass(Pass, Generic[M]):
             if not applied:
                 break
             driver.clean()
-            ctx.invalidate(self.preserves)
+            ctx.invalidate()
         else:
             ctx.remarks.warning("", f"{self.name} still changes the graph after {_ROUNDS} rounds; stopped there")
         for miss in misses:

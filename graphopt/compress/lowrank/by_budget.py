@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.compress.budget import Menu, spread
+from graphopt.compress.budget import Menu, either, solve, together
 from graphopt.compress.lowrank.cut import Plan, plan
 from graphopt.compress.lowrank.factorable import Item, Whole
 from graphopt.compress.lowrank.sensitivity import sensitivities
@@ -33,40 +33,40 @@ class Options(Protocol):
 
 
 def by_budget(
-    model: ir.Model, ctx: Context, options: Options, single: Sequence[Item], together: Sequence[Item], moments: Mapping[ir.Value, Array]
+    model: ir.Model, ctx: Context, options: Options, single: Sequence[Item], combined: Sequence[Item], moments: Mapping[ir.Value, Array]
 ) -> tuple[list[Plan], list[Whole]]:
     """The plans that save `budget` of the operations of the whole model, and what stays whole.
 
     Args:
         single: every item by itself.
-        together: the same, some of them joint: each of those is cut jointly or one by one, whichever loses less.
+        combined: the same, some of them joint: each of those is cut jointly or one by one, whichever loses less.
     """
     assert options.budget is not None
     sizes = bindings(model, ctx)
-    total = flops(model, sizes).total
-    cost = {x.node: (node_flops(x.node, sizes) or 0) / max(total, 1) for item in single for x in item.linears}
+    total = max(flops(model, sizes).total, 1)
+    cost = {x.node: node_flops(x.node, sizes) or 0 for item in single for x in item.linears}
     unknown = [x for item in single for x in item.linears if not cost[x.node]]
     own = {item.linears[0].node: item for item in single}
     plans: dict[Item, Plan] = {item: plan(item, moments, options.method) for item in single}
     counts = dict.fromkeys(single, 1.0)
     if options.sensitivity and ctx.samples is not None:
         counts = sensitivities(ctx, list(plans.values()))
-    groups = [[[item], [own[x.node] for x in item.linears]] if item.joint else [[item]] for item in together]
-    for item in together:
+    for item in combined:
         if item.joint:
             parts = [counts[own[x.node]] for x in item.linears]
             plans[item], counts[item] = plan(item, moments, options.method, parts), sum(parts)
     menus = {item: _menu(item, p, sum(cost[x.node] for x in item.linears), counts[item], options.multiple) for item, p in plans.items()}
     whole = sum(float(menus[item].cost[0]) for item in single)
-    taken = spread([[[menus[item] for item in side] for side in group] for group in groups], whole - options.budget)
-    if taken is None:
+    groups = [either([menus[item], together([menus[own[x.node]] for x in item.linears])]) if item.joint else menus[item] for item in combined]
+    choice = solve(groups, cost=whole - options.budget * total)
+    if choice is None:
         least = sum(float(menus[item].cost[-1]) for item in single)
         reason = (
-            f"budget={options.budget:g} is out of reach: the weights that can be cut take {whole:.0%} of the operations, and {least:.0%} at rank "
-            f"{options.multiple}"
+            f"budget={options.budget:g} is out of reach: the weights that can be cut take {whole / total:.0%} of the operations, and "
+            f"{least / total:.0%} at rank {options.multiple}"
         )
         return [], [Whole(x.node, reason) for item in single for x in item.linears]
-    chosen = [(item, rank) for group, (side, ranks) in zip(groups, taken, strict=True) for item, rank in zip(group[side], ranks, strict=True)]
+    chosen = [cut for group in choice.settings for cut in group]
     kept = [Whole(x.node, "the budget is met with less error elsewhere") for item, rank in chosen if not rank for x in item.linears]
     kept += [Whole(x.node, "how many operations it takes at the sizes of the samples is not known") for x in unknown]
     return [dataclasses.replace(plans[item], rank=rank) for item, rank in chosen if rank], kept
@@ -88,10 +88,9 @@ def bindings(model: ir.Model, ctx: Context) -> Bindings:
     return found
 
 
-def _menu(item: Item, p: Plan, cost: float, count: float, multiple: int) -> Menu:
-    """Whole (rank 0), then ranks from the largest that saves something down to `multiple`; nothing but whole where its cost is not known."""
+def _menu(item: Item, p: Plan, cost: int, count: float, multiple: int) -> Menu[tuple[tuple[Item, int], ...]]:
+    """The item with its rank: whole (0), then from the largest that saves something down to `multiple`; only whole where its cost is not known."""
     highest = item.largest // multiple * multiple
-    ranks = np.arange(highest, 0, -multiple) if cost else np.zeros(0, np.int64)
-    error = [p.spectrum.error(int(r)) for r in ranks]
-    share = [cost * item.kept(int(r)) / item.size for r in ranks]
-    return Menu(np.array([0, *ranks]), np.array([cost, *share]), np.array([0.0, *(count * e for e in error)]))
+    ranks = range(highest, 0, -multiple) if cost else range(0)
+    taken = [cost * item.kept(r) / item.size for r in ranks]
+    return Menu([((item, r),) for r in (0, *ranks)], np.array([cost, *taken]), np.array([0.0, *(count * p.spectrum.error(r) for r in ranks)]))

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.heads import Heads
 from graphopt.calibration.effects import effects
-from graphopt.compress.budget import Assignment, Option, predicted, settle
+from graphopt.compress.budget import Choice, Menu, settle
 from graphopt.compress.mix.parts import Part, merged, parts_of
 from graphopt.compress.mix.split_heads import Groups, SplitHeads, shares
 from graphopt.core.contract import Context
 from graphopt.run import Feeds
 
 Effects = Mapping[tuple[int, str], float]  # (number of a part, label) -> its effect alone
+Labels = tuple[str, ...]  # one for each part
 Versions = Callable[[ir.Model], Mapping[str, ir.Model]]
 
 
@@ -25,9 +28,9 @@ class Plan:
     """A label for each part ("": as it is), the measured loss of all together, and the predicted one; `split`: what is done to the graph before."""
 
     parts: Sequence[Part]
-    labels: Sequence[str]
+    labels: Labels
     loss: float
-    predicted: float
+    predicted: float = 0.0
     split: SplitHeads | None = None
 
     @property
@@ -42,22 +45,29 @@ class Plan:
         (ctx.remarks.applied if changes else ctx.remarks.missed)("", text, **facts)
 
 
-def choose(model: ir.Model, feeds: Sequence[Feeds], parts: Sequence[Part], found: Effects, budget: float) -> Plan:
-    """The smallest within the budget."""
-    labels = [["", *(label for k, label in found if k == number)] for number in range(len(parts))]
-    options = [
-        [Option(part.cost[label], found[number, label] if label else 0.0) for label in own]
-        for number, (part, own) in enumerate(zip(parts, labels, strict=True))
-    ]
+def choose(parts: Sequence[Part], found: Effects, budget: float, assemble: Callable[[Labels], Plan]) -> tuple[Labels, Plan]:
+    """The labels of the least cost whose plan loses no more than the budget, and that plan."""
+    menus = []
+    for number, part in enumerate(parts):
+        own = ["", *(label for k, label in found if k == number)]
+        errors = [0.0, *(found[number, label] for label in own[1:])]
+        menus.append(Menu(own, np.array([part.cost[label] for label in own]), np.square(errors)))
+    plans: dict[Labels, Plan] = {}
 
-    def named(chosen: Assignment) -> list[str]:
-        return [own[k] for own, k in zip(labels, chosen, strict=True)]
+    def measured(choice: Choice[str]) -> float:
+        plans[choice.settings] = dataclasses.replace(assemble(choice.settings), predicted=math.sqrt(choice.loss))
+        return plans[choice.settings].loss
 
-    chosen, loss = settle(options, budget, lambda chosen: effects(model, feeds, {0: merged(parts, named(chosen))})[0])
-    return Plan(parts, named(chosen), loss, predicted(options, chosen))
+    labels = settle(menus, budget, measured)[0].settings
+    return labels, plans.get(labels) or assemble(labels)
 
 
-def joined(model: ir.Model, feeds: Sequence[Feeds], blocks: Mapping[str, Heads], apart: Plan, versions: Versions) -> Plan:
+def whole(model: ir.Model, feeds: Sequence[Feeds], parts: Sequence[Part], labels: Labels) -> Plan:
+    """A plan for the parts as they are."""
+    return Plan(parts, labels, effects(model, feeds, {0: merged(parts, labels)})[0])
+
+
+def joined(model: ir.Model, feeds: Sequence[Feeds], blocks: Mapping[str, Heads], apart: Sequence[Part], chosen: Labels, versions: Versions) -> Plan:
     """A plan for the groups of heads one by one, with the groups of one label put together; the label with the most bytes comes first.
 
     Args:
@@ -65,8 +75,8 @@ def joined(model: ir.Model, feeds: Sequence[Feeds], blocks: Mapping[str, Heads],
         apart: keys of parts are (name of the Attention node, group), or names of values of `model`.
         versions: the whole graph in each of the choices.
     """
-    given = {part.key: label for part, label in zip(apart.parts, apart.labels, strict=True)}
-    size = {(part.key, label): n for part in apart.parts for label, n in part.nbytes.items()}
+    given = {part.key: label for part, label in zip(apart, chosen, strict=True)}
+    size = {(part.key, label): n for part in apart for label, n in part.nbytes.items()}
     pieces: dict[str, Groups] = {}
     for name, block in blocks.items():
         own = {group: given.get((name, group), "") for group in range(block.kv_heads)}
@@ -79,5 +89,5 @@ def joined(model: ir.Model, feeds: Sequence[Feeds], blocks: Mapping[str, Heads],
     split, copy = SplitHeads(pieces), model.clone()
     split.run(copy, Context(copy))
     parts = parts_of(copy, versions(copy), lambda weight: None if (own := split.owner(weight)) is None else ("piece", *own))
-    labels = [label if (label := given.get(part.key, "")) in part.changes else "" for part in parts]
-    return Plan(parts, labels, effects(copy, feeds, {0: merged(parts, labels)})[0], apart.predicted, split if pieces else None)
+    labels = tuple(label if (label := given.get(part.key, "")) in part.changes else "" for part in parts)
+    return dataclasses.replace(whole(copy, feeds, parts, labels), split=split if pieces else None)

@@ -1,10 +1,10 @@
-"""What importance is judged by, collected in one run over the samples: moments of inputs and gradients of the output projections, and masks."""
+"""What criteria judge by, collected in one run over the samples: moments of inputs and gradients of the output projections, masks, maps."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -12,64 +12,46 @@ import onnx_ir as ir
 from graphopt.analysis.heads import Heads
 from graphopt.analysis.linear import Embeddings
 from graphopt.calibration.attention_maps import Reduce, observe_maps
-from graphopt.calibration.moments import input_moments
 from graphopt.calibration.padding import Kept, Paddings
+from graphopt.compress.prune.criterion import Loss, Question
 from graphopt.compress.prune.removable import Candidate
 from graphopt.core.contract import Array, Context
 from graphopt.core.errors import GraphoptError
 from graphopt.graph.questions import static_dim
 from graphopt.run import Feeds
-from graphopt.run.observe import limited
 
 if TYPE_CHECKING:
     import torch
 
-Loss = Callable[[Mapping[str, Any], Mapping[str, Any]], Any]  # (outputs, feeds), torch tensors by name -> one number
+F = TypeVar("F")
 BYTES = 2**30  # of moments that are held at a time; more means another run over the samples
 
 
-@dataclasses.dataclass(frozen=True)
-class Evidence:
-    """Of one candidate, summed over its units. Padding does not count.
-
-    Attributes:
-        inputs: E[x x^T], float64 [in, in], of the output projection, over its own rows.
-        gradients: sum of g g^T, float64 [out, out], of the loss with respect to its result, in one unit for all candidates.
-        masks: float64 [groups]: what the criterion says about a mask on each group.
-    """
-
-    inputs: Array
-    gradients: Array
-    masks: Array
-
-
-def gather(
-    ctx: Context, candidates: Sequence[Candidate], criterion: str, loss: str | Loss, rows: int, seed: int
-) -> Iterator[tuple[Candidate, Evidence]]:
-    """The evidence that a criterion needs (see `importance.CRITERIA`), candidate by candidate; what it does not need is zeros.
+def mask_gradients(candidates: Sequence[Candidate], asked: Question, of: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[tuple[Candidate, Array]]:
+    """For each candidate float64 [groups]: the sum of `of(dL/dm)` over sequences for a mask m on each group, by the number of rows.
 
     Args:
-        ctx: its samples are iterated once for each group of candidates whose moments fit into `BYTES`.
-        rows: stop after the batch in which so many rows (tokens) were seen.
+        of: elementwise, such as `torch.abs`; is given float64 [sequences, groups].
     """
-    nothing = np.zeros((0, 0))
-    if criterion == "reconstruction":
-        values = dict.fromkeys(u.output.x for c in candidates for u in c.units if u.output is not None)
-        moments = {v: m.astype(np.float64) for v, m in input_moments(ctx, list(values), rows=rows)}
-        for c in candidates:
-            yield c, Evidence(sum((moments[u.output.x] for u in c.units if u.output is not None), np.zeros(())), nothing, nothing)
-        return
-    few = limited(ctx.require_samples(), rows)
-    if criterion in ("attention", "entropy"):
-        for c, scores in head_scores(ctx.model, few, candidates, criterion).items():
-            yield c, Evidence(nothing, nothing, scores)
-        return
+    return _walked(candidates, asked, lambda group: _Masks(group, asked, of))
+
+
+def second_moments(candidates: Sequence[Candidate], asked: Question) -> Iterator[tuple[Candidate, Array, Array]]:
+    """For each candidate, of its output projection: E[x x^T] of the inputs, float64 [in, in], over its own rows; and the sum of g g^T of the
+    gradients of the loss with respect to its result, float64 [out, out], in one unit for all candidates. Padding does not count."""
+    for c, (inputs, gradients) in _walked(candidates, asked, lambda group: _Moments(group, asked)):
+        yield c, inputs, gradients
+
+
+def _walked(candidates: Sequence[Candidate], asked: Question, collector: Callable[[list[Candidate]], _Collector[F]]) -> Iterator[tuple[Candidate, F]]:
+    """The samples are iterated once for each group of candidates whose moments fit into `BYTES`."""
+    samples = asked.samples()
     for group in _groups(candidates):
-        collector = _Collector(ctx, group, criterion, loss, seed)
-        for feed in few:
-            collector.add(feed)
-        if collector.rows:
-            yield from collector.found()
+        collected = collector(group)
+        for feed in samples:
+            collected.add(feed)
+        if collected.rows:
+            yield from collected.found()
 
 
 def _groups(candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
@@ -86,30 +68,39 @@ def _groups(candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
         yield group
 
 
-class _Collector:
+class _Collector(ABC, Generic[F]):
     """Gradients by torch: no parameter needs one, so that the backward pass costs about as much as the forward pass."""
 
-    def __init__(self, ctx: Context, candidates: Sequence[Candidate], criterion: str, loss: str | Loss, seed: int) -> None:
-        model = ctx.model
+    def __init__(self, candidates: Sequence[Candidate], asked: Question) -> None:
+        ctx, model = asked.ctx, asked.ctx.model
         try:
             import torch
         except ImportError:
-            raise GraphoptError(f"importance={criterion} needs gradients, and torch is not installed; install it, or use reconstruction") from None
+            why = f"importance={asked.criterion} needs gradients, and torch is not installed"
+            raise GraphoptError(f"{why}; install it, or use reconstruction") from None
         from graphopt.run.torch.model import TorchModel
 
-        self.candidates, self.criterion = candidates, criterion
-        self.loss, self.own_loss, self.rows = loss_of(model, loss), callable(loss), 0
-        self.torch, self.random = torch, torch.Generator().manual_seed(seed)
+        self.candidates = candidates
+        self.loss, self.own_loss, self.rows = loss_of(model, asked.loss), callable(asked.loss), 0
+        self.torch, self.random = torch, torch.Generator().manual_seed(asked.seed)
         self.model = TorchModel(model, trainable=())
         self.linears = [u.output for c in candidates for u in c.units if u.output is not None]
         shown = [*(str(v.name) for x in self.linears for v in (x.x, x.node.outputs[0])), *(str(v.name) for v in model.graph.outputs)]
         self.padding = ctx.get(Paddings()).about(shown)
-        self.weights = [torch.from_numpy(np.ascontiguousarray(x.matrix().T, np.float32)) for x in self.linears]
-        self.inputs: list[Any] = [0.0] * len(self.linears)
-        self.gradients: list[Any] = [0.0] * len(self.linears)
-        self.masks: list[Any] = [0.0] * len(self.linears)
-        self.seen = [0] * len(self.linears)  # rows of each
-        self.counts = [c.count for c in candidates for u in c.units if u.output is not None]
+
+    @abstractmethod
+    def _sum(self, k: int, x: torch.Tensor, g: torch.Tensor, kept: Kept) -> None:
+        """The inputs x and the gradients g of the result of projection k, of one batch."""
+
+    @abstractmethod
+    def _of(self, ks: range) -> F:
+        """What was found for the projections of one candidate."""
+
+    def found(self) -> Iterator[tuple[Candidate, F]]:
+        place = 0
+        for c in self.candidates:
+            yield c, self._of(range(place, place + len(c.units)))
+            place += len(c.units)
 
     def add(self, feed: Feeds) -> None:
         """One batch: forward, a loss, and the gradients of the projections' results."""
@@ -138,31 +129,42 @@ class _Collector:
             self._sum(k, outputs[name].detach(), torch.zeros_like(probes[result]) if gradient is None else gradient, kept)
         self.rows += len(kept.rows(results[0], probes[results[0]]))
 
+
+class _Masks(_Collector[Array]):
+    def __init__(self, candidates: Sequence[Candidate], asked: Question, of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__(candidates, asked)
+        self.of = of
+        self.masks: list[Any] = [0.0] * len(self.linears)
+        self.weights = [self.torch.from_numpy(np.ascontiguousarray(x.matrix().T, np.float32)) for x in self.linears]
+        self.counts = [c.count for c in candidates for u in c.units if u.output is not None]
+
     def _sum(self, k: int, x: torch.Tensor, g: torch.Tensor, kept: Kept) -> None:
-        if self.criterion == "obs":
-            linear = self.linears[k]
-            flat, grad = kept.rows(str(linear.x.name), x), kept.rows(str(linear.node.outputs[0].name), g)
-            self.inputs[k] = self.inputs[k] + (flat.T @ flat).double()
-            self.seen[k] += len(flat)
-            self.gradients[k] = self.gradients[k] + (grad.T @ grad).double()
-            return
         effect = x * (g @ self.weights[k])  # dL/dm for a mask m on each input feature of the projection, row by row
         per_sequence = effect.reshape(len(effect), -1, effect.shape[-1]).sum(1)
         on_groups = per_sequence.reshape(len(effect), self.counts[k], -1).sum(-1).double()
-        self.masks[k] = self.masks[k] + (on_groups.abs() if self.criterion == "taylor" else on_groups.square()).sum(0)
+        self.masks[k] = self.masks[k] + self.of(on_groups).sum(0).numpy()
 
-    def found(self) -> Iterator[tuple[Candidate, Evidence]]:
-        place = 0
-        for c in self.candidates:
-            ks = range(place, place + len(c.units))
-            place += len(c.units)
-            inputs = np.sum([_array(self.inputs[k]) for k in ks], axis=0) / max(sum(self.seen[k] for k in ks), 1)
-            gradients, masks = (np.sum([_array(store[k]) for k in ks], axis=0) / self.rows for store in (self.gradients, self.masks))
-            yield c, Evidence(inputs, gradients, masks)
+    def _of(self, ks: range) -> Array:
+        return np.asarray(np.sum([self.masks[k] for k in ks], axis=0) / self.rows)
 
 
-def _array(value: Any) -> Array:
-    return np.zeros(()) if isinstance(value, float) else np.asarray(value.numpy())
+class _Moments(_Collector[tuple[Array, Array]]):
+    def __init__(self, candidates: Sequence[Candidate], asked: Question) -> None:
+        super().__init__(candidates, asked)
+        self.inputs: list[Any] = [0.0] * len(self.linears)
+        self.gradients: list[Any] = [0.0] * len(self.linears)
+        self.seen = [0] * len(self.linears)  # rows of each
+
+    def _sum(self, k: int, x: torch.Tensor, g: torch.Tensor, kept: Kept) -> None:
+        linear = self.linears[k]
+        flat, grad = kept.rows(str(linear.x.name), x), kept.rows(str(linear.node.outputs[0].name), g)
+        self.inputs[k] = self.inputs[k] + (flat.T @ flat).double().numpy()
+        self.seen[k] += len(flat)
+        self.gradients[k] = self.gradients[k] + (grad.T @ grad).double().numpy()
+
+    def _of(self, ks: range) -> tuple[Array, Array]:
+        inputs = np.sum([self.inputs[k] for k in ks], axis=0) / max(sum(self.seen[k] for k in ks), 1)
+        return inputs, np.sum([self.gradients[k] for k in ks], axis=0) / self.rows
 
 
 def loss_of(model: ir.Model, loss: str | Loss) -> Any:
@@ -205,31 +207,24 @@ def _sampled(outputs: dict[str, Any], feeds: dict[str, Any], generator: Any) -> 
     return likely.gather(1, drawn).sum()
 
 
-def head_scores(model: ir.Model, samples: Iterable[Feeds], candidates: Sequence[Candidate], criterion: str) -> dict[Candidate, Array]:
-    """For each group of heads the mean over rows that are no padding: `attention`: of the largest weight; `entropy`: of 1 - entropy / log(keys)."""
+def map_scores(candidates: Sequence[Candidate], asked: Question, of: Callable[[Array], Array]) -> Iterator[tuple[Candidate, Array]]:
+    """For each group of heads the mean over rows that are no padding.
+
+    Args:
+        of: attention weights [rows, heads, keys] -> [rows, heads].
+    """
     heads = {u.node: u.heads for c in candidates for u in c.units if isinstance(u, Heads)}
     sums: dict[ir.Node, tuple[Array, int]] = {}
 
     def reducer(node: ir.Node) -> Reduce:
         def add(weights: Array) -> None:
             total, count = sums.get(node, (np.zeros(heads[node]), 0))
-            sums[node] = total + _by_row(weights, criterion).sum(0, dtype=np.float64), count + len(weights)
+            sums[node] = total + of(weights).sum(0, dtype=np.float64), count + len(weights)
 
         return add
 
-    observe_maps(model, samples, {node: (count, reducer(node)) for node, count in heads.items()})
-    found = {}
+    observe_maps(asked.ctx.model, asked.samples(), {node: (count, reducer(node)) for node, count in heads.items()})
     for c in candidates:
         scores = [sums[u.node][0] / sums[u.node][1] for u in c.units if sums.get(u.node, (None, 0))[1]]
         if len(scores) == len(c.units):
-            found[c] = np.sum(scores, axis=0).reshape(c.count, -1).mean(1)
-    return found
-
-
-def _by_row(weights: Array, criterion: str) -> Array:
-    """[rows, heads, keys] -> [rows, heads]"""
-    if criterion == "attention":
-        return np.asarray(weights.max(-1))
-    entropy = -(weights * np.log(np.maximum(weights, 1e-30))).sum(-1)
-    seen = np.log(np.maximum((weights > 0).sum(-1), 1))  # of the keys that a row may read
-    return np.asarray(1 - entropy / np.maximum(seen, 1e-9))
+            yield c, np.sum(scores, axis=0).reshape(c.count, -1).mean(1)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.compress.prune.importance import Ranking
+from graphopt.compress.prune.criterion import Ranking
 from graphopt.compress.prune.removable import Candidate, Removable
 from graphopt.core.contract import Array, Context, Target
 from graphopt.core.errors import TargetError

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.heads import Heads, Unit
-from graphopt.compress.budget import cheapest_cut
-from graphopt.compress.prune.importance import CRITERIA, Importance, Ranking
+from graphopt.compress.budget import Menu, solve
+from graphopt.compress.prune.criterion import Ranking
+from graphopt.compress.prune.importance import Importance
 from graphopt.compress.prune.latency import savings as measured
 from graphopt.compress.prune.latency import speedup
 from graphopt.compress.prune.refit import fit_behind
 from graphopt.compress.prune.removable import Candidate, Removable
 from graphopt.core.contract import Context, Pass
 from graphopt.core.errors import PipelineError
-from graphopt.core.options import option_error
 from graphopt.rewrite.slicing.apply import apply
 from graphopt.rewrite.slicing.close import Slicing
 from graphopt.rewrite.slicing.plan import Refusal
-
-P = TypeVar("P")
 
 
 class OutOfFuel(Exception):
@@ -54,35 +53,6 @@ class Settings:
         return next((x for x in (self.ratio, self.flops, self.latency) if x is not None), None)
 
 
-def check(name: str, s: Settings, given: bool = False) -> None:
-    """Raises PipelineError for options that contradict each other or are out of range."""
-    if s.importance not in CRITERIA:
-        raise option_error(name, "importance", f"one of {', '.join(CRITERIA)}", s.importance)
-    ways = [key for key in ("ratio", "flops", "latency") if getattr(s, key) is not None] + (["heads"] if given else [])
-    if len(ways) > 1:
-        raise option_error(name, ways[1], f"to stand without {ways[0]}", "both")
-    for key in ("ratio", "flops", "latency"):
-        value = getattr(s, key)
-        if value is not None and not 0 < value < 1:
-            raise option_error(name, key, "a fraction between 0 and 1", value)
-    if s.rows < 1 or s.multiple < 1:
-        raise option_error(name, "rows" if s.rows < 1 else "multiple", "1 or more", s.rows if s.rows < 1 else s.multiple)
-
-
-def milder(value: float | None) -> float | None:
-    """Half of a ratio; None below one percent."""
-    return value / 2 if value is not None and value / 2 >= 0.01 else None
-
-
-def weaker(step: P) -> P | None:
-    """The same pass with half of its ratio, flops or latency; None where that is less than a percent."""
-    for key in ("ratio", "flops", "latency"):
-        less = milder(getattr(step, key, None))
-        if less is not None:
-            return dataclasses.replace(step, **{key: less})  # type: ignore[type-var]
-    return None
-
-
 def prune(model: ir.Model, ctx: Context, kinds: Collection[str], s: Settings) -> int:
     """Remove units of these kinds until `ratio` of them, `flops` of the model's multiplications with stored weights, or `latency` is saved."""
     found = ctx.get(Removable(s.resize))
@@ -99,11 +69,13 @@ def prune(model: ir.Model, ctx: Context, kinds: Collection[str], s: Settings) ->
     savings = measured(model, ctx, rankings, s.resize) if s.latency is not None else {c: _savings(c, rankings[c], s) for c in rankings}
     whole = 1.0 if s.latency is not None else sum(c.count for c in rankings) if s.ratio is not None else found.total
     budget = whole * (s.amount or 0.0)
-    steps = cheapest_cut(rankings, savings, budget)
-    if steps is None:
+    menus = [Menu(range(len(savings[c])), -np.array(savings[c]), ranking.cost) for c, ranking in rankings.items()]
+    choice = solve(menus, cost=-budget)
+    if choice is None:
         most = sum(max(v) for v in savings.values()) / whole
         ctx.remarks.missed("", f"at most {most:.1%} can go, and {budget / whole:.1%} was asked for; nothing was removed")
         return 0
+    steps = dict(zip(reversed(list(rankings)), reversed(choice.settings), strict=True))  # from the last block to the first
     gone = {c: c.members(rankings[c].first(k).tolist()) for c, k in steps.items() if k}
     facts = {c: {"cost": round(float(rankings[c].cost[steps[c]]), 8), "importance": s.importance} for c in gone}
     before = model.clone() if s.latency is not None else model

@@ -19,10 +19,11 @@ import onnx_ir as ir
 
 from graphopt.core.contract import Artifact, Pass, Session, Target
 from graphopt.core.errors import TargetError
+from graphopt.core.options import option
 from graphopt.driver.lowering.decompose import portable
 from graphopt.driver.lowering.limits import save_within, vendor_report
 from graphopt.graph.opset.node_form import WORKING
-from graphopt.graph.opset.versions import OLDEST, Rise
+from graphopt.graph.opset.versions import NEWEST, OLDEST, Rise
 from graphopt.graph.questions import all_nodes
 
 
@@ -58,8 +59,8 @@ class OrtTarget(Target):
     and `shapes`, BATCHxLENGTH sizes to measure at, such as `1x16+8x64`.
     """
 
-    threads: int = 1
-    opset: int | None = None
+    threads: int = option(1, least=1)
+    opset: int | None = option(None, least=OLDEST, most=NEWEST)
     vendor: bool = True
     shapes: tuple[str, ...] = ()
     provider: ClassVar[str] = ""

@@ -18,6 +18,7 @@ from graphopt.graph.questions import all_nodes, graphs
 from graphopt.graph.shapes import infer_shapes
 
 OLDEST = 7  # the first opset with numpy broadcasting; nothing is written below it
+NEWEST = onnx.defs.onnx_opset_version()  # that the installed onnx knows
 ORIGIN = "graphopt.opset"  # model.meta and graph.meta: the input's opset
 ORIGIN_IR = "graphopt.ir_version"  # likewise: the input's IR version
 _STANDARD = ("", "ai.onnx")

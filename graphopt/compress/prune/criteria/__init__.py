@@ -1,0 +1,1 @@
+"""One file is one criterion of importance; the class says its name (`Obs` is `obs`)."""
