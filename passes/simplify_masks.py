@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.masks import MaskFacts, MaskReader
+from graphopt.analysis.formulas.masks import MaskFacts, MaskReader
 from graphopt.core.contract import Context
 from graphopt.graph.attention_node import AttentionNode
 from graphopt.graph.questions import is_constant, producer, rank, same_dim, scalar
@@ -34,7 +34,7 @@ class MaskMatch(Match):
 class SimplifyMasks(RewritePass[MaskMatch]):
     """Rewrite the chains of Range, GatherND and And that exporters emit for masks: padding, causal and sliding-window, and their sums.
 
-    Only a mask that `graphopt.analysis.masks` proves, and that takes fewer operators in the short form, is rewritten.
+    Only a mask that `graphopt.analysis.formulas.masks` proves, and that takes fewer operators in the short form, is rewritten.
     """
 
     anchors: ClassVar[frozenset[str]] = frozenset({"Where", "Attention"})
