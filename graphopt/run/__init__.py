@@ -39,13 +39,13 @@ class Port:
         return cls(str(value.name), dtype, dims)
 
 
-class Loaded(ABC):
+class Runner(ABC):
     """A loaded model. `inputs` are what `run` must be fed; an overridable initializer may be fed as well."""
 
     engine: ClassVar[str]  # its name in errors
 
-    def __init__(self, inputs: Iterable[Port], outputs: Iterable[Port], defaults: Iterable[str]) -> None:
-        self.inputs, self.outputs, self._defaults = tuple(inputs), tuple(outputs), frozenset(defaults)
+    def __init__(self, inputs: Iterable[Port], outputs: Iterable[Port], defaults: Iterable[Port]) -> None:
+        self.inputs, self.outputs, self._defaults = tuple(inputs), tuple(outputs), tuple(defaults)
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         """The outputs by name, in order.
@@ -53,10 +53,11 @@ class Loaded(ABC):
         Raises:
             TargetError: an input is missing or unknown, or the engine failed; one line.
         """
-        check_feeds({k: v for k, v in feeds.items() if k not in self._defaults}, self.inputs)
+        defaults = {port.name for port in self._defaults}
+        check_feeds({k: v for k, v in feeds.items() if k not in defaults}, self.inputs)
         names = [port.name for port in self.outputs]
         try:
-            arrays = self._call(names, dict(feeds))
+            arrays = self._call(names, in_width(feeds, (*self.inputs, *self._defaults)))
         except Exception as error:
             raise TargetError(f"{self.engine} failed to run the model: {one_line(error)}") from error
         return dict(zip(names, arrays, strict=True))
@@ -93,3 +94,13 @@ def check_feeds(feeds: Feeds, inputs: tuple[Port, ...]) -> None:
         raise TargetError(f"input {', '.join(missing)} missing; the model needs {', '.join(p.name for p in inputs)}")
     if extra:
         raise TargetError(f"the model has no input {', '.join(extra)}; it needs {', '.join(p.name for p in inputs) or 'none'}")
+
+
+def in_width(feeds: Feeds, inputs: Iterable[Port]) -> dict[str, Array]:
+    """The feeds with floats in the width of the inputs: a pass may have made an input narrower than the user's data (to-half{keep-io=false})."""
+    fed = dict(feeds)
+    for port in inputs:
+        array = fed.get(port.name)
+        if array is not None and port.dtype is not None and array.dtype != port.dtype and array.dtype.kind == port.dtype.kind == "f":
+            fed[port.name] = array.astype(port.dtype)
+    return fed

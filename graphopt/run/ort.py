@@ -14,7 +14,7 @@ import onnx_ir as ir
 from graphopt.core.contract import Array
 from graphopt.core.errors import TargetError
 from graphopt.graph.serialize import fits, proto_limit, to_bytes, write
-from graphopt.run import Loaded, Port, one_line, saved
+from graphopt.run import Port, Runner, one_line, saved
 
 if TYPE_CHECKING:
     import onnx
@@ -27,12 +27,11 @@ _DTYPES = {
 _SILENT = 4  # only fatal messages: every error comes back as an exception, and is one line there
 
 
-class OrtSession(Loaded):
+class OrtSession(Runner):
     engine = "onnxruntime"
 
     def __init__(self, inference: Any, keep: object = None) -> None:
-        defaults = (described.name for described in inference.get_overridable_initializers())
-        super().__init__(map(_port, inference.get_inputs()), map(_port, inference.get_outputs()), defaults)
+        super().__init__(*(map(_port, get()) for get in (inference.get_inputs, inference.get_outputs, inference.get_overridable_initializers)))
         self._inference, self._keep = inference, keep
 
     def _call(self, outputs: list[str], feeds: dict[str, Array]) -> Sequence[Array]:

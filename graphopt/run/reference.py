@@ -12,18 +12,19 @@ import onnx_ir as ir
 from graphopt.core.contract import Array
 from graphopt.core.errors import SaveError, TargetError
 from graphopt.graph.serialize import to_proto
-from graphopt.run import Loaded, Port, one_line, saved
+from graphopt.run import Port, Runner, one_line, saved
 
 if TYPE_CHECKING:
     import onnx
 
 
-class ReferenceSession(Loaded):
+class ReferenceSession(Runner):
     engine = "the ONNX reference evaluator"
 
     def __init__(self, proto: onnx.ModelProto, evaluator: Any) -> None:
-        defaults = {tensor.name for tensor in proto.graph.initializer} & {x.name for x in proto.graph.input}
-        super().__init__((_port(x) for x in proto.graph.input if x.name not in defaults), map(_port, proto.graph.output), defaults)
+        stored, inputs = {tensor.name for tensor in proto.graph.initializer}, list(map(_port, proto.graph.input))
+        fed, defaults = ([port for port in inputs if (port.name in stored) == default] for default in (False, True))
+        super().__init__(fed, map(_port, proto.graph.output), defaults)
         self._evaluator = evaluator
 
     def _call(self, outputs: list[str], feeds: dict[str, Array]) -> Sequence[Array]:

@@ -101,7 +101,8 @@ _ROUNDING: dict[str, Kernel] = {
 
 
 def _kernel(mode: str, rounding: str, a: float) -> Kernel:
-    return {"nearest": _ROUNDING[rounding], "linear": _linear, "cubic": functools.partial(_cubic, a)}[mode]
+    kernels: dict[str, Kernel] = {"nearest": _ROUNDING[rounding], "linear": _linear, "cubic": functools.partial(_cubic, a)}
+    return kernels[mode]
 
 
 def _linear(distance: Tensor) -> Tensor:
