@@ -12,7 +12,7 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +22,7 @@ import numpy as np
 from graphopt.core.contract import Array
 from graphopt.core.errors import GraphoptError
 from graphopt.core.remarks import plural
+from graphopt.driver.history import Tell
 from graphopt.driver.optimize import optimize
 from graphopt.graph import size
 from graphopt.report.document import Document
@@ -30,9 +31,8 @@ from graphopt.report.words import head
 from graphopt.run import race as bench
 from graphopt.run.clock import steady_clock
 
-Progress = Callable[[str, float], None]
-SHAPES = (*bench.SHAPES, (32, 128))
-FAST_SHAPES = ((1, 16), (2, 32))
+_LARGER = (*bench.SHAPES, (32, 128))
+_FAST = ((1, 16), (2, 32))
 _MAX_TOKENS, _BATCH = 128, 10
 _NAMES = ("plain export, float32", "onnxruntime quantize_dynamic", "graphopt -O2")
 
@@ -80,7 +80,7 @@ class Demo(Document):
         ]
 
 
-def run(*, target: str = "quantized", fast: bool = False, progress: Progress = lambda text, fraction: None) -> Demo:
+def run(*, target: str = "quantized", fast: bool = False, progress: Tell = lambda text, fraction: None) -> Demo:
     """Export, compile, quantize by the peer, then judge and time all three in one process, one thread each.
 
     Args:
@@ -99,7 +99,7 @@ def run(*, target: str = "quantized", fast: bool = False, progress: Progress = l
         embeddings = {name: embed(session, model / "tokenizer.json", documents[0]) for name, session in sessions.items()}
         import onnx_ir as ir
 
-        feeds = bench.feeds_for([ir.load(files[_NAMES[0]])], FAST_SHAPES if fast else SHAPES)
+        feeds = bench.feeds_for([ir.load(files[_NAMES[0]])], _FAST if fast else _LARGER)
         timings = bench.race(
             sessions, feeds, clock=steady_clock(1), effort=bench.QUICK if fast else bench.QUOTE,
             progress=lambda done: progress("timing, interleaved, one thread", 0.5 + done / 2),
@@ -119,7 +119,7 @@ def run(*, target: str = "quantized", fast: bool = False, progress: Progress = l
     return Demo(target, 1, timings.shapes, tuple(rows), time.perf_counter() - start)
 
 
-def _build(model: Path, target: str, folder: Path, progress: Progress) -> dict[str, Path]:
+def _build(model: Path, target: str, folder: Path, progress: Tell) -> dict[str, Path]:
     """The three files, by name; the plain export first."""
     progress("exporting MiniLM by torch.onnx, then graphopt -O2", 0.02)
     result = optimize(model, level=2, target=target, promise=False, progress=lambda text, done: progress(text, 0.02 + 0.33 * done))

@@ -14,16 +14,15 @@ import typer
 from graphopt.core.errors import GraphoptError
 
 if TYPE_CHECKING:
+    from graphopt.driver.history import Tell
     from graphopt.report.document import Document
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Progress = Callable[[str, float], None]
 INTERRUPTED = 130  # the exit code of shells after SIGINT
 REPORTS = "FILE.json|FILE.html|FILE.md"  # as in report/document.py, which is too much for a start
 
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="An .onnx file, or a Hugging Face model folder.", show_default=False)]
+ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="An .onnx file, or a Hugging Face model folder.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Plugins = Annotated[list[str] | None, typer.Option("--plugin", metavar="FILE|MODULE", help="Bring passes or targets from here; repeatable.")]
 Task = Annotated[str | None, typer.Option(metavar="T", help="What to load from a Hugging Face folder, such as text-classification.")]
@@ -81,7 +80,7 @@ def show(found: Document | str, as_json: bool = False) -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Progress]:
+def progress() -> Iterator[Tell]:
     """A bar on stderr while the body runs; silent where stderr is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import onnx_ir as ir
 
@@ -136,13 +136,20 @@ class PassRecord:
         return {"name": self.name, "changes": self.changes, "seconds": round(self.seconds, 4), "remarks": [r.as_dict() for r in self.remarks]}
 
 
-class Instrument(Protocol):
-    """Looks over the pass manager's shoulder; every method may raise a GraphoptError to stop the run."""
+class Instrument:
+    """Looks over the pass manager's shoulder; each overrides what it needs, and may raise a GraphoptError to stop the run."""
 
-    def before_pipeline(self, model: ir.Model, ctx: Context) -> None: ...
-    def before(self, step: Pass, position: int, model: ir.Model, ctx: Context) -> None: ...
-    def after(self, step: Pass, position: int, changes: int, seconds: float, model: ir.Model, ctx: Context) -> None: ...
-    def failed(self, step: Pass, position: int, error: BaseException, model: ir.Model, ctx: Context) -> None: ...
+    def before_pipeline(self, model: ir.Model, ctx: Context) -> None:
+        """Called once, with the graph before the first pass."""
+
+    def before(self, step: Pass, position: int, model: ir.Model, ctx: Context) -> None:
+        """Called before each pass; `position` counts from 1."""
+
+    def after(self, step: Pass, position: int, changes: int, seconds: float, model: ir.Model, ctx: Context) -> None:
+        """Called after each pass that did not raise."""
+
+    def failed(self, step: Pass, position: int, error: BaseException, model: ir.Model, ctx: Context) -> None:
+        """Called when a pass or an instrument raised."""
 
 
 class PassManager:

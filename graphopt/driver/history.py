@@ -7,19 +7,19 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from graphopt.core.contract import Context, Pass
-from graphopt.driver.instruments import Observer
+from graphopt.core.pipeline import Instrument
 
-Progress = Callable[[str, float], None]
+Tell = Callable[[str, float], None]
 
 
-class History(Observer):
+class History(Instrument):
     """The graph as it was before every step (clones that share the weights), and how far the run is.
 
     Args:
         first_lowering, total: the position of the first lowering, and of the last step; positions count from 1.
     """
 
-    def __init__(self, first_lowering: int, total: int, tell: Progress = lambda text, done: None) -> None:
+    def __init__(self, first_lowering: int, total: int, tell: Tell = lambda text, done: None) -> None:
         self.first, self.total, self.tell = first_lowering, max(1, total), tell
         self.at: dict[int, ir.Model] = {}
         self._fresh: ir.Model | None = None  # a clone that is still what the graph is
