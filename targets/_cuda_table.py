@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 
-from graphopt.driver.lowering.ort_target import Kernel
+from graphopt.driver.lowering.ort_target import KernelDef
 
 from ._vendored import VENDOR
 
@@ -175,16 +175,16 @@ SkipSimplifiedLayerNormalization 1+ fhb
 
 
 @functools.cache
-def cuda_table() -> tuple[Kernel, ...]:
+def cuda_table() -> tuple[KernelDef, ...]:
     return (*_read(STANDARD, ""), *_read(OWN, VENDOR))
 
 
-def _read(table: str, domain: str) -> list[Kernel]:
+def _read(table: str, domain: str) -> list[KernelDef]:
     found = []
     for line in table.strip().splitlines():
         op_type, *parts = line.split()
         for versions, letters in zip(parts[::2], parts[1::2], strict=True):
             first, _, last = versions.rstrip("+").partition("-")
             types = frozenset(name for letter in letters for name in _LETTERS[letter])
-            found.append(Kernel(domain, op_type, int(first), int(last) if last else None, (types,)))
+            found.append(KernelDef(domain, op_type, int(first), int(last) if last else None, (types,)))
     return found

@@ -32,25 +32,25 @@ _UNSPELLED = "it was left as DequantizeLinear, and the runtime does not fuse it"
 
 
 @dataclasses.dataclass(frozen=True)
-class TableMatch(Match):
+class CodesMatch(Match):
     embedding: Embedding
 
 
 @dataclasses.dataclass(frozen=True)
-class SpellQuantizedTable(RewritePass[TableMatch]):
+class SpellQuantizedTable(RewritePass[CodesMatch]):
     """Gather(DequantizeLinear(table)) decodes the whole table at every run; gather codes and scales instead, and decode the rows."""
 
     anchors: ClassVar[frozenset[str]] = frozenset({"Gather"})
 
-    def match(self, node: ir.Node, ctx: Context) -> TableMatch | Miss | None:
+    def match(self, node: ir.Node, ctx: Context) -> CodesMatch | Miss | None:
         e = ctx.get(StoredOperands()).get(node)
         if not isinstance(e, Embedding) or e.grid is None:
             return None
         if e.grid.block or e.grid.axis not in (0, None):
             return Miss(node, "the table has no one scale for each row, so it is decoded as a whole")
-        return TableMatch((node,), (node.outputs[0],), e)
+        return CodesMatch((node,), (node.outputs[0],), e)
 
-    def build(self, op: Builder, m: TableMatch) -> Sequence[ir.Value]:
+    def build(self, op: Builder, m: CodesMatch) -> Sequence[ir.Value]:
         e, grid, dtype = m.embedding, m.embedding.grid, m.outputs[0].dtype
         assert grid is not None
         rows = op.Gather(e.table, e.ids, axis=0)
@@ -62,7 +62,7 @@ class SpellQuantizedTable(RewritePass[TableMatch]):
         return [op.Mul(decoded, _of_row(op, m, grid.scale))]
 
 
-def _of_row(op: Builder, m: TableMatch, per_row: ir.Value) -> ir.Value:
+def _of_row(op: Builder, m: CodesMatch, per_row: ir.Value) -> ir.Value:
     """What belongs to the gathered rows, shape [..., 1]. The vector itself stays as it is: a tied multiply reads it too."""
     value: ir.Value = op.Unsqueeze(op.Gather(per_row, m.embedding.ids, axis=0), op.const(np.array([-1], np.int64), "axes"))
     return value

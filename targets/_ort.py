@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
-from graphopt.core.contract import Pass, Spelling
+from graphopt.core.contract import Alternative, Pass
 from graphopt.core.errors import TargetError
 from graphopt.core.machine import Machine, processor
 from graphopt.driver.lowering.choose import ChooseSpellings
@@ -45,7 +45,7 @@ class CpuProvider(OwnOperators):
     provider: ClassVar[str] = "CPUExecutionProvider"
     package: ClassVar[str] = "onnxruntime"
 
-    def spellings(self) -> Sequence[Spelling]:
+    def spellings(self) -> Sequence[Alternative]:
         return cpu_table(vendor=self.vendor, int8_blocks=self.int8_blocks)
 
     def spell(self) -> Sequence[Pass]:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from graphopt.core.contract import Pass
 from graphopt.core.errors import TargetError
 from graphopt.driver.lowering.decompose import DecomposeAttention, DecomposeGelu, DecomposeRms, DecomposeRotary
-from graphopt.driver.lowering.ort_target import Kernel
+from graphopt.driver.lowering.ort_target import KernelDef
 
 from ._blocked import SpellBlockedMatmul
 from ._cuda import SpellGroupQuery, SpellQuickGelu
@@ -54,5 +54,5 @@ class Cuda(OwnOperators):
         ]
         return [*own, *(step for op_type, step in missing if ("", op_type) not in has)]
 
-    def known(self) -> tuple[Kernel, ...]:
+    def known(self) -> tuple[KernelDef, ...]:
         return cuda_table()

@@ -228,7 +228,7 @@ class Target(Configurable, ABC):
             TargetError: the runtime is not on this machine.
         """
 
-    def spellings(self) -> Sequence[Spelling]:
+    def spellings(self) -> Sequence[Alternative]:
         """The table of equivalent spellings, the default of each kind first; `lowerings` must begin with `choose-spellings` to use it."""
         return ()
 
@@ -252,17 +252,17 @@ class Piece:
     nodes: tuple[ir.Node, ...]
 
 
-Kind = Analysis[tuple[Piece, ...]]
+PieceKind = Analysis[tuple[Piece, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Spelling:
+class Alternative:
     """One row of a target's table: `passes` turn a piece of `kind` into this spelling; no pass = as the passes before left it.
 
     The first row of a kind is its default: it decides where nothing was measured, and where no other is faster beyond the noise.
     """
 
-    kind: Kind
+    kind: PieceKind
     name: str
     passes: tuple[Pass, ...] = ()
 
@@ -272,7 +272,7 @@ class Spelling:
         return f"{kind_name(self.kind)}: {self.name}"
 
 
-def kind_name(kind: Kind) -> str:
+def kind_name(kind: PieceKind) -> str:
     """`ResidualNorm()` -> `residual-norm`."""
     from graphopt.core.options import kebab
 

@@ -6,14 +6,14 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-Kind = Literal["applied", "missed", "warning"]
+RemarkKind = Literal["applied", "missed", "warning"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Remark:
     """One remark. `node` is the name of the node (or value) it is about; `facts` holds JSON values only."""
 
-    kind: Kind
+    kind: RemarkKind
     pass_name: str
     node: str
     message: str

@@ -20,7 +20,7 @@ _KINDS = {"self": "self-attention", "cross": "cross-attention"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class CardLine:
     """One line of the card: what it is, how often it follows itself, parameters (stored elements) of one, and FLOPs of one."""
 
     part: str
@@ -39,7 +39,7 @@ class Card(Document):
 
     title: ClassVar[str] = "graphopt card"
 
-    parts: tuple[Part, ...]
+    parts: tuple[CardLine, ...]
     sizes: Mapping[str, int]
     declined: tuple[tuple[str, str], ...]
 
@@ -60,11 +60,11 @@ class Card(Document):
 def card(model: ir.Model, ctx: Context, sizes: Mapping[str, int]) -> Card:
     """The card of a fused graph at the given sizes of its dynamic dimensions."""
     found = ctx.get(Structure())
-    parts = [Part("embedding", f"{rows} x {width}", 1, rows * width, 0) for rows, width in found.embeddings]
+    parts = [CardLine("embedding", f"{rows} x {width}", 1, rows * width, 0) for rows, width in found.embeddings]
     parts += [_rest("input", node, sizes) for node in found.before]
     for layer, count in _runs(found.layers):
         parts += _layer(layer, count, sizes)
-    parts += [Part("norm", what, count, parameters, 0) for what, count, parameters in _norms(found)]
+    parts += [CardLine("norm", what, count, parameters, 0) for what, count, parameters in _norms(found)]
     parts += [_rest("head", node, sizes) for node in found.behind]
     declined = tuple((n.name or "", f) for n, f in ctx.get(Attentions()).items() if isinstance(f, str) and n.op_type == "Softmax")
     return Card(tuple(parts), dict(sizes), declined)
@@ -85,13 +85,13 @@ def _describe(layer: Layer) -> tuple[str, ...]:
     return (*(_attention_text(a) for a in layer.attention), *(_ffn_text(f) for f in layer.ffn))
 
 
-def _layer(layer: Layer, count: int, sizes: Mapping[str, int]) -> list[Part]:
-    parts = [Part("attention", _attention_text(a), count, _parameters(a), _flops(a.nodes, sizes)) for a in layer.attention]
-    parts += [Part("FFN", _ffn_text(f), count, _parameters(f), _flops(f.nodes, sizes)) for f in layer.ffn]
+def _layer(layer: Layer, count: int, sizes: Mapping[str, int]) -> list[CardLine]:
+    parts = [CardLine("attention", _attention_text(a), count, _parameters(a), _flops(a.nodes, sizes)) for a in layer.attention]
+    parts += [CardLine("FFN", _ffn_text(f), count, _parameters(f), _flops(f.nodes, sizes)) for f in layer.ffn]
     if layer.norms:
         kinds = sorted({n.op_type for n in layer.norms})
         stored = sum(_stored(n.inputs[1:]) for n in layer.norms)
-        parts.append(Part("norms", f"{len(layer.norms)} x {' and '.join(kinds)}", count, stored, 0))
+        parts.append(CardLine("norms", f"{len(layer.norms)} x {' and '.join(kinds)}", count, stored, 0))
     return parts
 
 
@@ -114,10 +114,10 @@ def _norms(found: Model) -> list[tuple[str, int, int]]:
     return [(what, len(stored), sum(stored) // len(stored)) for what, stored in counts.items()]
 
 
-def _rest(part: str, node: ir.Node, sizes: Mapping[str, int]) -> Part:
+def _rest(part: str, node: ir.Node, sizes: Mapping[str, int]) -> CardLine:
     weight = next((v for v in node.inputs[1:] if v is not None and v.shape is not None), None)
     dims = " x ".join(str(d) for d in weight.shape) if weight is not None and weight.shape is not None else "?"
-    return Part(part, f"{node.op_type} {dims}", 1, _stored(node.inputs), _flops([node], sizes))
+    return CardLine(part, f"{node.op_type} {dims}", 1, _stored(node.inputs), _flops([node], sizes))
 
 
 def _parameters(block: AttentionBlock | FfnBlock) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graphopt.core.contract import Context, Kind, Pass, Piece, Session, Spelling, Target, kind_name
+from graphopt.core.contract import Alternative, Context, Pass, Piece, PieceKind, Session, Target, kind_name
 from graphopt.core.errors import GraphoptError, TargetError
 from graphopt.driver.lowering import extract
 from graphopt.driver.lowering.cache import Cache, Timed
@@ -53,7 +53,7 @@ class ChooseSpellings(Pass):
 class _Variant:
     """One spelling of one piece: the small model, and the key that its timings have in the cache."""
 
-    spelling: Spelling
+    spelling: Alternative
     model: ir.Model
     key: str
 
@@ -69,7 +69,7 @@ class _Tuner:
         self.spent, self.untimed = 0.0, 0
         self.by_table: dict[str, str] = {}
 
-    def decide(self, kind: Kind, spellings: Sequence[Spelling]) -> None:
+    def decide(self, kind: PieceKind, spellings: Sequence[Alternative]) -> None:
         """Choose for every piece of one kind; equal pieces are looked at once."""
         groups: dict[str, list[Piece]] = {}
         small: dict[str, ir.Model] = {}
@@ -85,7 +85,7 @@ class _Tuner:
                 assert self.ctx.choices is not None
                 self.ctx.choices.choose(piece, chosen)
 
-    def _choose(self, small: ir.Model, spellings: Sequence[Spelling], pieces: Sequence[Piece]) -> Spelling:
+    def _choose(self, small: ir.Model, spellings: Sequence[Alternative], pieces: Sequence[Piece]) -> Alternative:
         default, name = spellings[0], pieces[0].nodes[-1].name or ""
         if self.mode == "off" or self.machine is None:
             self.by_table[kind_name(default.kind)] = default.name
@@ -100,7 +100,7 @@ class _Tuner:
             return default
         return self._judge(variants, times, name, len(pieces))
 
-    def _variants(self, small: ir.Model, spellings: Sequence[Spelling]) -> list[_Variant]:
+    def _variants(self, small: ir.Model, spellings: Sequence[Alternative]) -> list[_Variant]:
         """The spellings that differ; of equal ones the first."""
         found: dict[str, _Variant] = {}
         for spelling in spellings:
@@ -172,7 +172,7 @@ class _Tuner:
         timed = race.race(able, {"": feed}, clock=race.clock_of(self.target), effort=race.CHOICE)
         return {name: seconds[0] for name, seconds in timed.seconds.items()}
 
-    def _judge(self, variants: Sequence[_Variant], times: Mapping[str, Mapping[str, float]], node: str, count: int) -> Spelling:
+    def _judge(self, variants: Sequence[_Variant], times: Mapping[str, Mapping[str, float]], node: str, count: int) -> Alternative:
         default = variants[0].spelling
         names = [v.spelling.name for v in variants]
         gain = {n: geometric_mean([row[default.name] / row[n] for row in times.values()]) for n in names}

@@ -228,12 +228,12 @@ class DecomposeGelu(Decompose[Match]):
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionMatch(Match):
+class AttentionNodeMatch(Match):
     attention: AttentionNode
 
 
 @dataclasses.dataclass(frozen=True)
-class DecomposeAttention(Decompose[AttentionMatch]):
+class DecomposeAttention(Decompose[AttentionNodeMatch]):
     """Attention-23 -> MatMul, mask, Softmax, MatMul: `graphopt.rewrite.attention`.
 
     With the numbers of ONNX Runtime's kernel.
@@ -241,12 +241,12 @@ class DecomposeAttention(Decompose[AttentionMatch]):
 
     anchors: ClassVar[frozenset[str]] = frozenset({"Attention"})
 
-    def match(self, node: ir.Node, ctx: Context) -> AttentionMatch | Miss:
+    def match(self, node: ir.Node, ctx: Context) -> AttentionNodeMatch | Miss:
         a = AttentionNode.of(node)
         reason = "it breaks the specification of the operator" if a is None else why_not_unfused(a)
         if a is None or reason is not None:
             return Miss(node, f"stays Attention: {reason}")
-        return AttentionMatch((node,), tuple(node.outputs[i] for i in read_outputs(a)), a)
+        return AttentionNodeMatch((node,), tuple(node.outputs[i] for i in read_outputs(a)), a)
 
-    def build(self, op: Builder, m: AttentionMatch) -> Sequence[ir.Value]:
+    def build(self, op: Builder, m: AttentionNodeMatch) -> Sequence[ir.Value]:
         return unfused(op, m.attention)
