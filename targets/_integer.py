@@ -64,8 +64,7 @@ class SpellQuantizedTable(RewritePass[CodesMatch]):
 
 def _of_row(op: Builder, m: CodesMatch, per_row: ir.Value) -> ir.Value:
     """What belongs to the gathered rows, shape [..., 1]. The vector itself stays as it is: a tied multiply reads it too."""
-    value: ir.Value = op.Unsqueeze(op.Gather(per_row, m.embedding.ids, axis=0), op.const(np.array([-1], np.int64), "axes"))
-    return value
+    return op.Unsqueeze(op.Gather(per_row, m.embedding.ids, axis=0), op.const(np.array([-1], np.int64), "axes"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,8 +188,7 @@ def _weight(op: Builder, m: MatmulMatch) -> ir.Value:
         return op.const(np.ascontiguousarray(np.swapaxes(array, -1, -2)), weight.name or "weight")
     rank = len(m.linear.batch) + 2
     perm = [*range(rank - 2), rank - 1, rank - 2]
-    value: ir.Value = op.shared(("codes", weight, m.nodes[0].graph), lambda: op.Transpose(weight, perm=perm))
-    return value
+    return op.shared(("codes", weight, m.nodes[0].graph), lambda: op.Transpose(weight, perm=perm))
 
 
 def _scaled(op: Builder, value: ir.Value, factor: float) -> ir.Value:
@@ -198,8 +196,7 @@ def _scaled(op: Builder, value: ir.Value, factor: float) -> ir.Value:
         return value
     array = constant(value)
     if array is None:
-        scaled: ir.Value = op.Mul(value, op.const(np.array(factor, np.float32), "factor"))
-        return scaled
+        return op.Mul(value, op.const(np.array(factor, np.float32), "factor"))
     return op.const((array * np.float32(factor)).astype(array.dtype), f"{value.name}_scaled")
 
 
@@ -219,8 +216,7 @@ def _standard(op: Builder, m: MatmulMatch, codes: ir.Value, weight: ir.Value, sc
     grid = m.linear.grid
     assert grid is not None
     total = op.MatMulInteger(*_trim((codes, weight, m.x_zero, grid.zero_point)))
-    value: ir.Value = op.Mul(op.Cast(total, to=ir.DataType.FLOAT), op.Mul(m.x_scale, scale))
-    return value
+    return op.Mul(op.Cast(total, to=ir.DataType.FLOAT), op.Mul(m.x_scale, scale))
 
 
 def _trim(inputs: Sequence[ir.Value | None]) -> Sequence[ir.Value | None]:

@@ -103,14 +103,13 @@ def _turn(op: Builder, x: ir.Value, cos: ir.Value, sin: ir.Value, dim: int, *, i
     real = op.Sub(op.Mul(a, cos), op.Mul(b, sin))
     imaginary = op.Add(op.Mul(a, sin), op.Mul(b, cos))
     if not interleaved:
-        return op.Concat(real, imaginary, axis=-1)  # type: ignore[no-any-return]
+        return op.Concat(real, imaginary, axis=-1)
     pairs = op.Concat(*(op.Unsqueeze(part, _ints(op, 4)) for part in (real, imaginary)), axis=-1)
-    return op.Reshape(pairs, _ints(op, 0, 0, 0, dim))  # type: ignore[no-any-return]
+    return op.Reshape(pairs, _ints(op, 0, 0, 0, dim))
 
 
 def _slice(op: Builder, x: ir.Value, start: int, end: int, step: int = 1) -> ir.Value:
-    value: ir.Value = op.Slice(x, _ints(op, start), _ints(op, end), _ints(op, -1), _ints(op, step))
-    return value
+    return op.Slice(x, _ints(op, start), _ints(op, end), _ints(op, -1), _ints(op, step))
 
 
 def _ints(op: Builder, *values: int) -> ir.Value:
@@ -144,8 +143,7 @@ class _DecomposeNorm(Decompose[Match]):
         dtype = x.dtype or ir.DataType.FLOAT  # of a Cast: float32
         two, epsilon = (op.const(np.array(c, dtype.numpy()), name) for c, name in ((2, "two"), (attr(node, "epsilon", 1e-5), "epsilon")))
         root = op.Sqrt(op.Add(op.ReduceMean(op.Pow(x, two), axes, keepdims=1), epsilon))
-        value: ir.Value = op.Div(x, root)
-        return value
+        return op.Div(x, root)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,8 +195,7 @@ def _narrow(op: Builder, value: ir.Value, was: ir.DataType, to: ir.DataType | No
     """Back to the type of the scale, where the norm was computed in a wider one."""
     if was not in _HALF and (to is None or to == was):
         return value
-    narrowed: ir.Value = op.Cast(value, to=to or was)
-    return narrowed
+    return op.Cast(value, to=to or was)
 
 
 @dataclasses.dataclass(frozen=True)
