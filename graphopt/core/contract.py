@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from graphopt.core.errors import SampleError
 from graphopt.core.fuel import Fuel
-from graphopt.core.options import Configurable
+from graphopt.core.options import Configurable, kebab
 from graphopt.core.places import data_file
 from graphopt.core.remarks import Remarks
 from graphopt.core.replay import Spool
@@ -269,14 +269,12 @@ class Alternative:
     @property
     def label(self) -> str:
         """`residual-norm: sum`."""
-        return f"{kind_name(self.kind)}: {self.name}"
+        return f"{self.kind_name}: {self.name}"
 
-
-def kind_name(kind: PieceKind) -> str:
-    """`ResidualNorm()` -> `residual-norm`."""
-    from graphopt.core.options import kebab
-
-    return kebab(type(kind).__name__)
+    @property
+    def kind_name(self) -> str:
+        """`ResidualNorm()` -> `residual-norm`."""
+        return kebab(type(self.kind).__name__)
 
 
 Metric = Callable[[Session], float]

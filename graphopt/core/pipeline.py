@@ -70,9 +70,8 @@ class _Parser:
         token = self.word(f"the name of a {self.what}")
         cls = self.classes.get(token[1])
         if cls is None:
-            raise self.error(
-                f"there is no {self.what} `{token[1]}`{near(token[1], self.classes)}", token, f"{self.what}es" if self.what == "pass" else None
-            )
+            known = f"  passes: {', '.join(sorted(self.classes))}" if self.what == "pass" else ""
+            raise self.error(f"there is no {self.what} `{token[1]}`{near(token[1], self.classes)}", token, known)
         options, places = self.options() if self.peek() == "{" else ({}, {})
         try:
             made = cls.from_options(options)
@@ -82,7 +81,7 @@ class _Parser:
         except PipelineError as error:
             place = places.get(error.option, token)
             head, _, tail = str(error).partition("\n")
-            raise self.error(head, place, tail=tail) from None
+            raise self.error(head, place, tail) from None
 
     def options(self) -> tuple[dict[str, str | None], dict[str, tuple[str, str, int]]]:
         options: dict[str, str | None] = {}
@@ -112,15 +111,12 @@ class _Parser:
         self.at += 1
         return token
 
-    def error(self, message: str, token: tuple[str, str, int], known: str | None = None, tail: str = "") -> PipelineError:
+    def error(self, message: str, token: tuple[str, str, int], tail: str = "") -> PipelineError:
         start = self.text.rfind("\n", 0, token[2]) + 1
         end = self.text.find("\n", start)
         line = self.text[start : end if end >= 0 else None]
         caret = " " * (token[2] - start) + "^" * max(1, min(len(token[1]), len(line) - (token[2] - start)))
-        tail = f"\n{tail}" if tail else ""
-        if known:
-            tail = f"\n  {known}: {', '.join(sorted(self.classes))}"
-        return PipelineError(f"{message}\n  {line}\n  {caret}{tail}")
+        return PipelineError(f"{message}\n  {line}\n  {caret}\n{tail}".rstrip("\n"))
 
 
 @dataclasses.dataclass

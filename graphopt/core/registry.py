@@ -98,21 +98,15 @@ class Registry(Mapping[str, type[Any]]):
 
 
 def passes(plugins: tuple[str, ...] = ()) -> Registry:
-    def base() -> type:
-        from graphopt.core.contract import Pass
-
-        return Pass
-
-    return Registry(PASSES, base, plugins)
+    return Registry(PASSES, _of_contract("Pass"), plugins)
 
 
 def targets(plugins: tuple[str, ...] = ()) -> Registry:
-    def base() -> type:
-        from graphopt.core.contract import Target
+    return Registry(TARGETS, _of_contract("Target"), plugins)
 
-        return Target
 
-    return Registry(TARGETS, base, plugins)
+def _of_contract(name: str) -> Callable[[], type]:
+    return lambda: getattr(importlib.import_module("graphopt.core.contract"), name)
 
 
 def load_plugin(plugin: str) -> ModuleType:
@@ -149,7 +143,6 @@ def load_metric(text: str) -> Metric:
     place, _, name = text.rpartition(":")
     if not place or not name:
         raise GraphoptError(f"a metric is FILE.py:FUNCTION or MODULE:FUNCTION, found `{text}`")
-
     found = getattr(load_plugin(place), name, None)
     if not callable(found):
         raise GraphoptError(f"{place} has no function `{name}`")

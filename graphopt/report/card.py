@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -29,9 +30,6 @@ class CardLine:
     parameters: int
     flops: int
 
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
 
 @dataclasses.dataclass(frozen=True)
 class Card(Document):
@@ -44,7 +42,7 @@ class Card(Document):
     declined: tuple[tuple[str, str], ...]
 
     def as_dict(self) -> dict[str, Any]:
-        return {"parts": [part.as_dict() for part in self.parts], "sizes": dict(self.sizes)}
+        return {"parts": [dataclasses.asdict(part) for part in self.parts], "sizes": dict(self.sizes)}
 
     def elements(self) -> Sequence[Table]:
         """Layers that follow each other and are alike are one line."""
@@ -62,23 +60,13 @@ def card(model: ir.Model, ctx: Context, sizes: Mapping[str, int]) -> Card:
     found = ctx.get(Structure())
     parts = [CardLine("embedding", f"{rows} x {width}", 1, rows * width, 0) for rows, width in found.embeddings]
     parts += [_rest("input", node, sizes) for node in found.before]
-    for layer, count in _runs(found.layers):
-        parts += _layer(layer, count, sizes)
+    for _, run in itertools.groupby(found.layers, _describe):
+        alike = list(run)
+        parts += _layer(alike[0], len(alike), sizes)
     parts += [CardLine("norm", what, count, parameters, 0) for what, count, parameters in _norms(found)]
     parts += [_rest("head", node, sizes) for node in found.behind]
     declined = tuple((n.name or "", f) for n, f in ctx.get(Attentions()).items() if isinstance(f, str) and n.op_type == "Softmax")
     return Card(tuple(parts), dict(sizes), declined)
-
-
-def _runs(layers: Sequence[Layer]) -> list[tuple[Layer, int]]:
-    """Neighbouring layers of the same description, counted."""
-    out: list[tuple[Layer, int]] = []
-    for layer in layers:
-        if out and _describe(out[-1][0]) == _describe(layer):
-            out[-1] = (out[-1][0], out[-1][1] + 1)
-        else:
-            out.append((layer, 1))
-    return out
 
 
 def _describe(layer: Layer) -> tuple[str, ...]:
