@@ -82,9 +82,8 @@ class SpellBlockedTable(RewritePass[BlockedMatch]):
         packed, scale, zero = _packed(op, m.source)
         assert isinstance(m.operand, Embedding)
         rows = op.Reshape(packed, op.const(np.array([m.operand.rows, -1], np.int64), "rows"))
-        inputs = [v for v in (rows, m.operand.ids, scale, zero) if v is not None]
         options = {"bits": m.source.bits, "block_size": m.source.block, "gather_axis": 0, "quantize_axis": 1}
-        return [op.node("GatherBlockQuantized", inputs, _domain=VENDOR, **options)]
+        return [op.node("GatherBlockQuantized", (rows, m.operand.ids, scale, zero), _domain=VENDOR, **options)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +123,8 @@ class SpellBlockedMatmul(RewritePass[BlockedMatch]):
         linear = m.operand
         assert isinstance(linear, Linear)
         packed, scale, zero = _packed(op, m.source)
-        inputs = [v for v in (linear.x, packed, scale, zero) if v is not None]
         options = {"K": linear.in_features, "N": linear.out_features, "bits": m.source.bits, "block_size": m.source.block}
-        out = op.node("MatMulNBits", inputs, _domain=VENDOR, accuracy_level=self.accuracy_level, **options)
+        out = op.node("MatMulNBits", (linear.x, packed, scale, zero), _domain=VENDOR, accuracy_level=self.accuracy_level, **options)
         return [with_rest(op, linear, out)]
 
 

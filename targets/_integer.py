@@ -55,7 +55,7 @@ class SpellQuantizedTable(RewritePass[CodesMatch]):
         assert grid is not None
         rows = op.Gather(e.table, e.ids, axis=0)
         if grid.axis is None:
-            return [op.DequantizeLinear(*_trim((rows, grid.scale, grid.zero_point)))]
+            return [op.DequantizeLinear(rows, grid.scale, grid.zero_point)]
         decoded = op.Cast(rows, to=dtype)
         if grid.zero_point is not None:
             decoded = op.Sub(decoded, op.Cast(_of_row(op, m, grid.zero_point), to=dtype))
@@ -136,9 +136,9 @@ class SpellIntegerMatmul(RewritePass[MatmulMatch]):
             out = product if bias is None else op.Add(product, bias)
         elif m.shared:
             inputs = (codes, weight, m.x_scale, scale, m.x_zero, grid.zero_point, inside)
-            out = op.node("MatMulIntegerToFloat", _trim(inputs), _domain=VENDOR)
+            out = op.node("MatMulIntegerToFloat", inputs, _domain=VENDOR)
         else:
-            out = op.node("DynamicQuantizeMatMul", _trim((m.x, weight, scale, grid.zero_point, inside)), _domain=VENDOR)
+            out = op.node("DynamicQuantizeMatMul", (m.x, weight, scale, grid.zero_point, inside), _domain=VENDOR)
         if self.vendor and bias is not inside:
             out = op.Add(out, bias)
         if linear.addend is None:
@@ -215,15 +215,8 @@ def _bias(op: Builder, linear: Linear) -> ir.Value:
 def _standard(op: Builder, m: MatmulMatch, codes: ir.Value, weight: ir.Value, scale: ir.Value) -> ir.Value:
     grid = m.linear.grid
     assert grid is not None
-    total = op.MatMulInteger(*_trim((codes, weight, m.x_zero, grid.zero_point)))
+    total = op.MatMulInteger(codes, weight, m.x_zero, grid.zero_point)
     return op.Mul(op.Cast(total, to=ir.DataType.FLOAT), op.Mul(m.x_scale, scale))
-
-
-def _trim(inputs: Sequence[ir.Value | None]) -> Sequence[ir.Value | None]:
-    keep = len(inputs)
-    while keep and inputs[keep - 1] is None:
-        keep -= 1
-    return inputs[:keep]
 
 
 def integer_report(model: ir.Model) -> dict[str, Any]:

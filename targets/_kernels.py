@@ -55,8 +55,6 @@ class SpellSkipNorm(RewritePass[SkipMatch]):
         layer = m.norm.op_type == "LayerNormalization"
         beta = m.norm.inputs[2] if layer and len(m.norm.inputs) > 2 else None
         inputs = [m.first, m.second, m.norm.inputs[1], *((beta,) if layer else ()), m.bias]
-        while inputs[-1] is None:
-            inputs.pop()
         shared = len(m.outputs) > 1
         name = "SkipLayerNormalization" if layer else "SkipSimplifiedLayerNormalization"
         made: Any = op.node(name, inputs, _domain=VENDOR, _outputs=4 if shared else 1, epsilon=attr(m.norm, "epsilon", 1e-5))

@@ -10,7 +10,7 @@ import typer
 from graphopt.cli.shell import REPORTS, Json, ModelPath, Plugins, Shapes, Task, Tokenizer, WithPast, progress, show
 
 
-def optimize(
+def optimize(  # long, as it is the list of options: typer reads each from its argument
     model: ModelPath,
     out: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The file to write.", show_default=False)],
     level: Annotated[

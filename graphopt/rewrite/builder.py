@@ -37,9 +37,10 @@ class Builder:
         return lambda *inputs, **options: self.node(op_type, inputs, **options)
 
     def node(self, op_type: str, inputs: Sequence[ir.Value | None], *, _domain: str = "", _outputs: int = 1, **attributes: Any) -> Any:
-        """Add a node; returns its output, or a tuple of them where `_outputs` > 1."""
+        """Add a node; returns its output, or a tuple of them where `_outputs` > 1. What is None at the end of the inputs is left out."""
+        count = max((k for k, value in enumerate(inputs, start=1) if value is not None), default=0)
         given = {k: v for k, v in attributes.items() if v is not None}
-        node = ir.node(op_type, inputs, given, domain=_domain, num_outputs=_outputs)
+        node = ir.node(op_type, inputs[:count], given, domain=_domain, num_outputs=_outputs)
         self.nodes.append(node)
         return node.outputs[0] if _outputs == 1 else node.outputs
 

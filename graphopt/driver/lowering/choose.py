@@ -204,8 +204,6 @@ class _Tuner:
             return f"{self.target.name} cannot run here"
         if self.mode == "cache" or self.elsewhere:
             return "the tuning cache has no such timings" + (f" of {self.machine.processor}" if self.elsewhere else "")
-        return (
-            f"{TIMING_SECONDS:.0f} s of timing are over"
-            if self.spent >= TIMING_SECONDS
-            else "the sizes of the piece are not known, or it does not run alone"
-        )
+        if self.spent >= TIMING_SECONDS:
+            return f"{TIMING_SECONDS:.0f} s of timing are over"
+        return "the sizes of the piece are not known, or it does not run alone"
