@@ -31,7 +31,7 @@ from graphopt.driver.result import Result, report_of
 from graphopt.driver.transaction import TransactionManager
 from graphopt.graph.interface import interface
 from graphopt.graph.verify import verify
-from graphopt.io.load import check_options, load_both, load_options
+from graphopt.io.load import check_options, keeps_bytes, load_both, load_options
 from graphopt.io.save import sources_of
 from graphopt.report.words import called
 from graphopt.run.race import parse_shapes
@@ -113,7 +113,7 @@ class Job:
         samples = _samples(options.get("samples"), options.get("tokenizer"), model, given)
         return cls(
             target, passes, lowerings, required, original, model, called(source), loaded,
-            given if given is not None and given.is_file() and not options.get("input_shapes") else None,
+            given if given is not None and keeps_bytes(given) and not options.get("input_shapes") else None,
             samples, Loss(target, original, samples, options.get("metric")), max_loss, known, watchers, fuel,
             _promised(options.get("promise"), pipeline, level, fuel), parse_shapes(shapes) if shapes else (), tell,
         )  # fmt: skip
@@ -135,7 +135,7 @@ class Job:
         Raises:
             SampleError: there is a budget and nothing to judge by.
         """
-        lossy = [step for step in steps if not step.exact]
+        lossy = [step for step in steps if not (step.exact or step.binding)]
         if self.max_loss is None or not lossy:
             return PassManager(steps, watchers)
         if not self.loss.known:
