@@ -68,13 +68,13 @@ def _four_axes(op: Builder, mask: ir.Value, term: MaskTerm, f: AttentionFacts, q
     size = 0 if shape is None else len(shape)
     if size == 3 and term.scores_rank == 3 and shape is not None and shape[0] != 1:
         tail = op.Shape(mask, start=1, end=3)
-        return op.Reshape(mask, op.Concat(op.const(np.array([-1, f.heads], np.int64), "heads"), tail, axis=0))  # type: ignore[no-any-return]
+        return op.Reshape(mask, op.Concat(op.const(np.array([-1, f.heads], np.int64), "heads"), tail, axis=0))
     if size == 5 and shape is not None:
         batch = queries.choice.perm[0]
         count = op.Div(op.Shape(queries.value, start=batch, end=batch + 1), op.const(np.array([shape[1]], np.int64), "windows"))
         every = op.Expand(mask, op.Concat(count, op.const(np.ones(4, np.int64), "ones"), axis=0))
         tail = op.Shape(mask, start=2, end=5)
-        return op.Reshape(every, op.Concat(op.const(np.array([-1], np.int64), "rest"), tail, axis=0))  # type: ignore[no-any-return]
+        return op.Reshape(every, op.Concat(op.const(np.array([-1], np.int64), "rest"), tail, axis=0))
     return mask
 
 
@@ -87,9 +87,9 @@ def _expanded(op: Builder, mask: ir.Value, f: AttentionFacts, queries: Rows, key
     def build() -> ir.Value:
         numbers = [rows.size if wanted else 1 for wanted, rows in zip(missing, (queries, keys), strict=True)]
         if all(isinstance(n, int) for n in numbers):
-            return op.Expand(mask, op.const(np.array(numbers, np.int64), "rows"))  # type: ignore[no-any-return]
+            return op.Expand(mask, op.const(np.array(numbers, np.int64), "rows"))
         sizes = [_count(op, rows) if wanted else _int(op, 1) for wanted, rows in zip(missing, (queries, keys), strict=True)]
-        return op.Expand(mask, op.Concat(*sizes, axis=0))  # type: ignore[no-any-return]
+        return op.Expand(mask, op.Concat(*sizes, axis=0))
 
     out: ir.Value = op.shared(("expand", mask, str(queries.size), str(keys.size), *missing), build)
     return out

@@ -14,30 +14,30 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Grid, Linear, StoredOperands
-from graphopt.core.contract import Analysis, Array, Context
+from graphopt.core.contract import Array, Context
 from graphopt.graph.questions import attr, constant, producer
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Match, Miss
 from graphopt.rewrite.rules import RewritePass
 
+from ._packed import Known, known
 from ._vendored import VENDOR
 
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _BITS = {ir.DataType.INT4: 4, ir.DataType.UINT4: 4, ir.DataType.INT8: 8, ir.DataType.UINT8: 8}
 _BLOCKS = (16, 32, 64, 128, 256)  # that the runtime's kernels have
 _WHOLE_ROWS = (64, 32, 16)  # in which a row of one scale is cut, its scale repeated
-PACKED = "graphopt.packed"  # value.meta of an initializer: (what it was packed from, the block); another spelling of the model finds it there
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Codes with their grid, as rows along the input features; `axis`: that of the input features. `known`: already packed initializers."""
+    """Codes with their grid, as rows along the input features; `axis`: that of the input features. `known`: what is packed of them already."""
 
     codes: ir.Value
     grid: Grid
     axis: int
     block: int
-    known: tuple[tuple[str, ir.Value], ...] = ()
+    known: Known
 
     @property
     def bits(self) -> int:
@@ -47,10 +47,6 @@ class Source:
     @property
     def signed(self) -> bool:
         return self.codes.dtype in (ir.DataType.INT4, ir.DataType.INT8)
-
-    @property
-    def key(self) -> tuple[str, str, int]:
-        return str(self.codes.name), str(self.grid.scale.name), self.block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +82,8 @@ class SpellBlockedTable(RewritePass[BlockedMatch]):
         packed, scale, zero = _packed(op, m.source)
         assert isinstance(m.operand, Embedding)
         rows = op.Reshape(packed, op.const(np.array([m.operand.rows, -1], np.int64), "rows"))
-        inputs = [v for v in (rows, m.operand.ids, scale, zero) if v is not None]
         options = {"bits": m.source.bits, "block_size": m.source.block, "gather_axis": 0, "quantize_axis": 1}
-        return [op.node("GatherBlockQuantized", inputs, _domain=VENDOR, **options)]
+        return [op.node("GatherBlockQuantized", (rows, m.operand.ids, scale, zero), _domain=VENDOR, **options)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,9 +122,8 @@ class SpellBlockedMatmul(RewritePass[BlockedMatch]):
         linear = m.operand
         assert isinstance(linear, Linear)
         packed, scale, zero = _packed(op, m.source)
-        inputs = [v for v in (linear.x, packed, scale, zero) if v is not None]
         options = {"K": linear.in_features, "N": linear.out_features, "bits": m.source.bits, "block_size": m.source.block}
-        out = op.node("MatMulNBits", inputs, _domain=VENDOR, accuracy_level=self.accuracy_level, **options)
+        out = op.node("MatMulNBits", (linear.x, packed, scale, zero), _domain=VENDOR, accuracy_level=self.accuracy_level, **options)
         return [with_rest(op, linear, out)]
 
 
@@ -158,8 +152,7 @@ def with_rest(op: Builder, linear: Linear, product: ir.Value) -> ir.Value:
     added = linear.addend if linear.bias is None or linear.bias_node is not None else linear.bias
     if added is not None:
         out = op.Add(out, added if linear.beta == 1.0 else op.Mul(added, op.const(np.array(linear.beta, kind), "beta")))
-    value: ir.Value = out
-    return value
+    return out  # type: ignore[no-any-return]
 
 
 def _source(codes: ir.Value, grid: Grid, axis: int, dtype: ir.DataType | None, ctx: Context) -> Source | str:
@@ -176,38 +169,15 @@ def _source(codes: ir.Value, grid: Grid, axis: int, dtype: ir.DataType | None, c
     if grid.block and grid.block not in _BLOCKS:
         return f"the runtime has no kernel for blocks of {grid.block}"
     block = grid.block or next((b for b in _WHOLE_ROWS if width % b == 0), _WHOLE_ROWS[-1])
-    source = Source(codes, grid, axis, block)
-    return dataclasses.replace(source, known=ctx.get(_Known()).get(source.key, ()))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Known(Analysis[Mapping[Any, tuple[tuple[str, ir.Value], ...]]]):
-    """What another spelling of the model has packed: the key of the source -> (part, initializer)."""
-
-    def compute(self, model: ir.Model, ctx: Context) -> Mapping[Any, tuple[tuple[str, ir.Value], ...]]:
-        found: dict[Any, tuple[tuple[str, ir.Value], ...]] = {}
-        for value in model.graph.initializers.values():
-            key = value.meta.get(PACKED)
-            if key is not None:
-                found[key[:3]] = (*found.get(key[:3], ()), (str(key[3]), value))
-        return found
+    return Source(codes, grid, axis, block, known(ctx, codes, grid.scale, block))
 
 
 def _packed(op: Builder, source: Source) -> tuple[ir.Value, ir.Value, ir.Value | None]:
     """Codes, scales and zero points as the operators want them; made once."""
-    known, name = dict(source.known), source.codes.name
-
-    def once(part: str, make: Any) -> ir.Value:
-        def build() -> ir.Value:
-            value: ir.Value = op.const(make(), f"{name}_{part}")
-            value.meta[PACKED] = (*source.key, part)
-            return value
-
-        return known.get(part) or op.shared((PACKED, *source.key, part), build)
-
     # without zero points the operators take the middle for zero, and DequantizeLinear takes zero
-    zero = once("block_zeros", lambda: _zeros(source)) if source.grid.zero_point is not None or not source.signed else None
-    return once("blocks", lambda: _codes(source)), once("block_scales", lambda: _by_block(source, source.grid.scale)), zero
+    zero = source.known.once(op, "block_zeros", lambda: _zeros(source)) if source.grid.zero_point is not None or not source.signed else None
+    codes = source.known.once(op, "blocks", lambda: _codes(source))
+    return codes, source.known.once(op, "block_scales", lambda: _by_block(source, source.grid.scale)), zero
 
 
 def _codes(source: Source) -> Array:

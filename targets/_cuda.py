@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.formulas.polynomial import gate_of
 from graphopt.core.contract import Context
-from graphopt.driver.lowering.decompose import AttentionMatch
+from graphopt.driver.lowering.decompose import AttentionNodeMatch
 from graphopt.graph.attention_node import AttentionNode
 from graphopt.graph.questions import attr
 from graphopt.rewrite.builder import Builder
@@ -44,12 +44,12 @@ class SpellQuickGelu(RewritePass[QuickMatch]):
 
 
 @dataclasses.dataclass(frozen=True)
-class SpellGroupQuery(RewritePass[AttentionMatch]):
+class SpellGroupQuery(RewritePass[AttentionNodeMatch]):
     """Causal Attention with shared key heads, in half precision -> GroupQueryAttention. Ainslie et al., GQA (2023)."""
 
     anchors: ClassVar[frozenset[str]] = frozenset({"Attention"})
 
-    def match(self, node: ir.Node, ctx: Context) -> AttentionMatch | Miss | None:
+    def match(self, node: ir.Node, ctx: Context) -> AttentionNodeMatch | Miss | None:
         a = AttentionNode.of(node)
         if a is not None and a.heads == a.kv_heads:
             return None
@@ -65,9 +65,9 @@ class SpellGroupQuery(RewritePass[AttentionMatch]):
             return Miss(node, "GroupQueryAttention wants heads of a multiple of 8 features")
         if not _same_rows(a.q, a.k):
             return Miss(node, "stays Attention: keys and queries are not shown to have the same length")
-        return AttentionMatch((node,), (node.outputs[0],), a)
+        return AttentionNodeMatch((node,), (node.outputs[0],), a)
 
-    def build(self, op: Builder, m: AttentionMatch) -> Sequence[ir.Value]:
+    def build(self, op: Builder, m: AttentionNodeMatch) -> Sequence[ir.Value]:
         a = m.attention
         one = op.const(np.array(1, np.int64), "one")
         length = op.shared(("length", a.q), lambda: op.Squeeze(op.Shape(a.q, start=1, end=2)))

@@ -32,40 +32,39 @@ _UNSPELLED = "it was left as DequantizeLinear, and the runtime does not fuse it"
 
 
 @dataclasses.dataclass(frozen=True)
-class TableMatch(Match):
+class CodesMatch(Match):
     embedding: Embedding
 
 
 @dataclasses.dataclass(frozen=True)
-class SpellQuantizedTable(RewritePass[TableMatch]):
+class SpellQuantizedTable(RewritePass[CodesMatch]):
     """Gather(DequantizeLinear(table)) decodes the whole table at every run; gather codes and scales instead, and decode the rows."""
 
     anchors: ClassVar[frozenset[str]] = frozenset({"Gather"})
 
-    def match(self, node: ir.Node, ctx: Context) -> TableMatch | Miss | None:
+    def match(self, node: ir.Node, ctx: Context) -> CodesMatch | Miss | None:
         e = ctx.get(StoredOperands()).get(node)
         if not isinstance(e, Embedding) or e.grid is None:
             return None
         if e.grid.block or e.grid.axis not in (0, None):
             return Miss(node, "the table has no one scale for each row, so it is decoded as a whole")
-        return TableMatch((node,), (node.outputs[0],), e)
+        return CodesMatch((node,), (node.outputs[0],), e)
 
-    def build(self, op: Builder, m: TableMatch) -> Sequence[ir.Value]:
+    def build(self, op: Builder, m: CodesMatch) -> Sequence[ir.Value]:
         e, grid, dtype = m.embedding, m.embedding.grid, m.outputs[0].dtype
         assert grid is not None
         rows = op.Gather(e.table, e.ids, axis=0)
         if grid.axis is None:
-            return [op.DequantizeLinear(*_trim((rows, grid.scale, grid.zero_point)))]
+            return [op.DequantizeLinear(rows, grid.scale, grid.zero_point)]
         decoded = op.Cast(rows, to=dtype)
         if grid.zero_point is not None:
             decoded = op.Sub(decoded, op.Cast(_of_row(op, m, grid.zero_point), to=dtype))
         return [op.Mul(decoded, _of_row(op, m, grid.scale))]
 
 
-def _of_row(op: Builder, m: TableMatch, per_row: ir.Value) -> ir.Value:
+def _of_row(op: Builder, m: CodesMatch, per_row: ir.Value) -> ir.Value:
     """What belongs to the gathered rows, shape [..., 1]. The vector itself stays as it is: a tied multiply reads it too."""
-    value: ir.Value = op.Unsqueeze(op.Gather(per_row, m.embedding.ids, axis=0), op.const(np.array([-1], np.int64), "axes"))
-    return value
+    return op.Unsqueeze(op.Gather(per_row, m.embedding.ids, axis=0), op.const(np.array([-1], np.int64), "axes"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +136,9 @@ class SpellIntegerMatmul(RewritePass[MatmulMatch]):
             out = product if bias is None else op.Add(product, bias)
         elif m.shared:
             inputs = (codes, weight, m.x_scale, scale, m.x_zero, grid.zero_point, inside)
-            out = op.node("MatMulIntegerToFloat", _trim(inputs), _domain=VENDOR)
+            out = op.node("MatMulIntegerToFloat", inputs, _domain=VENDOR)
         else:
-            out = op.node("DynamicQuantizeMatMul", _trim((m.x, weight, scale, grid.zero_point, inside)), _domain=VENDOR)
+            out = op.node("DynamicQuantizeMatMul", (m.x, weight, scale, grid.zero_point, inside), _domain=VENDOR)
         if self.vendor and bias is not inside:
             out = op.Add(out, bias)
         if linear.addend is None:
@@ -189,8 +188,7 @@ def _weight(op: Builder, m: MatmulMatch) -> ir.Value:
         return op.const(np.ascontiguousarray(np.swapaxes(array, -1, -2)), weight.name or "weight")
     rank = len(m.linear.batch) + 2
     perm = [*range(rank - 2), rank - 1, rank - 2]
-    value: ir.Value = op.shared(("codes", weight, m.nodes[0].graph), lambda: op.Transpose(weight, perm=perm))
-    return value
+    return op.shared(("codes", weight, m.nodes[0].graph), lambda: op.Transpose(weight, perm=perm))
 
 
 def _scaled(op: Builder, value: ir.Value, factor: float) -> ir.Value:
@@ -198,8 +196,7 @@ def _scaled(op: Builder, value: ir.Value, factor: float) -> ir.Value:
         return value
     array = constant(value)
     if array is None:
-        scaled: ir.Value = op.Mul(value, op.const(np.array(factor, np.float32), "factor"))
-        return scaled
+        return op.Mul(value, op.const(np.array(factor, np.float32), "factor"))
     return op.const((array * np.float32(factor)).astype(array.dtype), f"{value.name}_scaled")
 
 
@@ -218,16 +215,8 @@ def _bias(op: Builder, linear: Linear) -> ir.Value:
 def _standard(op: Builder, m: MatmulMatch, codes: ir.Value, weight: ir.Value, scale: ir.Value) -> ir.Value:
     grid = m.linear.grid
     assert grid is not None
-    total = op.MatMulInteger(*_trim((codes, weight, m.x_zero, grid.zero_point)))
-    value: ir.Value = op.Mul(op.Cast(total, to=ir.DataType.FLOAT), op.Mul(m.x_scale, scale))
-    return value
-
-
-def _trim(inputs: Sequence[ir.Value | None]) -> Sequence[ir.Value | None]:
-    keep = len(inputs)
-    while keep and inputs[keep - 1] is None:
-        keep -= 1
-    return inputs[:keep]
+    total = op.MatMulInteger(codes, weight, m.x_zero, grid.zero_point)
+    return op.Mul(op.Cast(total, to=ir.DataType.FLOAT), op.Mul(m.x_scale, scale))
 
 
 def integer_report(model: ir.Model) -> dict[str, Any]:

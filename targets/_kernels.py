@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.stream import Residual, residual_of
 from graphopt.core.contract import Context
-from graphopt.driver.lowering.decompose import AttentionMatch
+from graphopt.driver.lowering.decompose import AttentionNodeMatch
 from graphopt.driver.lowering.extract import whole
 from graphopt.graph.attention_node import AttentionNode
 from graphopt.graph.questions import attr, is_constant, producer, rank, same_dim, used_once
@@ -61,8 +61,6 @@ class SpellSkipNorm(RewritePass[SkipMatch]):
         layer = m.norm.op_type == "LayerNormalization"
         beta = m.norm.inputs[2] if layer and len(m.norm.inputs) > 2 else None
         inputs = [m.first, m.second, m.norm.inputs[1], *((beta,) if layer else ()), m.bias]
-        while inputs[-1] is None:
-            inputs.pop()
         shared = len(m.outputs) > 1
         name = "SkipLayerNormalization" if layer else "SkipSimplifiedLayerNormalization"
         made: Any = op.node(name, inputs, _domain=VENDOR, _outputs=4 if shared else 1, epsilon=attr(m.norm, "epsilon", 1e-5))
@@ -89,29 +87,29 @@ def _one_type(values: Iterable[ir.Value | None]) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class BiasMatch(Match):
+class BiasGeluMatch(Match):
     x: ir.Value
     bias: ir.Value | None
     tanh: bool
 
 
 @dataclasses.dataclass(frozen=True)
-class SpellBiasGelu(RewritePass[BiasMatch]):
+class SpellBiasGelu(RewritePass[BiasGeluMatch]):
     """Add of a bias -> Gelu becomes one kernel; the tanh approximation becomes FastGelu, with or without a bias."""
 
     anchors: ClassVar[frozenset[str]] = frozenset({"Gelu"})
 
-    def match(self, node: ir.Node, ctx: Context) -> BiasMatch | None:
+    def match(self, node: ir.Node, ctx: Context) -> BiasGeluMatch | None:
         x, tanh = node.inputs[0], attr(node, "approximate", "none") == "tanh"
         add = producer(x, "Add")
         assert x is not None
         if add is not None and used_once(x):
             for value, bias in (add.inputs, add.inputs[::-1]):
                 if value is not None and bias is not None and is_constant(bias) and rank(bias) == 1 and bias.shape == _last(value):
-                    return BiasMatch((add, node), (node.outputs[0],), value, bias, tanh)
-        return BiasMatch((node,), (node.outputs[0],), x, None, True) if tanh else None
+                    return BiasGeluMatch((add, node), (node.outputs[0],), value, bias, tanh)
+        return BiasGeluMatch((node,), (node.outputs[0],), x, None, True) if tanh else None
 
-    def build(self, op: Builder, m: BiasMatch) -> Sequence[ir.Value]:
+    def build(self, op: Builder, m: BiasGeluMatch) -> Sequence[ir.Value]:
         inputs = [m.x] if m.bias is None else [m.x, m.bias]
         return [op.node("FastGelu" if m.tanh else "BiasGelu", inputs, _domain=VENDOR)]
 
@@ -121,12 +119,12 @@ def _last(value: ir.Value) -> ir.Shape | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class SpellMultiHead(RewritePass[AttentionMatch]):
+class SpellMultiHead(RewritePass[AttentionNodeMatch]):
     """Attention of packed heads [batch, rows, heads * dim] -> MultiHeadAttention."""
 
     anchors: ClassVar[frozenset[str]] = frozenset({"Attention"})
 
-    def match(self, node: ir.Node, ctx: Context) -> AttentionMatch | Miss | None:
+    def match(self, node: ir.Node, ctx: Context) -> AttentionNodeMatch | Miss | None:
         a = AttentionNode.of(node)
         if a is None or not a.packed or a.heads != a.kv_heads:
             return Miss(node, "MultiHeadAttention reads packed heads, as many for keys as for queries")
@@ -138,9 +136,9 @@ class SpellMultiHead(RewritePass[AttentionMatch]):
             return Miss(node, "stays Attention: it is causal or has a soft cap, or a window or a softmax type of its own")
         if a.mask is not None and (rank(a.mask) != 4 or a.mask.dtype != a.result.dtype or may_hide_rows(whole(a.mask))):
             return Miss(node, "stays Attention: its mask is not additive of four axes, or may hide a row")
-        return AttentionMatch((node,), (a.result,), a)
+        return AttentionNodeMatch((node,), (a.result,), a)
 
-    def build(self, op: Builder, m: AttentionMatch) -> Sequence[ir.Value]:
+    def build(self, op: Builder, m: AttentionNodeMatch) -> Sequence[ir.Value]:
         a = m.attention
         inputs = (*a.operands, *(() if a.mask is None else (None, None, a.mask)))
         return [op.node("MultiHeadAttention", inputs, _domain=VENDOR, num_heads=a.heads, scale=attr(a.node, "scale"))]

@@ -8,7 +8,7 @@ standard operators. A multiply decodes its whole weight at every run: small in m
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,7 +22,8 @@ from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Match, Miss
 from graphopt.rewrite.rules import RewritePass
 
-from ._blocked import PACKED, weight_only, with_rest
+from ._blocked import weight_only, with_rest
+from ._packed import Known, known
 from ._vendored import VENDOR
 
 _BLOCKS = (16, 32, 64, 128, 256)  # that the runtime's kernel has; its documentation speaks of any power of two
@@ -31,13 +32,13 @@ _NF4 = 1  # its quant_type
 
 @dataclasses.dataclass(frozen=True)
 class Nf4Match(Match):
-    """`codebook` lies as rows along the input features where `transposed`; `known`: what another multiply or lookup has packed already."""
+    """`codebook` lies as rows along the input features where `transposed`; `known`: what is packed of it already."""
 
     operand: Linear | Embedding
     codebook: Codebook
     transposed: bool
     block: int
-    known: Mapping[str, ir.Value]
+    known: Known
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -120,9 +121,7 @@ def _match(operand: Linear | Embedding, codebook: Codebook, transposed: bool, ct
         reason = f"the runtime has no kernel for blocks of {block}"
     if reason is not None:
         return Miss(node, f"`{name}` is looked up as a whole: {reason}")
-    found = ((v.meta.get(PACKED), v) for v in ctx.model.graph.initializers.values())
-    known = {str(key[1]): v for key, v in found if key is not None and key[0] == _key(codebook)}
-    return Nf4Match((node,), (node.outputs[0],), operand, codebook, transposed, block, known)
+    return Nf4Match((node,), (node.outputs[0],), operand, codebook, transposed, block, known(ctx, codebook.codes, codebook.scale, "nf4"))
 
 
 def _one_for_each_row(codebook: Codebook, axis: int) -> bool:
@@ -134,22 +133,9 @@ def _one_for_each_row(codebook: Codebook, axis: int) -> bool:
     return [int(d) for d in codebook.scale.const_value.shape.numpy()] == shape
 
 
-def _key(codebook: Codebook) -> tuple[str, str]:
-    return f"nf4 {codebook.codes.name}", str(None if codebook.scale is None else codebook.scale.name)
-
-
 def _packed(op: Builder, m: Nf4Match) -> tuple[ir.Value, ir.Value]:
     """Codes and scales as one long vector each; made once."""
-
-    def once(part: str, make: Callable[[], Array]) -> ir.Value:
-        def build() -> ir.Value:
-            value: ir.Value = op.const(make(), f"{m.codebook.codes.name}_{part}")
-            value.meta[PACKED] = (_key(m.codebook), part)
-            return value
-
-        return m.known.get(part) or op.shared((PACKED, _key(m.codebook), part), build)
-
-    return once("pairs", lambda: _pairs(m)), once("pairs_scale", lambda: _scales(m))
+    return m.known.once(op, "pairs", lambda: _pairs(m)), m.known.once(op, "pairs_scale", lambda: _scales(m))
 
 
 def _pairs(m: Nf4Match) -> Array:

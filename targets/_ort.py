@@ -8,10 +8,11 @@ from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
-from graphopt.core.contract import Pass, Spelling
+from graphopt.core.contract import Alternative, Pass
 from graphopt.core.errors import TargetError
 from graphopt.core.machine import Machine, processor
 from graphopt.driver.lowering.choose import ChooseSpellings
+from graphopt.driver.lowering.decompose import DecomposeAttention, DecomposeGelu, DecomposeRms, DecomposeRotary
 from graphopt.driver.lowering.ort_target import OrtTarget, registered
 from graphopt.rewrite.choices import table_passes
 
@@ -19,16 +20,44 @@ from ._integer import integer_report
 from ._table import cpu_table
 from ._vendored import VENDOR
 
-FUSE = "canonicalize, simplify-masks, fuse-norm, fuse-activation, fuse-rotary, fuse-attention"
-EXACT = f"{FUSE}, canonicalize"
-LEVELS = ("", EXACT, f"{EXACT}, quantize{{mode=dynamic}}")
+EXACT = "canonicalize, simplify-masks, fuse-norm, fuse-activation, fuse-rotary, fuse-attention, canonicalize"
 
 
 @dataclasses.dataclass(frozen=True)
 class OwnOperators(OrtTarget):
-    """A provider that may have the runtime's own operators."""
+    """A provider that may have the runtime's own operators.
+
+    `levels`: the texts of its levels of optimization. What recent standard operators it refuses is written as what they are made of.
+    """
 
     own_domain: ClassVar[str] = VENDOR
+    levels: ClassVar[Sequence[str]] = ("", EXACT)
+
+    def pipeline(self, level: int) -> str:
+        """The pipeline of an optimization level.
+
+        Raises:
+            TargetError: a level that this version does not have.
+        """
+        if not 0 <= level < len(self.levels):
+            has = ", ".join(map(str, range(len(self.levels))))
+            raise TargetError(f"target {self.name} has the levels {has}, found {level}; sample-driven compression (level 3) is not in this version")
+        return self.levels[level]
+
+    def spell(self) -> Sequence[Pass]:
+        steps = (DecomposeAttention(), DecomposeRotary(), DecomposeRms(), DecomposeGelu())
+        return [step for step in steps if not all(self.supports(ir.Node("", name, [])) for name in step.anchors)]
+
+
+@dataclasses.dataclass(frozen=True)
+class HalfPrecision(OwnOperators):
+    """A provider for which the option `dtype` converts the model."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+    def pipeline(self, level: int) -> str:
+        text = super().pipeline(level)
+        return text if self.dtype == "float32" or not text else f"{text}, to-half{{dtype={self.dtype}}}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +73,9 @@ class CpuProvider(OwnOperators):
     int8_blocks: bool = False
     provider: ClassVar[str] = "CPUExecutionProvider"
     package: ClassVar[str] = "onnxruntime"
+    levels: ClassVar[Sequence[str]] = ("", EXACT, f"{EXACT}, quantize{{mode=dynamic}}")
 
-    def spellings(self) -> Sequence[Spelling]:
+    def spellings(self) -> Sequence[Alternative]:
         return cpu_table(vendor=self.vendor, int8_blocks=self.int8_blocks)
 
     def spell(self) -> Sequence[Pass]:
@@ -64,22 +94,9 @@ class CpuProvider(OwnOperators):
 
     def supports(self, node: ir.Node) -> bool:
         """By the runtime's own list; where it has none to show, what the standard has."""
-        listed = registered(self.provider)
-        domain = "" if node.domain == "ai.onnx" else node.domain
+        listed, domain = registered(self.provider), "" if node.domain == "ai.onnx" else node.domain
         return any((k.domain, k.op_type) == (domain, node.op_type) for k in listed) if listed else not domain
 
     def report(self, model: ir.Model) -> dict[str, Any]:
         """`integer`: weights that are multiplied as integers; `float`: [{name, reason}] of the other stored integers; `tables`: of rows."""
         return integer_report(model)
-
-
-def level_text(target: str, level: int, levels: Sequence[str]) -> str:
-    """The pipeline of an optimization level.
-
-    Raises:
-        TargetError: a level that this version does not have.
-    """
-    if not 0 <= level < len(levels):
-        has = ", ".join(map(str, range(len(levels))))
-        raise TargetError(f"target {target} has the levels {has}, found {level}; sample-driven compression (level 3) is not in this version")
-    return levels[level]

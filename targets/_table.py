@@ -12,7 +12,7 @@ from typing import Any
 
 from graphopt.analysis.pieces import Activation, AttentionCore, BlockedMatmul, IntegerMatmul, Lookup, Projections, ResidualNorm
 from graphopt.core import registry
-from graphopt.core.contract import Pass, Spelling
+from graphopt.core.contract import Alternative, Pass
 from graphopt.driver.lowering.decompose import DecomposeAttention
 
 from ._blocked import SpellBlockedMatmul, SpellBlockedTable, SpellInt8Blocks
@@ -23,29 +23,29 @@ from ._spell import SpellResidual
 
 
 @functools.cache
-def cpu_table(*, vendor: bool, int8_blocks: bool = False) -> tuple[Spelling, ...]:
+def cpu_table(*, vendor: bool, int8_blocks: bool = False) -> tuple[Alternative, ...]:
     """`vendor`: with operators of the runtime; `int8_blocks`: also spellings that round the activations of weight-only multiplies to 8 bits."""
     shared = (
-        Spelling(Lookup(), "codes", (*((SpellBlockedTable(), SpellNf4Table()) if vendor else ()), SpellQuantizedTable())),
-        Spelling(BlockedMatmul(), "blocks" if vendor else "decoded", (SpellBlockedMatmul(), SpellNf4Matmul()) if vendor else ()),
-        Spelling(IntegerMatmul(), "auto", (SpellIntegerMatmul(vendor=vendor),)),
-        Spelling(IntegerMatmul(), "runtime", (SpellIntegerMatmul(vendor=vendor, form="runtime"),)),
-        Spelling(Projections(), "separate"),
-        Spelling(Projections(), "merged", (_pass("merge-projections"),)),
-        Spelling(AttentionCore(), "attention"),
-        Spelling(AttentionCore(), "matmul-softmax", (DecomposeAttention(),)),
-        Spelling(ResidualNorm(), "sum", (SpellResidual(),)),
-        Spelling(ResidualNorm(), "add"),
-        Spelling(Activation(), "gelu"),
+        Alternative(Lookup(), "codes", (*((SpellBlockedTable(), SpellNf4Table()) if vendor else ()), SpellQuantizedTable())),
+        Alternative(BlockedMatmul(), "blocks" if vendor else "decoded", (SpellBlockedMatmul(), SpellNf4Matmul()) if vendor else ()),
+        Alternative(IntegerMatmul(), "auto", (SpellIntegerMatmul(vendor=vendor),)),
+        Alternative(IntegerMatmul(), "runtime", (SpellIntegerMatmul(vendor=vendor, form="runtime"),)),
+        Alternative(Projections(), "separate"),
+        Alternative(Projections(), "merged", (_pass("merge-projections"),)),
+        Alternative(AttentionCore(), "attention"),
+        Alternative(AttentionCore(), "matmul-softmax", (DecomposeAttention(),)),
+        Alternative(ResidualNorm(), "sum", (SpellResidual(),)),
+        Alternative(ResidualNorm(), "add"),
+        Alternative(Activation(), "gelu"),
     )
     own = (
-        Spelling(IntegerMatmul(), "quantize-each", (SpellIntegerMatmul(form="each"),)),
-        Spelling(IntegerMatmul(), "quantize-once", (SpellIntegerMatmul(form="once"),)),
-        Spelling(AttentionCore(), "multi-head", (SpellMultiHead(),)),
-        Spelling(ResidualNorm(), "skip-norm", (SpellSkipNorm(),)),
-        Spelling(Activation(), "bias-gelu", (SpellBiasGelu(),)),
+        Alternative(IntegerMatmul(), "quantize-each", (SpellIntegerMatmul(form="each"),)),
+        Alternative(IntegerMatmul(), "quantize-once", (SpellIntegerMatmul(form="once"),)),
+        Alternative(AttentionCore(), "multi-head", (SpellMultiHead(),)),
+        Alternative(ResidualNorm(), "skip-norm", (SpellSkipNorm(),)),
+        Alternative(Activation(), "bias-gelu", (SpellBiasGelu(),)),
     )
-    rounded = (Spelling(BlockedMatmul(), "int8-blocks", (SpellInt8Blocks(),)),) if int8_blocks else ()
+    rounded = (Alternative(BlockedMatmul(), "int8-blocks", (SpellInt8Blocks(),)),) if int8_blocks else ()
     table = shared + own + rounded if vendor else shared
     kinds = list(dict.fromkeys(s.kind for s in table))
     return tuple(sorted(table, key=lambda s: kinds.index(s.kind)))

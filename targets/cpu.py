@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ._ort import LEVELS, CpuProvider, level_text
+from ._ort import CpuProvider
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +16,3 @@ class Cpu(CpuProvider):
             RMSNormalization and Gelu as the operators that they are made of.
         vendor: False writes standard operators only.
     """
-
-    def pipeline(self, level: int) -> str:
-        return level_text(self.name, level, LEVELS)

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from graphopt.core.contract import Pass
 from graphopt.core.errors import TargetError
-from graphopt.driver.lowering.decompose import DecomposeAttention, DecomposeGelu, DecomposeRms, DecomposeRotary
-from graphopt.driver.lowering.ort_target import Kernel
+from graphopt.driver.lowering.ort_target import KernelDef
 
 from ._blocked import SpellBlockedMatmul
 from ._cuda import SpellGroupQuery, SpellQuickGelu
 from ._cuda_table import cuda_table
 from ._kernels import SpellBiasGelu, SpellMultiHead, SpellSkipNorm
-from ._ort import EXACT, OwnOperators, level_text
+from ._ort import EXACT, HalfPrecision
 
 
 @dataclasses.dataclass(frozen=True)
-class Cuda(OwnOperators):
+class Cuda(HalfPrecision):
     """ONNX Runtime on an NVIDIA GPU: fused kernels for norms, activations and attention, in float32 or 16 bits.
 
     Nothing is timed: the spellings are the fused kernels, by the table of the provider's documentation (or its registry where it is installed).
@@ -29,30 +28,18 @@ class Cuda(OwnOperators):
         vendor: False writes standard operators only.
     """
 
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     provider: ClassVar[str] = "CUDAExecutionProvider"
     package: ClassVar[str] = "onnxruntime-gpu"
+    levels: ClassVar[Sequence[str]] = ("", f"{EXACT}, merge-projections, canonicalize")
 
     def pipeline(self, level: int) -> str:
         if level == 2:
             raise TargetError("target cuda has no level 2: dynamic int8 would fall back to the CPU there; use dtype=float16, or target tensorrt")
-        text = level_text(self.name, level, ("", f"{EXACT}, merge-projections, canonicalize"))
-        return text if self.dtype == "float32" or not text else f"{text}, to-half{{dtype={self.dtype}}}"
+        return super().pipeline(level)
 
     def spell(self) -> Sequence[Pass]:
-        own: list[Pass] = (
-            [SpellBlockedMatmul(half=True, rows=False), SpellGroupQuery(), SpellMultiHead(), SpellSkipNorm(), SpellBiasGelu(), SpellQuickGelu()]
-            if self.vendor
-            else []
-        )
-        has = {(k.domain, k.op_type) for k in self.kernels()}
-        missing: list[tuple[str, Pass]] = [
-            ("Attention", DecomposeAttention()),
-            ("RotaryEmbedding", DecomposeRotary()),
-            ("RMSNormalization", DecomposeRms()),
-            ("Gelu", DecomposeGelu()),
-        ]
-        return [*own, *(step for op_type, step in missing if ("", op_type) not in has)]
+        own = (SpellBlockedMatmul(half=True, rows=False), SpellGroupQuery(), SpellMultiHead(), SpellSkipNorm(), SpellBiasGelu(), SpellQuickGelu())
+        return [*(own if self.vendor else ()), *super().spell()]
 
-    def known(self) -> tuple[Kernel, ...]:
+    def known(self) -> tuple[KernelDef, ...]:
         return cuda_table()

@@ -8,10 +8,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from graphopt.core.contract import Pass
-from graphopt.driver.lowering.decompose import DecomposeAttention, DecomposeRms, DecomposeRotary
-
-from ._ort import EXACT, OwnOperators, level_text
+from ._ort import OwnOperators
+from ._vendored import VENDOR
 
 _REFUSED = {"Attention", "RotaryEmbedding", "RMSNormalization", "DynamicQuantizeSequenceToSequence", "TensorScatter", "Optional", "SequenceEmpty"}
 _TAKEN = {"SkipLayerNormalization", "BiasGelu", "QuickGelu", "MatMulNBits", "FusedMatMul"}  # of the runtime's own operators
@@ -29,16 +27,10 @@ class Openvino(OwnOperators):
     package: ClassVar[str] = "onnxruntime-openvino"
     has_kernels: ClassVar[bool] = False
 
-    def pipeline(self, level: int) -> str:
-        return level_text(self.name, level, ("", EXACT))
-
-    def spell(self) -> Sequence[Pass]:
-        return [DecomposeAttention(), DecomposeRotary(), DecomposeRms()]
-
     def refusal(self, node: ir.Node, opset: int | None = None) -> str | None:
         if node.domain in ("", "ai.onnx"):
             return f"OpenVINO refuses {node.op_type}" if node.op_type in _REFUSED else None
-        return None if node.domain == "com.microsoft" and node.op_type in _TAKEN else f"OpenVINO does not know {node.domain}::{node.op_type}"
+        return None if node.domain == VENDOR and node.op_type in _TAKEN else f"OpenVINO does not know {node.domain}::{node.op_type}"
 
     def providers(self) -> Sequence[str | tuple[str, Mapping[str, str]]]:
         options = {"device_type": "CPU"} | ({"num_of_threads": str(self.threads)} if self.threads else {})

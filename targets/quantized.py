@@ -10,10 +10,8 @@ import onnx_ir as ir
 
 from graphopt.core.contract import Pass
 
-from ._ort import EXACT, LEVELS, CpuProvider, level_text
+from ._ort import CpuProvider
 from ._saturation import EVERYWHERE, WITH_VNNI, GuardRange, exceeding
-
-_REDUCED = (*LEVELS[:2], f"{EXACT}, quantize{{mode=dynamic reduce-range=true}}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +27,8 @@ class Quantized(CpuProvider):
     vnni: bool = True
 
     def pipeline(self, level: int) -> str:
-        return level_text(self.name, level, LEVELS if self.vnni else _REDUCED)
+        text = super().pipeline(level)
+        return text if self.vnni else text.replace("mode=dynamic", "mode=dynamic reduce-range=true")
 
     def lowerings(self) -> Sequence[Pass]:
         guard = [] if self.vnni else [GuardRange()]

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import onnx_ir as ir
 
-from graphopt.core.contract import Pass
-from graphopt.driver.lowering.decompose import DecomposeAttention, DecomposeRms, DecomposeRotary
 from graphopt.graph.questions import attr, constant
 
-from ._ort import EXACT, OwnOperators, level_text
+from ._ort import HalfPrecision
 
 # The operator matrix of onnx-tensorrt (docs/operators.md), 8.4 and what 8.6 and 10 added.
-_PARSED = """
+_MATRIX = """
 Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Cast Ceil Celu Clip Concat Constant
 ConstantOfShape Conv ConvTranspose Cos Cosh CumSum DepthToSpace DequantizeLinear Div Dropout Einsum Elu Equal Erf Exp Expand EyeLike Flatten
 Floor Gather GatherElements GatherND Gelu Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool Greater GreaterOrEqual GridSample
@@ -27,30 +24,23 @@ ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSqu
 Scan ScatterElements ScatterND Selu Shape Shrink Sigmoid Sign Sin Sinh Size Slice Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze
 Sub Sum Tan Tanh ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Upsample Where Xor
 """
+_PARSED = frozenset(_MATRIX.split())
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensorrt(OwnOperators):
+class Tensorrt(HalfPrecision):
     """TensorRT through ONNX Runtime: it builds an engine of the graph and fuses by itself; int8 goes in as QDQ and stays QDQ.
 
     Args:
         dtype: float16 or bfloat16 converts the model (pass `to-half`); the engine may use that type then.
     """
 
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     provider: ClassVar[str] = "TensorrtExecutionProvider"
     package: ClassVar[str] = "onnxruntime-gpu, and TensorRT"
     has_kernels: ClassVar[bool] = False
 
-    def pipeline(self, level: int) -> str:
-        text = level_text(self.name, level, ("", EXACT))
-        return text if self.dtype == "float32" or not text else f"{text}, to-half{{dtype={self.dtype}}}"
-
-    def spell(self) -> Sequence[Pass]:
-        return [DecomposeAttention(), DecomposeRotary(), DecomposeRms()]
-
     def refusal(self, node: ir.Node, opset: int | None = None) -> str | None:
-        if node.domain not in ("", "ai.onnx") or node.op_type not in _parsed():
+        if node.domain not in ("", "ai.onnx") or node.op_type not in _PARSED:
             return f"TensorRT has no parser for {node.domain + '::' if node.domain else ''}{node.op_type}"
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             return _not_symmetric(node)
@@ -58,11 +48,6 @@ class Tensorrt(OwnOperators):
 
     def providers(self) -> Sequence[str | tuple[str, Mapping[str, str]]]:
         return (self.provider, "CUDAExecutionProvider")
-
-
-@functools.cache
-def _parsed() -> frozenset[str]:
-    return frozenset(_PARSED.split())
 
 
 def _not_symmetric(node: ir.Node) -> str | None:

@@ -12,7 +12,7 @@ from test_tuning import ATTENTION, BLOCKS, SlowGelu, model, ops, planted
 
 import graphopt
 from graphopt.analysis.pieces import Activation
-from graphopt.core.contract import Spelling
+from graphopt.core.contract import Alternative
 from graphopt.core.errors import TargetError
 from graphopt.run.clock import not_slower
 
@@ -78,7 +78,7 @@ def test_a_planted_regression_is_taken_back_and_the_rest_stays(slow: str) -> Non
 
 def test_a_slow_lowering_is_taken_back() -> None:
     """The table lists one spelling only, so that nothing is timed apart; the whole is."""
-    where = planted(Spelling(Activation(), "fused", (SlowGelu(),)))
+    where = planted(Alternative(Activation(), "fused", (SlowGelu(),)))
     result = graphopt.optimize(model(), "canonicalize", target=where, promise=True)
     assert "Sin" not in ops(result.model)
     assert any("taken back" in r.message and r.pass_name == "slow-gelu" for r in result.report.remarks("missed"))

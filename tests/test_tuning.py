@@ -20,7 +20,7 @@ from models import parse
 import graphopt
 from graphopt import Match, RewritePass, Target
 from graphopt.analysis.pieces import Activation, AttentionCore, IntegerMatmul, Projections, ResidualNorm
-from graphopt.core.contract import Context, Pass, Spelling
+from graphopt.core.contract import Alternative, Context, Pass
 from graphopt.core.errors import GraphoptError, TargetError
 from graphopt.core.machine import Machine
 from graphopt.core.registry import targets
@@ -88,19 +88,19 @@ class QuickNothing(RewritePass[Match]):
         return [op.Identity(m.nodes[0].inputs[0])]
 
 
-def planted(*table: Spelling, first: Pass | None = None, **options: Any) -> Target:
+def planted(*table: Alternative, first: Pass | None = None, **options: Any) -> Target:
     """The cpu target with another table."""
     base: Any = targets()["cpu"]
 
     class Planted(base):  # type: ignore[misc]
-        def spellings(self) -> Sequence[Spelling]:
+        def spellings(self) -> Sequence[Alternative]:
             return table
 
     made: Target = dataclasses.dataclass(frozen=True)(Planted)(**{"shapes": ("4x32",)} | options)
     return made
 
 
-SLOW = (Spelling(Activation(), "plain"), Spelling(Activation(), "fused", (SlowGelu(),)))
+SLOW = (Alternative(Activation(), "plain"), Alternative(Activation(), "fused", (SlowGelu(),)))
 SLOW_DEFAULT = SLOW[::-1]
 
 
@@ -172,7 +172,7 @@ def test_a_slow_default_loses() -> None:
 
 
 def test_a_quick_spelling_wins_and_is_written_everywhere() -> None:
-    table = (*SLOW_DEFAULT, Spelling(Activation(), "quick", (QuickNothing(),)))
+    table = (*SLOW_DEFAULT, Alternative(Activation(), "quick", (QuickNothing(),)))
     assert "Gelu" not in ops(lowered(planted(*table)).model)
 
 
@@ -200,7 +200,7 @@ def test_a_spelling_that_does_not_run_is_not_chosen() -> None:
         def build(self, op: Any, m: Match) -> Sequence[ir.Value]:
             return [op.node("NoSuchOperator", [m.nodes[0].inputs[0]], _domain="nowhere")]
 
-    table = (Spelling(Activation(), "plain"), Spelling(Activation(), "unknown", (Unknown(),)))
+    table = (Alternative(Activation(), "plain"), Alternative(Activation(), "unknown", (Unknown(),)))
     result = lowered(planted(*table))
     assert "NoSuchOperator" not in ops(result.model)
     assert "unknown does not run" in told(result, "applied")[0].message

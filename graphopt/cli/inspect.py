@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from graphopt.cli.shell import Json, Model, Plugins, Task, WithPast, progress, show
+from graphopt.cli.shell import Json, ModelPath, Plugins, Task, WithPast, progress, show
 
 
-def inspect(model: Model, task: Task = None, with_past: WithPast = False, plugin: Plugins = None, as_json: Json = False) -> None:
+def inspect(model: ModelPath, task: Task = None, with_past: WithPast = False, plugin: Plugins = None, as_json: Json = False) -> None:
     """Show what a model is, and every attention in it or why it is none."""
     from graphopt.report.inspection import inspect as look
 

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from graphopt.cli.shell import REPORTS, Json, Model, Plugins, Shapes, Task, Tokenizer, WithPast, progress, show
+from graphopt.cli.shell import REPORTS, Json, ModelPath, Plugins, Shapes, Task, Tokenizer, WithPast, progress, show
 
 
-class Kind(StrEnum):
-    MISSED = "missed"
-    APPLIED = "applied"
-    ALL = "all"
-
-
-def optimize(
-    model: Model,
+def optimize(  # long, as it is the list of options: typer reads each from its argument
+    model: ModelPath,
     out: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The file to write.", show_default=False)],
     level: Annotated[
         int | None, typer.Option("-O", "--level", min=0, max=3, help="0 normal form, 1 exact passes, 2 also int8, 3 also compression.  [default: 1]")
@@ -38,7 +31,7 @@ def optimize(
     print_changed: Annotated[bool, typer.Option("--print-changed", help="Print what every pass changed.")] = False,
     dump: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the graph after every pass.")] = None,
     fuel: Annotated[int | None, typer.Option(min=0, metavar="N", help="Stop after N changes, for bisecting.")] = None,
-    remarks: Annotated[Kind | None, typer.Option(help="Print the remarks, one a line.")] = None,
+    remarks: Annotated[Literal["missed", "applied", "all"] | None, typer.Option(help="Print the remarks, one a line.")] = None,
     task: Task = None,
     with_past: WithPast = False,
     input_shape: Annotated[list[str] | None, typer.Option(metavar="NAME:DIM,...", help="Fix the shape of an input; repeatable.")] = None,
@@ -68,6 +61,6 @@ def optimize(
             result.measure(shapes, progress=lambda done: tell("timing input and output, interleaved", done))
     result.save(out, report)
     show(result.report, as_json)
-    told = [] if remarks is None or as_json else result.report.remarks(remarks.value)
+    told = [] if remarks is None or as_json else result.report.remarks(remarks)
     if told:
         show("\n".join(map(str, told)))

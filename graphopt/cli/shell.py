@@ -22,8 +22,7 @@ R = TypeVar("R")
 INTERRUPTED = 130  # the exit code of shells after SIGINT
 REPORTS = "FILE.json|FILE.html|FILE.md"  # as in report/document.py, which is too much for a start
 
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="An .onnx file, or a Hugging Face model folder.", show_default=False)]
+ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="An .onnx file, or a Hugging Face model folder.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Plugins = Annotated[list[str] | None, typer.Option("--plugin", metavar="FILE|MODULE", help="Bring passes, targets or metrics from here; repeatable.")]
 Task = Annotated[str | None, typer.Option(metavar="T", help="What to load from a Hugging Face folder, such as text-classification.")]

@@ -9,14 +9,14 @@ from typing import Annotated
 
 import typer
 
-from graphopt.cli.shell import Json, Model, Plugins, Shapes, progress, show
+from graphopt.cli.shell import Json, ModelPath, Plugins, Shapes, progress, show
 from graphopt.core.remarks import plural
 
 app = typer.Typer(no_args_is_help=True, help="The timings that decide how a graph is spelled: fill, show, export, import, clear.")
 
 
 def fill(
-    model: Model,
+    model: ModelPath,
     target: Annotated[str, typer.Option(metavar="T", help="Where to measure, such as cpu{threads=2}.")] = "cpu",
     level: Annotated[int, typer.Option("-O", "--level", min=1, max=3, help="The level whose graph is lowered.")] = 1,
     shapes: Shapes = None,

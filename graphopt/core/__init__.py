@@ -8,6 +8,7 @@ from graphopt.core.hand_on import hand_on
 
 if TYPE_CHECKING:
     from graphopt.core.contract import (
+        Alternative,
         Analysis,
         Array,
         Artifact,
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
         Pass,
         Piece,
         Session,
-        Spelling,
         Target,
     )
     from graphopt.core.errors import GraphoptError, LoadError, PassError, PipelineError, SampleError, SaveError, TargetError, VerifyError
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from graphopt.core.remarks import Remark, Remarks
 
 __all__ = [
-    "Analysis", "Array", "Artifact", "Batches", "Budget", "Context", "Fuel", "GraphoptError", "LoadError", "Metric", "NamedMetric", "Pass",
-    "PassError", "PassManager", "Piece", "PipelineError", "Remark", "Remarks", "SampleError", "SaveError", "Session", "Spelling", "Target",
+    "Alternative", "Analysis", "Array", "Artifact", "Batches", "Budget", "Context", "Fuel", "GraphoptError", "LoadError", "Metric",
+    "NamedMetric", "Pass", "PassError", "PassManager", "Piece", "PipelineError", "Remark", "Remarks", "SampleError", "SaveError", "Session", "Target",
     "TargetError", "VerifyError", "parse", "render",
 ]  # fmt: skip
 __getattr__ = hand_on(__name__, __all__, ("contract", "errors", "fuel", "pipeline", "remarks"))

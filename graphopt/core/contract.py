@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from graphopt.core.errors import SampleError
 from graphopt.core.fuel import Fuel
-from graphopt.core.options import Configurable
+from graphopt.core.options import Configurable, kebab
 from graphopt.core.places import data_file
 from graphopt.core.remarks import Remarks
 from graphopt.core.replay import Spool
@@ -228,7 +228,7 @@ class Target(Configurable, ABC):
             TargetError: the runtime is not on this machine.
         """
 
-    def spellings(self) -> Sequence[Spelling]:
+    def spellings(self) -> Sequence[Alternative]:
         """The table of equivalent spellings, the default of each kind first; `lowerings` must begin with `choose-spellings` to use it."""
         return ()
 
@@ -252,31 +252,29 @@ class Piece:
     nodes: tuple[ir.Node, ...]
 
 
-Kind = Analysis[tuple[Piece, ...]]
+PieceKind = Analysis[tuple[Piece, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Spelling:
+class Alternative:
     """One row of a target's table: `passes` turn a piece of `kind` into this spelling; no pass = as the passes before left it.
 
     The first row of a kind is its default: it decides where nothing was measured, and where no other is faster beyond the noise.
     """
 
-    kind: Kind
+    kind: PieceKind
     name: str
     passes: tuple[Pass, ...] = ()
 
     @property
     def label(self) -> str:
         """`residual-norm: sum`."""
-        return f"{kind_name(self.kind)}: {self.name}"
+        return f"{self.kind_name}: {self.name}"
 
-
-def kind_name(kind: Kind) -> str:
-    """`ResidualNorm()` -> `residual-norm`."""
-    from graphopt.core.options import kebab
-
-    return kebab(type(kind).__name__)
+    @property
+    def kind_name(self) -> str:
+        """`ResidualNorm()` -> `residual-norm`."""
+        return kebab(type(self.kind).__name__)
 
 
 Metric = Callable[[Session], float]  # larger for better models

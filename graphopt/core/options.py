@@ -33,7 +33,7 @@ def option_error(name: str, key: str, expected: object, found: object) -> Pipeli
 
 
 @dataclasses.dataclass(frozen=True)
-class Range:
+class Bounds:
     """Which values an option may have; of a tuple, each of its items. `what` they are, in the words of an error."""
 
     above: float | None = None
@@ -78,7 +78,7 @@ def option(
     Example:
         `ratio: float | None = option(None, above=0, below=1, what="a fraction")`
     """
-    return dataclasses.field(default=default, metadata={Range: Range(above, below, least, most, tuple(one_of), what)})
+    return dataclasses.field(default=default, metadata={Bounds: Bounds(above, below, least, most, tuple(one_of), what)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Configurable:
             self._check(field)
 
     def _check(self, field: dataclasses.Field[Any]) -> None:
-        bounds, found = field.metadata.get(Range), getattr(self, field.name)
+        bounds, found = field.metadata.get(Bounds), getattr(self, field.name)
         if bounds is None or found == _default(field):
             return
         for value in found if isinstance(found, tuple) else (found,):
@@ -174,7 +174,7 @@ class Configurable:
     def describe(cls) -> str:
         """The options with types, defaults and ranges, as one line: `energy: float = 0.95 (a number between 0 and 1), rank: int | None = None`."""
         hints = typing.get_type_hints(cls)
-        ranges = {f.name: f" ({f.metadata[Range]})" if Range in f.metadata else "" for f in _fields(cls)}
+        ranges = {f.name: f" ({f.metadata[Bounds]})" if Bounds in f.metadata else "" for f in _fields(cls)}
         return ", ".join(f"{_key(f)}: {_type_text(hints[f.name])} = {_print(_default(f))}{ranges[f.name]}" for f in _fields(cls))
 
 
@@ -187,9 +187,7 @@ def _key(field: dataclasses.Field[Any]) -> str:
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _print(value: object) -> str:

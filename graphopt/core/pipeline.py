@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import onnx_ir as ir
 
@@ -70,9 +70,8 @@ class _Parser:
         token = self.word(f"the name of a {self.what}")
         cls = self.classes.get(token[1])
         if cls is None:
-            raise self.error(
-                f"there is no {self.what} `{token[1]}`{near(token[1], self.classes)}", token, f"{self.what}es" if self.what == "pass" else None
-            )
+            known = f"  passes: {', '.join(sorted(self.classes))}" if self.what == "pass" else ""
+            raise self.error(f"there is no {self.what} `{token[1]}`{near(token[1], self.classes)}", token, known)
         options, places = self.options() if self.peek() == "{" else ({}, {})
         try:
             made = cls.from_options(options)
@@ -82,7 +81,7 @@ class _Parser:
         except PipelineError as error:
             place = places.get(error.option, token)
             head, _, tail = str(error).partition("\n")
-            raise self.error(head, place, tail=tail) from None
+            raise self.error(head, place, tail) from None
 
     def options(self) -> tuple[dict[str, str | None], dict[str, tuple[str, str, int]]]:
         options: dict[str, str | None] = {}
@@ -112,15 +111,12 @@ class _Parser:
         self.at += 1
         return token
 
-    def error(self, message: str, token: tuple[str, str, int], known: str | None = None, tail: str = "") -> PipelineError:
+    def error(self, message: str, token: tuple[str, str, int], tail: str = "") -> PipelineError:
         start = self.text.rfind("\n", 0, token[2]) + 1
         end = self.text.find("\n", start)
         line = self.text[start : end if end >= 0 else None]
         caret = " " * (token[2] - start) + "^" * max(1, min(len(token[1]), len(line) - (token[2] - start)))
-        tail = f"\n{tail}" if tail else ""
-        if known:
-            tail = f"\n  {known}: {', '.join(sorted(self.classes))}"
-        return PipelineError(f"{message}\n  {line}\n  {caret}{tail}")
+        return PipelineError(f"{message}\n  {line}\n  {caret}\n{tail}".rstrip("\n"))
 
 
 @dataclasses.dataclass
@@ -136,13 +132,20 @@ class PassRecord:
         return {"name": self.name, "changes": self.changes, "seconds": round(self.seconds, 4), "remarks": [r.as_dict() for r in self.remarks]}
 
 
-class Instrument(Protocol):
-    """Looks over the pass manager's shoulder; every method may raise a GraphoptError to stop the run."""
+class Instrument:
+    """Looks over the pass manager's shoulder; each overrides what it needs, and may raise a GraphoptError to stop the run."""
 
-    def before_pipeline(self, model: ir.Model, ctx: Context) -> None: ...
-    def before(self, step: Pass, position: int, model: ir.Model, ctx: Context) -> None: ...
-    def after(self, step: Pass, position: int, changes: int, seconds: float, model: ir.Model, ctx: Context) -> None: ...
-    def failed(self, step: Pass, position: int, error: BaseException, model: ir.Model, ctx: Context) -> None: ...
+    def before_pipeline(self, model: ir.Model, ctx: Context) -> None:
+        """Called once, with the graph before the first pass."""
+
+    def before(self, step: Pass, position: int, model: ir.Model, ctx: Context) -> None:
+        """Called before each pass; `position` counts from 1."""
+
+    def after(self, step: Pass, position: int, changes: int, seconds: float, model: ir.Model, ctx: Context) -> None:
+        """Called after each pass that did not raise."""
+
+    def failed(self, step: Pass, position: int, error: BaseException, model: ir.Model, ctx: Context) -> None:
+        """Called when a pass or an instrument raised."""
 
 
 class PassManager:

@@ -101,30 +101,19 @@ class Registry(Mapping[str, type[Any]]):
 
 
 def passes(plugins: tuple[str, ...] = ()) -> Registry:
-    def base() -> type:
-        from graphopt.core.contract import Pass
-
-        return Pass
-
-    return Registry(PASSES, base, plugins)
+    return Registry(PASSES, _of_contract("Pass"), plugins)
 
 
 def targets(plugins: tuple[str, ...] = ()) -> Registry:
-    def base() -> type:
-        from graphopt.core.contract import Target
+    return Registry(TARGETS, _of_contract("Target"), plugins)
 
-        return Target
 
-    return Registry(TARGETS, base, plugins)
+def _of_contract(name: str) -> Callable[[], type]:
+    return lambda: getattr(importlib.import_module("graphopt.core.contract"), name)
 
 
 def metrics(plugins: tuple[str, ...] = ()) -> Registry:
-    def base() -> type:
-        from graphopt.core.contract import NamedMetric
-
-        return NamedMetric
-
-    return Registry(METRICS, base, plugins, builtin=METRICS)
+    return Registry(METRICS, _of_contract("NamedMetric"), plugins, builtin=METRICS)
 
 
 def load_plugin(plugin: str) -> ModuleType:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-Kind = Literal["applied", "missed", "warning"]
+RemarkKind = Literal["applied", "missed", "warning"]
 Progress = Callable[[str, float], None]  # called with what is done now, and the fraction of all work
 
 
@@ -14,7 +14,7 @@ Progress = Callable[[str, float], None]  # called with what is done now, and the
 class Remark:
     """One remark. `node` is the name of the node (or value) it is about; `facts` holds JSON values only."""
 
-    kind: Kind
+    kind: RemarkKind
     pass_name: str
     node: str
     message: str

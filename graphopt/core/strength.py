@@ -63,10 +63,9 @@ class Switch:
 
 
 Dials = tuple[Dial | Switch, ...]
-Step = Callable[[Dial, Any], Any | None]
 
 
-def turned(one: Any, move: Step) -> Any | None:
+def turned(one: Any, move: Callable[[Dial, Any], Any | None]) -> Any | None:
     """The pass with every dial in use moved; None if none moves."""
     values = {dial.option: moved for dial, value in in_use(one) if (moved := move(dial, value)) is not None}
     return dataclasses.replace(one, **values) if values else None

@@ -5,11 +5,11 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graphopt.core.contract import Context, Pass
+from graphopt.core.pipeline import Instrument
 from graphopt.core.remarks import Progress
-from graphopt.driver.instruments import Observer
 
 
-class History(Observer):
+class History(Instrument):
     """The graph as it was before every step (clones that share the weights), and how far the run is.
 
     Args:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import onnx_ir as ir
@@ -15,6 +14,7 @@ import onnx_ir as ir
 from graphopt.core.contract import Array, Batches, Context, Pass, Session
 from graphopt.core.errors import GraphoptError, SampleError, TargetError, VerifyError
 from graphopt.core.pipeline import Instrument
+from graphopt.driver.options import RunOptions
 from graphopt.graph.interface import RESIZED, RETYPED, Interface, interface
 from graphopt.graph.questions import all_nodes
 from graphopt.graph.text import diff, graph_text
@@ -22,30 +22,11 @@ from graphopt.graph.verify import verify
 from graphopt.run.distance import Difference, compare_outputs
 from graphopt.run.samples import Samples, runnable_samples
 
-__all__ = ["CheckNumerics", "Dump", "Instrument", "PrintChanged", "Time", "VerifyEach"]
-
 Outputs = list[dict[str, Array]]  # for each sample, name -> array
-Load = Callable[[ir.Model], Session]
 _FEEDS = 4  # samples that check-numerics runs, at most
 
 
-class Observer:
-    """An instrument that looks at nothing; the others override what they need."""
-
-    def before_pipeline(self, model: ir.Model, ctx: Context) -> None:
-        """Called once, with the graph before the first pass."""
-
-    def before(self, step: Pass, position: int, model: ir.Model, ctx: Context) -> None:
-        """Called before each pass; `position` counts from 1."""
-
-    def after(self, step: Pass, position: int, changes: int, seconds: float, model: ir.Model, ctx: Context) -> None:
-        """Called after each pass that did not raise."""
-
-    def failed(self, step: Pass, position: int, error: BaseException, model: ir.Model, ctx: Context) -> None:
-        """Called when a pass or an instrument raised."""
-
-
-class VerifyEach(Observer):
+class VerifyEach(Instrument):
     """The normal form, the public interface and an honest count of changes, before the first and after every pass."""
 
     def __init__(self) -> None:
@@ -65,24 +46,19 @@ class VerifyEach(Observer):
             raise VerifyError(f"`{step}` says that it changed nothing, but the graph is another")
 
 
-class CheckNumerics(Observer):
+class CheckNumerics(Instrument):
     """Runs the graph before the first pass and after every pass, with runtime optimizations off, on the samples.
 
     After an exact pass each output must be that of the pipeline's input, within `distance.TOLERANCE`. After a lossy one the outputs must
     still have their shapes and dtypes, and no new NaN; they are the baseline from then on. Outputs that differ between two runs of one
     graph (live Dropout, random nodes) are left out, and named in a warning.
-
-    Args:
-        load: makes a session of a graph; by default onnxruntime with ORT_DISABLE_ALL, or the ONNX reference where that cannot run the input.
-        seed: of the random samples that are made up where the context has none.
+    It runs in onnxruntime with ORT_DISABLE_ALL, or in the ONNX reference where that cannot run the input.
 
     Raises (in `after`):
         VerifyError: names the pass, the first output that differs and where, and the first value inside the graph that does.
     """
 
-    def __init__(self, load: Load | None = None, *, seed: int = 0) -> None:
-        self._loads = (load,) if load is not None else (_plain, _reference)
-        self._seed = seed
+    def __init__(self) -> None:
         self._feeds: list[dict[str, Array]] = []
         self._baseline: Outputs = []
         self._unsteady: set[str] = set()
@@ -121,10 +97,10 @@ class CheckNumerics(Observer):
     def _choose(self, model: ir.Model, samples: Batches | None) -> Session:
         """The first engine that runs the input decides for the whole pipeline, and so do its samples."""
         reason: GraphoptError | None = None
-        for load in self._loads:
+        for load in (_plain, _reference):
             try:
                 session = load(model)
-                fitted = runnable_samples(model, session, seed=self._seed) if samples is None else Samples.load(samples, model)
+                fitted = runnable_samples(model, session) if samples is None else Samples.load(samples, model)
                 self._feeds = list(fitted)[:_FEEDS]
                 session.run(self._feeds[0])
             except TargetError as error:
@@ -162,23 +138,15 @@ class CheckNumerics(Observer):
         return "" if first is None else f"; inside the graph, the first is {str(first).removeprefix('output ')}"
 
 
-class Time(Observer):
-    """Prints the seconds of each pass to stderr as it ends; `rows` keeps (pass, changes, seconds)."""
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream
-        self.rows: list[tuple[str, int, float]] = []
+class Time(Instrument):
+    """Prints the seconds of each pass to stderr as it ends."""
 
     def after(self, step: Pass, position: int, changes: int, seconds: float, model: ir.Model, ctx: Context) -> None:
-        self.rows.append((str(step), changes, seconds))
-        _say(self._stream, f"{position:3d} {seconds:8.3f} s  {changes:5d} changes  {step}")
+        print(f"{position:3d} {seconds:8.3f} s  {changes:5d} changes  {step}", file=sys.stderr)
 
 
-class PrintChanged(Observer):
+class PrintChanged(Instrument):
     """Prints what each pass changed to stderr, as a diff of the graph's text."""
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream, self._before = stream, ""
 
     def before(self, step: Pass, position: int, model: ir.Model, ctx: Context) -> None:
         self._before = graph_text(model)
@@ -186,10 +154,10 @@ class PrintChanged(Observer):
     def after(self, step: Pass, position: int, changes: int, seconds: float, model: ir.Model, ctx: Context) -> None:
         changed = diff(self._before, graph_text(model))
         head = f"--- after pass {position} `{step}`: {changes} changes"
-        _say(self._stream, f"{head}\n{changed}".rstrip() if changed else f"{head}, the graph is the same")
+        print(f"{head}\n{changed}".rstrip() if changed else f"{head}, the graph is the same", file=sys.stderr)
 
 
-class Dump(Observer):
+class Dump(Instrument):
     """Writes the graph before the first pass and after each one: `00-input.onnx`, `01-canonicalize.onnx`, and the same as .txt.
 
     Raises (in `before_pipeline`):
@@ -263,17 +231,11 @@ def _file_name(step: Pass, position: int) -> str:
     return f"{position:02d}-" + re.sub(r"[^\w.-]+", "-", step.name)
 
 
-def _say(stream: TextIO | None, text: str) -> None:
-    print(text, file=stream if stream is not None else sys.stderr)
+_BY_OPTION = {"verify_each": VerifyEach, "check_numerics": CheckNumerics, "time": Time, "print_changed": PrintChanged}
 
 
-def chosen(*, verify_each: bool, check_numerics: bool, time: bool, print_changed: bool, dump: str | Path | None) -> list[Instrument]:
+def chosen(options: RunOptions) -> list[Instrument]:
     """Those that were asked for, in the order in which they look."""
-    made: list[tuple[bool, Callable[[], Instrument]]] = [
-        (verify_each, VerifyEach),
-        (check_numerics, CheckNumerics),
-        (time, Time),
-        (print_changed, PrintChanged),
-        (dump is not None, lambda: Dump(dump or "")),
-    ]
-    return [make() for wanted, make in made if wanted]
+    dump = options.get("dump")
+    found: list[Instrument] = [make() for option, make in _BY_OPTION.items() if options.get(option)]
+    return found if dump is None else [*found, Dump(dump)]

@@ -7,29 +7,31 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter as clock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import onnx_ir as ir
 
 from graphopt.core import pipeline as pipelines
 from graphopt.core import registry
-from graphopt.core.contract import Budget, Context, Metric, Pass, Target
+from graphopt.core.contract import Budget, Context, Pass, Target
 from graphopt.core.errors import GraphoptError, PipelineError, SampleError, VerifyError
 from graphopt.core.fuel import Fuel
 from graphopt.core.options import near
 from graphopt.core.pipeline import Instrument, PassManager, PassRecord, parse, render
 from graphopt.core.places import check_places
 from graphopt.core.remarks import Progress, Remarks
+from graphopt.driver import instruments
 from graphopt.driver import promise as promises
 from graphopt.driver.history import History
 from graphopt.driver.instruments import Dump
 from graphopt.driver.loss import NO_SAMPLES, Loss
+from graphopt.driver.options import RunOptions
 from graphopt.driver.promise import Outcome
 from graphopt.driver.result import Result, report_of
 from graphopt.driver.transaction import TransactionManager
 from graphopt.graph.interface import interface
 from graphopt.graph.verify import verify
-from graphopt.io.load import LoadOptions, check_options, keeps_bytes, load_both
+from graphopt.io.load import check_options, keeps_bytes, load_both, load_options
 from graphopt.io.save import sources_of
 from graphopt.report.words import called
 from graphopt.run.race import parse_shapes
@@ -82,57 +84,38 @@ class Job:
     tell: Progress = lambda text, done: None
 
     @classmethod
-    def make(
-        cls,
-        source: Source,
-        pipeline: str | None = None,
-        *,
-        level: int = 1,
-        target: str | Target = "cpu",
-        samples: Any = None,
-        tokenizer: Any = None,
-        metric: Metric | None = None,
-        max_loss: float | None = None,
-        require: Sequence[str] = (),
-        plugins: Sequence[str] = (),
-        watchers: Sequence[Instrument] = (),
-        fuel: int | None = None,
-        promise: bool | None = None,
-        shapes: str | None = None,
-        progress: Progress | None = None,
-        out: str | Path | None = None,
-        writes: Sequence[str | Path] = (),
-        options: LoadOptions | None = None,
-    ) -> Job:
-        """Check and resolve everything, and load the model. Arguments as for `optimize`; `options` are those of loading.
+    def make(cls, source: Source, pipeline: str | None = None, **options: Unpack[RunOptions]) -> Job:
+        """Check and resolve everything, and load the model. Arguments as for `optimize`.
 
         Raises:
             PipelineError, LoadError, SaveError: see `optimize`.
         """
-        options = options or {}
-        check_options(options)
-        where = _shaped(parse_target(target, tuple(plugins)) if isinstance(target, str) else target, shapes)
-        known = registry.passes(tuple(plugins))
-        passes: list[Pass] = parse(where.pipeline(level) if pipeline is None else pipeline, known)
-        lowerings = tuple(where.lowerings())
-        _check_required(require, passes, lowerings)
-        files = [*(() if out is None else where.files(Path(out))), *map(Path, writes)]
+        check_options(options, RunOptions)
+        plugins, required, shapes = tuple(options.get("plugins", ())), tuple(options.get("require", ())), options.get("shapes")
+        level, fuel, max_loss, out = options.get("level", 1), options.get("fuel"), options.get("max_loss"), options.get("out")
+        target = _shaped(parse_target(options.get("target", "cpu"), plugins), shapes)
+        known = registry.passes(plugins)
+        passes = tuple(parse(target.pipeline(level) if pipeline is None else pipeline, known))
+        lowerings = tuple(target.lowerings())
+        _check_required(required, passes, lowerings)
+        files = [*(() if out is None else target.files(Path(out))), *map(Path, options.get("writes", ()))]
         given = Path(source) if isinstance(source, (str, os.PathLike)) else None
-        tell = progress or cls.tell
+        tell = options.get("progress") or cls.tell
         tell("load", 0.0)
         check_places(files, () if given is None else [str(given)])
         remarks, start = Remarks(), clock()
-        original, model = load_both(source, remarks=remarks, **options)
+        original, model = load_both(source, remarks=remarks, **load_options(options))
         repaired = sum("repaired" in remark.facts for remark in remarks)
         loaded = PassRecord("load", repaired, clock() - start, list(remarks))
+        watchers = tuple(instruments.chosen(options))
         dumped = (place for w in watchers if isinstance(w, Dump) for place in w.places((*passes, *lowerings)))
         check_places(files, sources_of(original), dumped)
-        fed = _samples(samples, tokenizer, model, given)
+        samples = _samples(options.get("samples"), options.get("tokenizer"), model, given)
         return cls(
-            where, tuple(passes), lowerings, tuple(require), original, model, called(source), loaded,
+            target, passes, lowerings, required, original, model, called(source), loaded,
             given if given is not None and keeps_bytes(given) and not options.get("input_shapes") else None,
-            fed, Loss(where, original, fed, metric), max_loss, known, tuple(watchers), fuel, _promised(promise, pipeline, level, fuel),
-            parse_shapes(shapes) if shapes else (), tell,
+            samples, Loss(target, original, samples, options.get("metric")), max_loss, known, watchers, fuel,
+            _promised(options.get("promise"), pipeline, level, fuel), parse_shapes(shapes) if shapes else (), tell,
         )  # fmt: skip
 
     @property
@@ -197,12 +180,14 @@ class Job:
             raise VerifyError(text.rstrip()) from error
 
 
-def parse_target(text: str, plugins: tuple[str, ...] = ()) -> Target:
-    """A target from its text.
+def parse_target(text: str | Target, plugins: tuple[str, ...] = ()) -> Target:
+    """A target from its text; one that is made stays as it is.
 
     Raises:
         PipelineError: unknown name or option, a number out of its range, or not exactly one target.
     """
+    if isinstance(text, Target):
+        return text
     found: list[Target] = parse(text, registry.targets(plugins), "target")
     if len(found) != 1:
         raise PipelineError(f"expected one target such as cpu or cpu{{threads=2}}, found `{text}`")

@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
-from graphopt.core.contract import Metric, Target
-from graphopt.core.remarks import Progress
-from graphopt.driver import instruments
 from graphopt.driver.job import Job
+from graphopt.driver.options import RunOptions
 from graphopt.driver.result import Result
-from graphopt.io.load import LoadOptions
 
 if TYPE_CHECKING:
     from graphopt.io.load import Source
 
 
-def optimize(
-    source: Source,
-    pipeline: str | None = None,
-    *,
-    level: int = 1,
-    target: str | Target = "cpu",
-    samples: Any = None,
-    tokenizer: Any = None,
-    metric: Metric | None = None,
-    max_loss: float | None = None,
-    require: Sequence[str] = (),
-    plugins: Sequence[str] = (),
-    verify_each: bool = False,
-    check_numerics: bool = False,
-    time: bool = False,
-    print_changed: bool = False,
-    dump: str | Path | None = None,
-    fuel: int | None = None,
-    promise: bool | None = None,
-    shapes: str | None = None,
-    progress: Progress | None = None,
-    out: str | Path | None = None,
-    writes: Sequence[str | Path] = (),
-    **options: Unpack[LoadOptions],
-) -> Result:
+def optimize(source: Source, pipeline: str | None = None, **options: Unpack[RunOptions]) -> Result:
     """Load a model, run a pipeline over it, and lower it for a target.
 
     Args:
@@ -63,20 +34,14 @@ def optimize(
         progress: called with what is done now and the fraction of all steps.
         out: where the result will be saved; whether the files of the target can be written there is checked before anything is loaded.
         writes: other files that will be written from the result; checked as well.
-        options: of loading, see `graphopt.io.load.LoadOptions`: `example_inputs`, `task`, `input_shapes` and so on.
+        example_inputs, task, input_shapes and so on: of loading, see `graphopt.io.load.LoadOptions`.
 
     Raises:
         PipelineError: the pipeline or target text is wrong, or a required pass is not in it.
         LoadError: the source cannot be read.
         PassError: a pass raised; it names the pass, its place and the cause.
-        SampleError: a lossy pass has a budget, and there is neither a metric nor a sample.
-        VerifyError: what the passes left is no legal graph, or has another interface.
+        SampleError, VerifyError: a budget has neither a metric nor a sample; what the passes left is no legal graph, or has another interface.
         SaveError: a file of `out`, `writes` or `dump` cannot be written, or belongs to the input.
         GraphoptError: a required pass changed nothing, or the metric failed.
     """
-    watchers = instruments.chosen(verify_each=verify_each, check_numerics=check_numerics, time=time, print_changed=print_changed, dump=dump)
-    job = Job.make(
-        source, pipeline, level=level, target=target, samples=samples, tokenizer=tokenizer, metric=metric, max_loss=max_loss, require=require,
-        plugins=plugins, watchers=watchers, fuel=fuel, promise=promise, shapes=shapes, progress=progress, out=out, writes=writes, options=options,
-    )  # fmt: skip
-    return job.run()
+    return Job.make(source, pipeline, **options).run()

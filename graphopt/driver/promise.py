@@ -28,7 +28,7 @@ from graphopt.run.clock import NOISE, Timings
 if TYPE_CHECKING:
     from graphopt.driver.job import Job
 
-BUDGET = 30.0  # seconds of timing after which nothing more is tried, and the input itself is the answer
+PATIENCE = 30.0  # seconds of timing after which nothing more is tried, and the input itself is the answer
 _COPIES = 5  # of the weights, that two sessions need while they are made
 
 
@@ -108,7 +108,7 @@ class _Keeper:
         current, dropped, steps = whole, set[int](), self.job.steps
         suspects = [k for k, (step, r) in enumerate(zip(steps, whole.records, strict=True), start=1) if r.changes and self._lossless(step)]
         for position in reversed(suspects):
-            if time.perf_counter() - self.start > BUDGET:
+            if time.perf_counter() - self.start > PATIENCE:
                 break
             trial = self._without(position, dropped, current)
             trial.timings = self._time(trial.model)

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack, cast
 
 import onnx
 import onnx_ir as ir
@@ -81,11 +81,16 @@ def load_both(source: Source, *, remarks: Remarks, **options: Unpack[LoadOptions
         return original, _normal(model, name, remarks)
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raises TypeError for a keyword that is none of `LoadOptions`, as for a function that spells them."""
-    unknown = next((name for name in options if name not in LoadOptions.__annotations__), None)
+def check_options(options: Mapping[str, Any], known: type = LoadOptions) -> None:
+    """Raises TypeError for a keyword that is not among the `known`, as for a function that spells them."""
+    unknown = next((name for name in options if name not in known.__annotations__), None)
     if unknown is not None:
-        raise TypeError(f"unexpected keyword argument `{unknown}`{near(unknown, LoadOptions.__annotations__)}")
+        raise TypeError(f"unexpected keyword argument `{unknown}`{near(unknown, known.__annotations__)}")
+
+
+def load_options(options: Mapping[str, Any]) -> LoadOptions:
+    """Those of loading, of the options of something that also loads."""
+    return cast("LoadOptions", {name: value for name, value in options.items() if name in LoadOptions.__annotations__})
 
 
 def _open(source: Source, options: LoadOptions, remarks: Remarks) -> tuple[ir.Model, str]:

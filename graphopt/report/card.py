@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ _KINDS = {"self": "self-attention", "cross": "cross-attention"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class CardLine:
     """One line of the card: what it is, how often it follows itself, parameters (stored elements) of one, and FLOPs of one."""
 
     part: str
@@ -29,9 +30,6 @@ class Part:
     parameters: int
     flops: int
 
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
 
 @dataclasses.dataclass(frozen=True)
 class Card(Document):
@@ -39,12 +37,12 @@ class Card(Document):
 
     title: ClassVar[str] = "graphopt card"
 
-    parts: tuple[Part, ...]
+    parts: tuple[CardLine, ...]
     sizes: Mapping[str, int]
     declined: tuple[tuple[str, str], ...]
 
     def as_dict(self) -> dict[str, Any]:
-        return {"parts": [part.as_dict() for part in self.parts], "sizes": dict(self.sizes)}
+        return {"parts": [dataclasses.asdict(part) for part in self.parts], "sizes": dict(self.sizes)}
 
     def elements(self) -> Sequence[Table]:
         """Layers that follow each other and are alike are one line."""
@@ -60,38 +58,28 @@ class Card(Document):
 def card(model: ir.Model, ctx: Context, sizes: Mapping[str, int]) -> Card:
     """The card of a fused graph at the given sizes of its dynamic dimensions."""
     found = ctx.get(Structure())
-    parts = [Part("embedding", f"{rows} x {width}", 1, rows * width, 0) for rows, width in found.embeddings]
+    parts = [CardLine("embedding", f"{rows} x {width}", 1, rows * width, 0) for rows, width in found.embeddings]
     parts += [_rest("input", node, sizes) for node in found.before]
-    for layer, count in _runs(found.layers):
-        parts += _layer(layer, count, sizes)
-    parts += [Part("norm", what, count, parameters, 0) for what, count, parameters in _norms(found)]
+    for _, run in itertools.groupby(found.layers, _describe):
+        alike = list(run)
+        parts += _layer(alike[0], len(alike), sizes)
+    parts += [CardLine("norm", what, count, parameters, 0) for what, count, parameters in _norms(found)]
     parts += [_rest("head", node, sizes) for node in found.behind]
     declined = tuple((n.name or "", f) for n, f in ctx.get(Attentions()).items() if isinstance(f, str) and n.op_type == "Softmax")
     return Card(tuple(parts), dict(sizes), declined)
-
-
-def _runs(layers: Sequence[Layer]) -> list[tuple[Layer, int]]:
-    """Neighbouring layers of the same description, counted."""
-    out: list[tuple[Layer, int]] = []
-    for layer in layers:
-        if out and _describe(out[-1][0]) == _describe(layer):
-            out[-1] = (out[-1][0], out[-1][1] + 1)
-        else:
-            out.append((layer, 1))
-    return out
 
 
 def _describe(layer: Layer) -> tuple[str, ...]:
     return (*(_attention_text(a) for a in layer.attention), *(_ffn_text(f) for f in layer.ffn))
 
 
-def _layer(layer: Layer, count: int, sizes: Mapping[str, int]) -> list[Part]:
-    parts = [Part("attention", _attention_text(a), count, _parameters(a), _flops(a.nodes, sizes)) for a in layer.attention]
-    parts += [Part("FFN", _ffn_text(f), count, _parameters(f), _flops(f.nodes, sizes)) for f in layer.ffn]
+def _layer(layer: Layer, count: int, sizes: Mapping[str, int]) -> list[CardLine]:
+    parts = [CardLine("attention", _attention_text(a), count, _parameters(a), _flops(a.nodes, sizes)) for a in layer.attention]
+    parts += [CardLine("FFN", _ffn_text(f), count, _parameters(f), _flops(f.nodes, sizes)) for f in layer.ffn]
     if layer.norms:
         kinds = sorted({n.op_type for n in layer.norms})
         stored = sum(_stored(n.inputs[1:]) for n in layer.norms)
-        parts.append(Part("norms", f"{len(layer.norms)} x {' and '.join(kinds)}", count, stored, 0))
+        parts.append(CardLine("norms", f"{len(layer.norms)} x {' and '.join(kinds)}", count, stored, 0))
     return parts
 
 
@@ -114,10 +102,10 @@ def _norms(found: Model) -> list[tuple[str, int, int]]:
     return [(what, len(stored), sum(stored) // len(stored)) for what, stored in counts.items()]
 
 
-def _rest(part: str, node: ir.Node, sizes: Mapping[str, int]) -> Part:
+def _rest(part: str, node: ir.Node, sizes: Mapping[str, int]) -> CardLine:
     weight = next((v for v in node.inputs[1:] if v is not None and v.shape is not None), None)
     dims = " x ".join(str(d) for d in weight.shape) if weight is not None and weight.shape is not None else "?"
-    return Part(part, f"{node.op_type} {dims}", 1, _stored(node.inputs), _flops([node], sizes))
+    return CardLine(part, f"{node.op_type} {dims}", 1, _stored(node.inputs), _flops([node], sizes))
 
 
 def _parameters(block: AttentionBlock | FfnBlock) -> int:

@@ -163,11 +163,10 @@ def compare(
         _add(outputs, padding.kept(feed), left, right)
     del sessions
     found = tuple(_output(name, running) for name, running in outputs.items())
-    least = min((x.snr for x in found), default=math.inf)
     blocks: tuple[BlockDifference, ...] = ()
     if ends:
         try:
-            blocks, note = _blocks(first, second, given, padding, ends, min(least, _EXACT) - _STRANGER, threads)
+            blocks, note = _blocks(first, second, given, padding, ends, min([_EXACT, *(x.snr for x in found)]) - _STRANGER, threads)
         except GraphoptError as error:
             note = f"a model does not run with its inner values shown ({error})"
     return Comparison(called(a), called(b), len(given), samples is None, found, blocks, note)

@@ -73,7 +73,7 @@ def joined(op: Builder, a: AttentionNode, out: ir.Value) -> ir.Value:
     """[batch, heads, rows, value_dim] -> what the node gives."""
     if not a.packed:
         return out
-    return op.Reshape(op.Transpose(out, perm=[0, 2, 1, 3]), _ints(op, 0, 0, a.value_dim * a.heads or -1))  # type: ignore[no-any-return]
+    return op.Reshape(op.Transpose(out, perm=[0, 2, 1, 3]), _ints(op, 0, 0, a.value_dim * a.heads or -1))
 
 
 def split(op: Builder, a: AttentionNode, x: ir.Value, heads: int) -> ir.Value:
@@ -82,7 +82,7 @@ def split(op: Builder, a: AttentionNode, x: ir.Value, heads: int) -> ir.Value:
         return x
     size = static_dim(x, -1)
     parts = op.Reshape(x, _ints(op, 0, 0, heads, -1 if size is None else size // heads))
-    return op.Transpose(parts, perm=[0, 2, 1, 3])  # type: ignore[no-any-return]
+    return op.Transpose(parts, perm=[0, 2, 1, 3])
 
 
 def repeated(op: Builder, a: AttentionNode, x: ir.Value) -> ir.Value:
@@ -91,7 +91,7 @@ def repeated(op: Builder, a: AttentionNode, x: ir.Value) -> ir.Value:
         return x
     every = op.Expand(op.Unsqueeze(x, _ints(op, 2)), _ints(op, 1, 1, a.group, 1, 1))
     tail = op.Shape(x, start=2, end=4)
-    return op.Reshape(every, op.Concat(op.Shape(x, start=0, end=1), _ints(op, a.heads), tail, axis=0))  # type: ignore[no-any-return]
+    return op.Reshape(every, op.Concat(op.Shape(x, start=0, end=1), _ints(op, a.heads), tail, axis=0))
 
 
 def _fills(op: Builder, a: AttentionNode) -> tuple[ir.Value, ir.Value]:
@@ -104,14 +104,14 @@ def _scores(op: Builder, a: AttentionNode, q: ir.Value, k: ir.Value) -> ir.Value
     scale = op.const(np.array(a.scale, dtype.numpy()), "scale")
     keys = op.Transpose(k, perm=[0, 1, 3, 2])
     narrow = dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-    return op.MatMul(op.Mul(q, scale), keys) if narrow else op.Mul(op.MatMul(q, keys), scale)  # type: ignore[no-any-return]
+    return op.MatMul(op.Mul(q, scale), keys) if narrow else op.Mul(op.MatMul(q, keys), scale)
 
 
 def _capped(op: Builder, a: AttentionNode, scores: ir.Value) -> ir.Value:
     if not a.softcap:
         return scores
     limit = op.const(np.array(a.softcap, _dtype(a).numpy()), "softcap")
-    return op.Mul(op.Tanh(op.Div(scores, limit)), limit)  # type: ignore[no-any-return]
+    return op.Mul(op.Tanh(op.Div(scores, limit)), limit)
 
 
 def _masked(op: Builder, a: AttentionNode, scores: ir.Value, q: ir.Value, k: ir.Value) -> ir.Value:
@@ -137,8 +137,8 @@ def _bounds(op: Builder, end: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
 
 def _softmax(op: Builder, a: AttentionNode, scores: ir.Value) -> ir.Value:
     if a.precision is None or ir.DataType(a.precision) == a.q.dtype:
-        return op.Softmax(scores, axis=-1)  # type: ignore[no-any-return]
-    return op.Cast(op.Softmax(op.Cast(scores, to=a.precision), axis=-1), to=a.q.dtype)  # type: ignore[no-any-return]
+        return op.Softmax(scores, axis=-1)
+    return op.Cast(op.Softmax(op.Cast(scores, to=a.precision), axis=-1), to=a.q.dtype)
 
 
 def _dtype(a: AttentionNode) -> ir.DataType:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, overload
 
 import onnx_ir as ir
 
@@ -11,6 +11,15 @@ from graphopt.core.contract import Array
 from graphopt.graph.questions import Names, initializer
 
 _SMALL = 1024  # bytes; equal constants up to this size are stored once
+
+
+class Operator(Protocol):
+    """Adds a node of one operator: its output, or with `_outputs` a sequence of so many."""
+
+    @overload
+    def __call__(self, *inputs: ir.Value | None, _outputs: int, **attributes: Any) -> Sequence[ir.Value]: ...
+    @overload
+    def __call__(self, *inputs: ir.Value | None, **attributes: Any) -> ir.Value: ...
 
 
 class Builder:
@@ -22,15 +31,16 @@ class Builder:
         self.made: dict[Any, ir.Value] = {}  # joins the memo if the splice succeeds
         self._names, self._memo, self._graph = names, memo, graph
 
-    def __getattr__(self, op_type: str) -> Callable[..., Any]:
+    def __getattr__(self, op_type: str) -> Operator:
         if op_type.startswith("_"):
             raise AttributeError(op_type)
         return lambda *inputs, **options: self.node(op_type, inputs, **options)
 
     def node(self, op_type: str, inputs: Sequence[ir.Value | None], *, _domain: str = "", _outputs: int = 1, **attributes: Any) -> Any:
-        """Add a node; returns its output, or a tuple of them where `_outputs` > 1."""
+        """Add a node; returns its output, or a tuple of them where `_outputs` > 1. What is None at the end of the inputs is left out."""
+        count = max((k for k, value in enumerate(inputs, start=1) if value is not None), default=0)
         given = {k: v for k, v in attributes.items() if v is not None}
-        node = ir.node(op_type, inputs, given, domain=_domain, num_outputs=_outputs)
+        node = ir.node(op_type, inputs[:count], given, domain=_domain, num_outputs=_outputs)
         self.nodes.append(node)
         return node.outputs[0] if _outputs == 1 else node.outputs
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 
-from graphopt.core.contract import Kind, Pass, Piece, Spelling
+from graphopt.core.contract import Alternative, Pass, Piece, PieceKind
 
 
-def table_passes(table: Sequence[Spelling]) -> list[Pass]:
+def table_passes(table: Sequence[Alternative]) -> list[Pass]:
     """Every pass of the table once, in the order of the rows."""
     return list(dict.fromkeys(step for spelling in table for step in spelling.passes))
 
@@ -17,11 +17,11 @@ def table_passes(table: Sequence[Spelling]) -> list[Pass]:
 class Choices:
     """Which passes of the table may fire at which node. Where nothing was chosen, those of the default spellings."""
 
-    def __init__(self, table: Sequence[Spelling]) -> None:
-        self._owners: dict[Pass, set[Kind]] = {}
-        self._defaults: set[tuple[Kind, Pass]] = set()
-        self._chosen: dict[ir.Node, dict[Kind, Spelling]] = {}
-        seen: set[Kind] = set()
+    def __init__(self, table: Sequence[Alternative]) -> None:
+        self._owners: dict[Pass, set[PieceKind]] = {}
+        self._defaults: set[tuple[PieceKind, Pass]] = set()
+        self._chosen: dict[ir.Node, dict[PieceKind, Alternative]] = {}
+        seen: set[PieceKind] = set()
         for spelling in table:
             for step in spelling.passes:
                 self._owners.setdefault(step, set()).add(spelling.kind)
@@ -29,7 +29,7 @@ class Choices:
                     self._defaults.add((spelling.kind, step))
             seen.add(spelling.kind)
 
-    def choose(self, piece: Piece, spelling: Spelling) -> None:
+    def choose(self, piece: Piece, spelling: Alternative) -> None:
         for node in piece.nodes:
             self._chosen.setdefault(node, {})[spelling.kind] = spelling
 
@@ -43,7 +43,7 @@ class Choices:
 
     def carry(self, old: Iterable[ir.Node], new: Iterable[ir.Node]) -> None:
         """Nodes that replace others inherit what was chosen for them."""
-        inherited: dict[Kind, Spelling] = {}
+        inherited: dict[PieceKind, Alternative] = {}
         for node in old:
             inherited.update(self._chosen.get(node, {}))
         if inherited:

@@ -75,11 +75,8 @@ class Cache:
         return self._use(read, {})
 
     def add(self, machine: Machine, timed: Iterable[Timed]) -> None:
-        now = time.time()
-        rows = [
-            (machine.processor, machine.runtime, machine.provider, machine.threads, t.piece, t.spelling, t.shape, t.seconds, t.description, now)
-            for t in timed
-        ]
+        where = (machine.processor, machine.runtime, machine.provider, machine.threads)
+        rows = [(*where, *dataclasses.astuple(t), time.time()) for t in timed]  # in the order of _COLUMNS
         self._use(lambda connection: self._insert(connection, rows), None)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -119,19 +116,14 @@ class Cache:
     def _use(self, action: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
         """One short transaction; a file that cannot be used is a `problem`, never a crash."""
         try:
-            with self._open() as connection, connection:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.closing(sqlite3.connect(self.path, timeout=_PATIENCE)) as connection, connection:
                 connection.execute(_CREATE)
                 return action(connection)
         except (sqlite3.Error, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             self.problem = f"the tuning cache {self.path} cannot be used ({reason}); `graphopt tune clear` removes it, GRAPHOPT_CACHE names another"
             return otherwise
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(sqlite3.connect(self.path, timeout=_PATIENCE)) as connection:
-            yield connection
 
 
 def _parsed(text: str) -> Iterator[tuple[Any, ...]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graphopt.core.contract import Context, Kind, Pass, Piece, Session, Spelling, Target, kind_name
+from graphopt.core.contract import Alternative, Context, Pass, Piece, PieceKind, Session, Target
 from graphopt.core.errors import GraphoptError, TargetError
 from graphopt.driver.lowering import extract
 from graphopt.driver.lowering.cache import Cache, Timed
@@ -26,7 +26,7 @@ from graphopt.run.clock import NOISE, geometric_mean
 from graphopt.run.roles import random_feed
 
 FLOOR = 1e-5  # seconds over all sizes together, that a spelling must win beyond the noise: below that the clock decides, not the kernel
-BUDGET = 20.0  # seconds for all timing of one model; what is left over goes by the table
+TIMING_SECONDS = 20.0  # seconds for all timing of one model; what is left over goes by the table
 _REFUSED = 1e6  # seconds: what the cache says of a spelling that the runtime does not run at these sizes
 _BYTES = 512 * 2**20  # activations of a piece, at most
 
@@ -53,7 +53,7 @@ class ChooseSpellings(Pass):
 class _Variant:
     """One spelling of one piece: the small model, and the key that its timings have in the cache."""
 
-    spelling: Spelling
+    spelling: Alternative
     model: ir.Model
     key: str
 
@@ -66,10 +66,10 @@ class _Tuner:
         self.elsewhere = target.processor is not None
         self.cache = Cache()
         self.sizes = race.sizes_for(model, race.shapes_of(target))
-        self.spent, self.untimed = 0.0, 0
+        self.spent = 0.0
         self.by_table: dict[str, str] = {}
 
-    def decide(self, kind: Kind, spellings: Sequence[Spelling]) -> None:
+    def decide(self, kind: PieceKind, spellings: Sequence[Alternative]) -> None:
         """Choose for every piece of one kind; equal pieces are looked at once."""
         groups: dict[str, list[Piece]] = {}
         small: dict[str, ir.Model] = {}
@@ -85,22 +85,18 @@ class _Tuner:
                 assert self.ctx.choices is not None
                 self.ctx.choices.choose(piece, chosen)
 
-    def _choose(self, small: ir.Model, spellings: Sequence[Spelling], pieces: Sequence[Piece]) -> Spelling:
-        default, name = spellings[0], pieces[0].nodes[-1].name or ""
-        if self.mode == "off" or self.machine is None:
-            self.by_table[kind_name(default.kind)] = default.name
+    def _choose(self, small: ir.Model, spellings: Sequence[Alternative], pieces: Sequence[Piece]) -> Alternative:
+        default = spellings[0]
+        variants = [] if self.mode == "off" or self.machine is None else self._variants(small, spellings)
+        if len(variants) == 1:
             return default
-        variants = self._variants(small, spellings)
-        if len(variants) < 2:
-            return default
-        times = self._times(small, variants)
-        if not times:
-            self.untimed += len(pieces)
-            self.by_table[kind_name(default.kind)] = default.name
-            return default
-        return self._judge(variants, times, name, len(pieces))
+        times = self._times(small, variants) if variants else {}
+        if times:
+            return self._judge(variants, times, pieces[0].nodes[-1].name or "", len(pieces))
+        self.by_table[default.kind_name] = default.name
+        return default
 
-    def _variants(self, small: ir.Model, spellings: Sequence[Spelling]) -> list[_Variant]:
+    def _variants(self, small: ir.Model, spellings: Sequence[Alternative]) -> list[_Variant]:
         """The spellings that differ; of equal ones the first."""
         found: dict[str, _Variant] = {}
         for spelling in spellings:
@@ -129,7 +125,7 @@ class _Tuner:
                 times[label] = {name: seconds for name, seconds in row.items() if seconds is not None}
             else:
                 missing[label] = key
-        if missing and self.mode == "on" and not self.elsewhere and self.target.runs_here() and self.spent < BUDGET:
+        if missing and self.mode == "on" and not self.elsewhere and self.target.runs_here() and self.spent < TIMING_SECONDS:
             start = time.perf_counter()
             times.update(self._measure(small, variants, missing))
             self.spent += time.perf_counter() - start
@@ -172,7 +168,7 @@ class _Tuner:
         timed = race.race(able, {"": feed}, clock=race.clock_of(self.target), effort=race.CHOICE)
         return {name: seconds[0] for name, seconds in timed.seconds.items()}
 
-    def _judge(self, variants: Sequence[_Variant], times: Mapping[str, Mapping[str, float]], node: str, count: int) -> Spelling:
+    def _judge(self, variants: Sequence[_Variant], times: Mapping[str, Mapping[str, float]], node: str, count: int) -> Alternative:
         default = variants[0].spelling
         names = [v.spelling.name for v in variants]
         gain = {n: geometric_mean([row[default.name] / row[n] for row in times.values()]) for n in names}
@@ -184,7 +180,7 @@ class _Tuner:
             "speed_up": {n: round(gain[n], 3) for n in names},
         }
         told = ", ".join(f"{n} {gain[n]:.2f}x" if gain[n] > 1e-3 else f"{n} does not run" for n in names if n != default.name)
-        kind = kind_name(default.kind)
+        kind = default.kind_name
         if best != default.name and gain[best] >= NOISE and saved[best] >= FLOOR:
             self.ctx.remarks.applied(node, f"{kind}: `{best}` for {count} pieces ({told} as fast as `{default.name}`)", **facts)
             return next(v.spelling for v in variants if v.spelling.name == best)
@@ -208,4 +204,6 @@ class _Tuner:
             return f"{self.target.name} cannot run here"
         if self.mode == "cache" or self.elsewhere:
             return "the tuning cache has no such timings" + (f" of {self.machine.processor}" if self.elsewhere else "")
-        return f"{BUDGET:.0f} s of timing are over" if self.spent >= BUDGET else "the sizes of the piece are not known, or it does not run alone"
+        if self.spent >= TIMING_SECONDS:
+            return f"{TIMING_SECONDS:.0f} s of timing are over"
+        return "the sizes of the piece are not known, or it does not run alone"

@@ -102,14 +102,13 @@ def _turn(op: Builder, x: ir.Value, cos: ir.Value, sin: ir.Value, dim: int, *, i
     real = op.Sub(op.Mul(a, cos), op.Mul(b, sin))
     imaginary = op.Add(op.Mul(a, sin), op.Mul(b, cos))
     if not interleaved:
-        return op.Concat(real, imaginary, axis=-1)  # type: ignore[no-any-return]
+        return op.Concat(real, imaginary, axis=-1)
     pairs = op.Concat(*(op.Unsqueeze(part, _ints(op, 4)) for part in (real, imaginary)), axis=-1)
-    return op.Reshape(pairs, _ints(op, 0, 0, 0, dim))  # type: ignore[no-any-return]
+    return op.Reshape(pairs, _ints(op, 0, 0, 0, dim))
 
 
 def _slice(op: Builder, x: ir.Value, start: int, end: int, step: int = 1) -> ir.Value:
-    value: ir.Value = op.Slice(x, _ints(op, start), _ints(op, end), _ints(op, -1), _ints(op, step))
-    return value
+    return op.Slice(x, _ints(op, start), _ints(op, end), _ints(op, -1), _ints(op, step))
 
 
 def _ints(op: Builder, *values: int) -> ir.Value:
@@ -151,8 +150,7 @@ class _DecomposeNorm(Decompose[Match]):
         kind = self._computed(node).numpy()
         two, epsilon = (op.const(np.array(c, kind), name) for c, name in ((2, "two"), (attr(node, "epsilon", 1e-5), "epsilon")))
         root = op.Sqrt(op.Add(op.ReduceMean(op.Pow(x, two), axes, keepdims=1), epsilon))
-        value: ir.Value = op.Div(x, root)
-        return value
+        return op.Div(x, root)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,12 +235,12 @@ class DecomposeGelu(Decompose[Match]):
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionMatch(Match):
+class AttentionNodeMatch(Match):
     attention: AttentionNode
 
 
 @dataclasses.dataclass(frozen=True)
-class DecomposeAttention(Decompose[AttentionMatch]):
+class DecomposeAttention(Decompose[AttentionNodeMatch]):
     """Attention-23 -> MatMul, mask, Softmax, MatMul: `graphopt.rewrite.attention`.
 
     With the numbers of ONNX Runtime's kernel.
@@ -250,12 +248,12 @@ class DecomposeAttention(Decompose[AttentionMatch]):
 
     anchors: ClassVar[frozenset[str]] = frozenset({"Attention"})
 
-    def match(self, node: ir.Node, ctx: Context) -> AttentionMatch | Miss:
+    def match(self, node: ir.Node, ctx: Context) -> AttentionNodeMatch | Miss:
         a = AttentionNode.of(node)
         reason = "it breaks the specification of the operator" if a is None else why_not_unfused(a)
         if a is None or reason is not None:
             return Miss(node, f"stays Attention: {reason}")
-        return AttentionMatch((node,), tuple(node.outputs[i] for i in read_outputs(a)), a)
+        return AttentionNodeMatch((node,), tuple(node.outputs[i] for i in read_outputs(a)), a)
 
-    def build(self, op: Builder, m: AttentionMatch) -> Sequence[ir.Value]:
+    def build(self, op: Builder, m: AttentionNodeMatch) -> Sequence[ir.Value]:
         return unfused(op, m.attention)

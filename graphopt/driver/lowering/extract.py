@@ -89,13 +89,8 @@ def _made_up(shape: tuple[int, ...], dtype: ir.DataType) -> Array | None:
 def cost(model: ir.Model, bindings: Bindings) -> int | None:
     """Bytes that the values of a small model have at these sizes; None where a size is not decided."""
     values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs if v.shape is not None)]
-    total = 0
-    for value in values:
-        shape = dims(value, bindings)
-        if shape is None:
-            return None
-        total += math.prod(shape) * 4
-    return total
+    shapes = [dims(value, bindings) for value in values]
+    return None if None in shapes else sum(math.prod(shape) * 4 for shape in shapes if shape is not None)
 
 
 def dims(value: ir.Value, bindings: Bindings) -> tuple[int, ...] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,4 @@ def foreign_node(model: ir.Model, domain: str) -> ir.Node | None:
 
 def vendor_report(model: ir.Model, domain: str) -> dict[str, Any]:
     """`vendor_ops`: how many nodes of each of the runtime's own operators there are; such an artifact runs on that runtime only."""
-    counts: dict[str, int] = {}
-    for node in all_nodes(model):
-        if domain and node.domain == domain:
-            counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    return {"vendor_ops": counts}
+    return {"vendor_ops": dict(Counter(node.op_type for node in all_nodes(model) if domain and node.domain == domain))}

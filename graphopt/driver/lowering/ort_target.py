@@ -28,7 +28,7 @@ from graphopt.graph.questions import all_nodes
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
+class KernelDef:
     """One kernel: the versions of the operator's schema that it serves (`last` None = only `first`), and its types by schema name."""
 
     domain: str
@@ -80,11 +80,11 @@ class OrtTarget(Target):
         """The spellings that the provider likes, before the limits."""
         return ()
 
-    def known(self) -> tuple[Kernel, ...]:
+    def known(self) -> tuple[KernelDef, ...]:
         """The kernels of the provider by its documentation."""
         return ()
 
-    def kernels(self) -> tuple[Kernel, ...]:
+    def kernels(self) -> tuple[KernelDef, ...]:
         """The kernels of the installed runtime where it has the provider, else those of the documentation."""
         return (registered(self.provider) if self.has_kernels else ()) or self.known()
 
@@ -160,7 +160,7 @@ def _since(node: ir.Node, opset: int | None) -> int:
         return version
 
 
-def _last_served(op_type: str, since: int, kernels: Sequence[Kernel]) -> int | None:
+def _last_served(op_type: str, since: int, kernels: Sequence[KernelDef]) -> int | None:
     """The newest opset below `since` at which one of the kernels serves the operator."""
     for version in range(since - 1, OLDEST - 1, -1):
         try:
@@ -202,7 +202,7 @@ def available() -> Sequence[str]:
 
 
 @functools.cache
-def registered(provider: str) -> tuple[Kernel, ...]:
+def registered(provider: str) -> tuple[KernelDef, ...]:
     """The kernels that the installed runtime has registered for a provider; empty where it has none, or compiles whole graphs instead.
 
     Read in a process of its own: the listing crashes the interpreter in some builds (onnxruntime-openvino 1.24.1).
@@ -213,9 +213,9 @@ def registered(provider: str) -> tuple[Kernel, ...]:
     return tuple(_kernel(*row) for row in json.loads(done.stdout)) if done.returncode == 0 else ()
 
 
-def _kernel(domain: str, op_type: str, first: int, last: int, constraints: dict[str, list[str]]) -> Kernel:
+def _kernel(domain: str, op_type: str, first: int, last: int, constraints: dict[str, list[str]]) -> KernelDef:
     types = tuple(frozenset(t.removeprefix("tensor(").rstrip(")") for t in names) for names in constraints.values())
-    return Kernel("" if domain == "ai.onnx" else domain, op_type, first, None if last >= _OPEN else last, types)
+    return KernelDef("" if domain == "ai.onnx" else domain, op_type, first, None if last >= _OPEN else last, types)
 
 
 _OPEN = 2**31 - 1
