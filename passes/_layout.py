@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.graph.fold import is_random
-from graphopt.graph.questions import attr, constant, producer, rank, same_dim, same_shape, static_dim
+from graphopt.graph.questions import attr, constant, is_read, producer, rank, same_dim, same_shape, static_dim
 from graphopt.graph.shapes import contents
 from graphopt.rewrite.builder import Builder
 
@@ -40,7 +40,7 @@ def _does_nothing(node: ir.Node, x: ir.Value) -> bool:
         case "Split" | "Concat":
             return len(node.outputs) == len(node.inputs) == 1 or (node.op_type == "Split" and len(node.outputs) == 1)
         case "Dropout":
-            return not is_random(node) and not any(v.uses() or v.is_graph_output() for v in node.outputs[1:])
+            return not is_random(node) and not any(map(is_read, node.outputs[1:]))
     return False
 
 

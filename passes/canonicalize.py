@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from graphopt.core.contract import Context, Pass
 from graphopt.graph.fold import Folder, known_integers
-from graphopt.graph.questions import all_nodes, graphs, is_constant
+from graphopt.graph.questions import all_nodes, graphs, is_constant, is_read
 from graphopt.graph.shapes import infer_shapes
 from graphopt.io.inline import decided_ifs
 from graphopt.rewrite.builder import Builder
@@ -139,7 +139,7 @@ class _Work:
 
     def fold(self, node: ir.Node, op: Builder) -> Rewritten:
         """What is fully known becomes a constant: by its shapes, or by evaluating it."""
-        if node.op_type == "Identity" or not any(v.uses() or v.is_graph_output() for v in node.outputs):
+        if node.op_type == "Identity" or not any(map(is_read, node.outputs)):
             return None
         known = known_integers(node.outputs[0]) if len(node.outputs) == 1 else None
         arrays = [known] if known is not None else self.folder.fold(node)

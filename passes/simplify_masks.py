@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ import onnx_ir as ir
 from graphopt.analysis.masks import MaskFacts, MaskReader
 from graphopt.core.contract import Context
 from graphopt.graph.attention_node import AttentionNode
-from graphopt.graph.questions import is_constant, producer, rank, same_dim, scalar
+from graphopt.graph.questions import makers, producer, rank, reached, same_dim, scalar
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Match, Miss
 from graphopt.rewrite.rules import RewritePass
@@ -49,7 +50,7 @@ class SimplifyMasks(RewritePass[MaskMatch]):
         rows = facts.causal or facts.window is not None
         if rows and not same_dim(keep.shape[2], keep.shape[3]):
             return None
-        if any(not _covers(v, keep) for v in facts.padding) or _chain(keep) <= _cost(facts):
+        if any(not _covers(v, keep) for v in facts.padding) or _chain(made) <= _cost(facts):
             return None
         return MaskMatch((made,), (keep,), facts)
 
@@ -66,9 +67,7 @@ class SimplifyMasks(RewritePass[MaskMatch]):
                 parts.append(op.LessOrEqual(key, row))
             if f.window is not None:
                 parts.append(op.Less(op.Sub(row, key), _int(op, f.window)))
-        total = parts[0]
-        for part in parts[1:]:
-            total = op.And(total, part)
+        total = functools.reduce(op.And, parts)
         if f.causal or f.window is not None or keep.shape is None or keep.shape[2] == 1:
             return [total]
         rows = _ints(op, int(keep.shape[2])) if isinstance(keep.shape[2], int) else length
@@ -92,17 +91,9 @@ def _covers(padding: ir.Value, keep: ir.Value) -> bool:
     return isinstance(b[2], int) or same_dim(b[2], b[3])
 
 
-def _chain(value: ir.Value) -> int:
-    """How many operators compute `value` from graph inputs."""
-    seen: set[ir.Node] = set()
-    todo = [value]
-    while todo:
-        node = todo.pop().producer()
-        if node is None or node in seen or node.op_type == "Shape":
-            continue
-        seen.add(node)
-        todo += [v for v in node.inputs if v is not None and not is_constant(v)]
-    return len(seen)
+def _chain(last: ir.Node) -> int:
+    """How many operators compute from graph inputs what `last` makes."""
+    return len(reached([last], lambda node: (n for n in makers(node.inputs) if n.op_type != "Shape")))
 
 
 def _cost(f: MaskFacts) -> int:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from graphopt.analysis.scores import MaskTerm, probabilities_of, scores_of
+from graphopt.analysis.scores import MaskTerm, NotAttention, probabilities_of, scores_of
 from graphopt.core.contract import Analysis, Context
 from graphopt.graph.attention_node import AttentionNode
 from graphopt.graph.layout import Dim, Group, Step, Tracer, View, merged, size_of
@@ -115,10 +115,6 @@ class AttentionFacts:
         }
 
 
-class NotAttention(Exception):
-    """Why a candidate is not attention, or not one that can be expressed."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Attentions(Analysis[Mapping[ir.Node, "AttentionFacts | str"]]):
     """Anchor node -> facts, or the reason why it is not attention."""
@@ -138,10 +134,6 @@ def _facts(node: ir.Node, tracer: Tracer) -> AttentionFacts | str:
 
 def _from_softmax(softmax: ir.Node, tracer: Tracer) -> AttentionFacts:
     scores, probabilities = scores_of(softmax), probabilities_of(softmax)
-    if isinstance(scores, str):
-        raise NotAttention(scores)
-    if isinstance(probabilities, str):
-        raise NotAttention(probabilities)
     q = _operand("query", scores.product.inputs[0], tracer)
     k = _operand("key", scores.product.inputs[1], tracer, transposed=True)
     v = _operand("value", probabilities.product.inputs[1], tracer)

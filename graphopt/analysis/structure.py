@@ -185,13 +185,11 @@ def _layers(attention: Sequence[AttentionBlock], ffn: Sequence[FfnBlock], order:
     blocks += [(order[b.down.node], b) for b in ffn]
     layers: list[Layer] = []
     for _, block in sorted(blocks, key=lambda b: b[0]):
+        if not layers or (isinstance(block, AttentionBlock) and (layers[-1].ffn or block.kind in {a.kind for a in layers[-1].attention})):
+            layers.append(Layer())
         if isinstance(block, AttentionBlock):
-            if not layers or layers[-1].ffn or block.kind in {a.kind for a in layers[-1].attention}:
-                layers.append(Layer())
             layers[-1].attention.append(block)
         else:
-            if not layers:
-                layers.append(Layer())
             layers[-1].ffn.append(block)
     places = [order[n] for _, b in blocks for n in b.nodes]
     return layers, min(places, default=len(order)), max(places, default=len(order))

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from graphopt.core.contract import Array
 from graphopt.graph.attention_node import PROBABILITIES, SCORES, AttentionNode
-from graphopt.graph.questions import constant, producer, rank, scalar, static_dim
+from graphopt.graph.questions import constant, is_read, producer, rank, scalar, static_dim
 from graphopt.rewrite.builder import Builder
 
 _HIDDEN = -3e38  # a float32 mask that may reach this can leave a row without any key
@@ -49,7 +49,7 @@ def unfused(op: Builder, a: AttentionNode) -> list[ir.Value]:
 
 def read_outputs(a: AttentionNode) -> list[int]:
     """Which outputs of a node something reads."""
-    return [i for i, v in enumerate(a.node.outputs) if v.uses() or v.is_graph_output()]
+    return [i for i, v in enumerate(a.node.outputs) if is_read(v)]
 
 
 def weights(op: Builder, a: AttentionNode) -> ir.Value:
