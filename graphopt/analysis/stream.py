@@ -14,7 +14,7 @@ import onnx_ir as ir
 from graphopt.analysis.linear import Linear, Linears
 from graphopt.core.contract import Analysis, Context
 from graphopt.graph.attention_node import AttentionNode
-from graphopt.graph.questions import all_nodes, consumers, is_constant, is_read, makers, producer, rank, reached, same_dim, same_shape, used_once
+from graphopt.graph.questions import all_nodes, consumers, is_constant, is_read, makers, producer, reached, same_dim, same_shape, used_once
 
 _NORMS = ("LayerNormalization", "RMSNormalization")
 _ON_THE_WAY = ("Cast", "Dropout", "Identity", "Where", "Mul", "Transpose", "Reshape", "Expand", "Unsqueeze", "Squeeze")
