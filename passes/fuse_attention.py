@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.attention import AttentionFacts, Attentions, Choice
-from graphopt.analysis.masks import MaskReader, Masks
+from graphopt.analysis.masks import MaskReader, MeaningReader
 from graphopt.analysis.scores import MaskTerm
 from graphopt.core.contract import Context
 from graphopt.graph import dims
@@ -112,7 +112,7 @@ class FuseAttention(RewritePass[AttentionMatch]):
         return [out, *made[3:]]
 
 
-def _idle(term: MaskTerm, masks: Masks) -> bool:
+def _idle(term: MaskTerm, masks: MeaningReader) -> bool:
     """A mask that hides nothing."""
     if term.kind == "keep":
         return masks.always(term.value)

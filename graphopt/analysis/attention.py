@@ -16,7 +16,8 @@ import onnx_ir as ir
 from graphopt.analysis.scores import MaskTerm, NotAttention, probabilities_of, scores_of
 from graphopt.core.contract import Analysis, Context
 from graphopt.graph.attention_node import AttentionNode
-from graphopt.graph.layout import Dim, Group, Step, Tracer, View, merged, size_of
+from graphopt.graph.dims import Dim
+from graphopt.graph.layout import Group, Tracer, View, ViewStep, merged, size_of
 from graphopt.graph.questions import all_nodes
 
 
@@ -24,7 +25,7 @@ from graphopt.graph.questions import all_nodes
 class Choice:
     """A value of the graph, the permutation that gives the wanted axis order, and the shape that joins heads and features (or None)."""
 
-    step: Step
+    step: ViewStep
     perm: tuple[int, ...]
     shape: tuple[int, ...] | None = None
 

@@ -30,7 +30,7 @@ class Branch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class StreamStep:
     """`after` = `before` plus branches, normalized by `norm` where the model is post-norm; both are of one shape.
 
     Attributes:
@@ -51,7 +51,7 @@ class StreamLayer:
     """Neighbouring steps: attention first, FFN last. `stream`: encoder and decoder are two."""
 
     stream: int
-    steps: tuple[Step, ...]
+    steps: tuple[StreamStep, ...]
 
     @property
     def before(self) -> ir.Value:
@@ -75,7 +75,7 @@ class Streams(Analysis[tuple[StreamLayer, ...]]):
         return tuple(layer for number, chain in enumerate(_chains(steps)) for layer in _layers(number, chain))
 
 
-def _step(node: ir.Node, order: Mapping[ir.Node, int], linears: Mapping[ir.Node, Linear]) -> Step | None:
+def _step(node: ir.Node, order: Mapping[ir.Node, int], linears: Mapping[ir.Node, Linear]) -> StreamStep | None:
     if node.domain != "" or node.op_type not in ("Add", "Sum") or node.outputs[0].dtype is None or not node.outputs[0].dtype.is_floating_point():
         return None
     total, adds = node.outputs[0], list[ir.Node]()
@@ -96,7 +96,7 @@ def _step(node: ir.Node, order: Mapping[ir.Node, int], linears: Mapping[ir.Node,
         branches = tuple(Branch(v, str(kind)) for v, kind in zip(others, kinds, strict=True))
         norm = _post_norm(before, total)
         after = total if norm is None else norm.outputs[0]
-        return Step(before, after, branches, tuple(adds), norm, tuple(v for v in terms if is_constant(v)))
+        return StreamStep(before, after, branches, tuple(adds), norm, tuple(v for v in terms if is_constant(v)))
     return None
 
 
@@ -163,10 +163,10 @@ def _post_norm(before: ir.Value, total: ir.Value) -> ir.Node | None:
     return norm if norm.inputs[0] is total and single and same_shape(out, total) and producer(before, *_NORMS) is not None else None
 
 
-def _chains(steps: Sequence[Step]) -> list[list[Step]]:
+def _chains(steps: Sequence[StreamStep]) -> list[list[StreamStep]]:
     """Steps of which each begins where the one before it ends."""
-    chains: list[list[Step]] = []
-    by_end: dict[ir.Value, list[Step]] = {}
+    chains: list[list[StreamStep]] = []
+    by_end: dict[ir.Value, list[StreamStep]] = {}
     for step in steps:
         chain = by_end.pop(step.before, [])
         if not chain:
@@ -176,9 +176,9 @@ def _chains(steps: Sequence[Step]) -> list[list[Step]]:
     return chains
 
 
-def _layers(stream: int, chain: Sequence[Step]) -> Iterator[StreamLayer]:
+def _layers(stream: int, chain: Sequence[StreamStep]) -> Iterator[StreamLayer]:
     """A layer starts at an attention that follows an FFN, or one of its own kind."""
-    steps: list[Step] = []
+    steps: list[StreamStep] = []
     for step in chain:
         kinds = {b.kind for b in step.branches}
         so_far = {b.kind for s in steps for b in s.branches}

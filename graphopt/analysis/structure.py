@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Embeddings, Linear, Linears
-from graphopt.analysis.masks import MaskReader, Masks
+from graphopt.analysis.masks import MaskReader, MeaningReader
 from graphopt.analysis.projections import Made, ahead, behind, made_by
 from graphopt.core.contract import Analysis, Context
 from graphopt.graph.attention_node import AttentionNode
@@ -114,7 +114,7 @@ class Structure(Analysis[Model]):
         )  # fmt: skip
 
 
-def _attention(node: ir.Node, made: Made, masks: Masks) -> AttentionBlock | None:
+def _attention(node: ir.Node, made: Made, masks: MeaningReader) -> AttentionBlock | None:
     a = AttentionNode.of(node)
     if a is None:
         return None
@@ -126,7 +126,7 @@ def _attention(node: ir.Node, made: Made, masks: Masks) -> AttentionBlock | None
     return AttentionBlock(node, kind, a.heads, a.kv_heads, a.head_dim, a.value_dim, rotary, _mask_text(a.mask, masks), projections)
 
 
-def _mask_text(mask: ir.Value | None, masks: Masks) -> str:
+def _mask_text(mask: ir.Value | None, masks: MeaningReader) -> str:
     if mask is None:
         return "none"
     expand = producer(mask, "Expand")

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from graphopt.core.contract import Array
 from graphopt.graph.layout import Atom, Group, regroup
 from graphopt.graph.questions import attr, constant, consumers, static_dim
-from graphopt.graph.shapes import contents
+from graphopt.graph.shapes import contents, slice_bounds
 from graphopt.rewrite.slicing.places import integers, rank, same
 from graphopt.rewrite.slicing.plan import Kind, Plan, Refusal, Slot, factor, is_ragged, spread
 
@@ -126,10 +126,7 @@ def selection(node: ir.Node, axis: int, size: int | None) -> Array | None:
     axes = cut_axes(node)
     if axis not in axes:
         return None
-    place = axes.index(axis)
-    starts, ends, steps = contents(node.inputs[1]), contents(node.inputs[2]), contents(Slot(node, 4).value)
-    step = 1 if steps is None and Slot(node, 4).value is None else None if steps is None else steps[place]
-    start, end = None if starts is None else starts[place], None if ends is None else ends[place]
+    start, end, step = (None if known is None else known[axes.index(axis)] for known in slice_bounds(node)[1:])
     if size is None or not isinstance(start, int) or not isinstance(end, int) or not isinstance(step, int):
         raise Refusal(f"Slice `{node.name}` cuts at a place that is computed")
     if step < 0 and end < -size:
@@ -139,10 +136,8 @@ def selection(node: ir.Node, axis: int, size: int | None) -> Array | None:
 
 def cut_axes(node: ir.Node) -> list[int]:
     """The axes that a Slice names, counted from the front."""
-    count = static_dim(node.inputs[1], 0)
-    axes = Slot(node, 3).value
-    given = list(range(count or 0)) if axes is None else integers(contents(axes))
-    if given is None or count is None:
+    given = integers(slice_bounds(node).axes)
+    if given is None or static_dim(node.inputs[1], 0) is None:
         raise Refusal(f"Slice `{node.name}` names axes that are computed")
     return [k % rank(Slot(node, 0)) for k in given]
 
@@ -168,12 +163,12 @@ def recut(node: ir.Node, axis: int, mask: Array | None) -> tuple[int, int, int]:
     Raises:
         Refusal: what it took is no longer evenly spaced, or its bounds are computed.
     """
-    place = cut_axes(node).index(axis)
-    bounds = [integers(contents(Slot(node, k).value)) if Slot(node, k).value is not None else [1] * (place + 1) for k in (1, 2, 4)]
-    if any(b is None for b in bounds):
+    bounds = [known for given in slice_bounds(node)[1:] if (known := integers(given)) is not None]
+    if len(bounds) < 3:
         raise Refusal(f"Slice `{node.name}` also cuts at a place that is computed")
     if mask is None:
-        return bounds[0][place], bounds[1][place], bounds[2][place]  # type: ignore[index]
+        start, end, step = (known[cut_axes(node).index(axis)] for known in bounds)
+        return start, end, step
     chosen = selection(node, axis, len(mask))
     assert chosen is not None
     left = (np.cumsum(~mask) - 1)[chosen[~mask[chosen]]]
