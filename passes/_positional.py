@@ -76,7 +76,7 @@ class Patterns:
             gap = op.Abs(op.Sub(weights, self.form(name)))
             gap = op.Where(op.IsNaN(gap), self._number(1), gap)
             found.append(op.Transpose(op.ReduceMax(gap, self._int(-1), keepdims=0), perm=[0, 2, 1]))
-        return op.Concat(*found, axis=-1)  # type: ignore[no-any-return]
+        return op.Concat(*found, axis=-1)
 
     def _seen(self, masks: Sequence[ir.Value], causal: bool) -> ir.Value:
         """Which keys a row may read, bool [.., rows, keys]."""
@@ -85,7 +85,7 @@ class Patterns:
         every = parts[0]
         for other in parts[1:]:
             every = op.And(every, other)
-        return op.Expand(every, op.Concat(self._rows, self._keys, axis=0))  # type: ignore[no-any-return]
+        return op.Expand(every, op.Concat(self._rows, self._keys, axis=0))
 
     def _self(self) -> ir.Value:
         return self._at(0)
@@ -103,12 +103,12 @@ class Patterns:
 
     def _uniform(self) -> ir.Value:
         op, seen = self._op, self._float(self._visible)
-        return op.Div(seen, op.Max(op.ReduceSum(seen, self._int(-1), keepdims=1), self._number(1)))  # type: ignore[no-any-return]
+        return op.Div(seen, op.Max(op.ReduceSum(seen, self._int(-1), keepdims=1), self._number(1)))
 
     def _neighbour(self, step: int) -> ir.Value:
         op, near = self._op, self._at(step)
         alone = op.Sub(self._number(1), op.ReduceMax(near, self._int(-1), keepdims=1))
-        return op.Add(near, op.Mul(self.form("self"), alone))  # type: ignore[no-any-return]
+        return op.Add(near, op.Mul(self.form("self"), alone))
 
     def _at(self, step: int) -> ir.Value:
         op = self._op
@@ -124,16 +124,16 @@ class Patterns:
 
         def build() -> ir.Value:
             first = op.Add(op.Sub(self._keys, self._rows), self._int(step)) if placed and self._rows is not self._keys else self._int(step)
-            return op.Unsqueeze(op.Add(self._range(self._rows), first), self._int(1))  # type: ignore[no-any-return]
+            return op.Unsqueeze(op.Add(self._range(self._rows), first), self._int(1))
 
         return op.shared(("rows", self._rows, self._keys, step, placed), build)
 
     def _range(self, size: ir.Value) -> ir.Value:
         op = self._op
-        return op.Range(op.const(np.array(0, np.int64), "start"), op.Squeeze(size, self._int(0)), op.const(np.array(1, np.int64), "step"))  # type: ignore[no-any-return]
+        return op.Range(op.const(np.array(0, np.int64), "start"), op.Squeeze(size, self._int(0)), op.const(np.array(1, np.int64), "step"))
 
     def _float(self, flags: ir.Value) -> ir.Value:
-        return self._op.Cast(flags, to=ir.DataType.FLOAT)  # type: ignore[no-any-return]
+        return self._op.Cast(flags, to=ir.DataType.FLOAT)
 
     def _int(self, number: int) -> ir.Value:
         return self._op.const(np.array([number], np.int64), "int")

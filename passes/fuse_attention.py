@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.attention import AttentionFacts, Attentions, Choice
@@ -96,20 +95,19 @@ class FuseAttention(RewritePass[AttentionMatch]):
         scale = f.scale * m.operands[0].step.scale * m.operands[1].step.scale
         axis = 1 if m.form == "packed" else 2
         mask = additive_mask(op, f, Rows(m.operands[0], axis), Rows(m.operands[1], axis))
-        heads = head_counts(f.heads, f.kv_heads) if m.form == "packed" else {}
-        inputs = (q, k, v) if mask is None else (q, k, v, mask)
-        extra = {"softcap": float(f.softcap)} if f.softcap else {}
-        if len(m.outputs) > 1:
-            made = op.Attention(*inputs, scale=float(scale), qk_matmul_output_mode=PROBABILITIES, _outputs=4, **heads, **extra)
+        shown = len(m.outputs) > 1
+        attributes: dict[str, Any] = {"scale": float(scale), "qk_matmul_output_mode": PROBABILITIES if shown else None}
+        attributes |= head_counts(f.heads, f.kv_heads) if m.form == "packed" else {}
+        attributes |= {"softcap": float(f.softcap)} if f.softcap else {}
+        made = op.node("Attention", (q, k, v) if mask is None else (q, k, v, mask), _outputs=4 if shown else 1, **attributes)
+        if shown:
             made[1].name = made[2].name = ""  # no cache
-        else:
-            made = [op.Attention(*inputs, scale=float(scale), **heads, **extra)]
-        out = made[0]
+        out = made[0] if shown else made
         if m.result.perm is not None:
             out = op.Transpose(out, perm=list(m.result.perm))
         if m.result.shape is not None:
-            out = op.Reshape(out, op.const(np.array(m.result.shape, np.int64), "shape"))
-        return [out, *made[3:]]
+            out = op.Reshape(out, op.ints(*m.result.shape, name="shape"))
+        return [out, made[3]] if shown else [out]
 
 
 def _idle(term: MaskTerm, masks: MeaningReader) -> bool:
@@ -156,7 +154,7 @@ def _arranged(op: Builder, choice: Choice) -> ir.Value:
         source = value
         value = op.shared(("transpose", source, perm), lambda: op.Transpose(source, perm=list(perm)))
     if choice.shape is not None:
-        value = op.Reshape(value, op.const(np.array(choice.shape, np.int64), "shape"))
+        value = op.Reshape(value, op.ints(*choice.shape, name="shape"))
     return value
 
 

@@ -57,12 +57,12 @@ class SimplifyMasks(RewritePass[MaskMatch]):
     def build(self, op: Builder, m: MaskMatch) -> Sequence[ir.Value]:
         """[batch, 1, rows, keys], true = may be read."""
         f, keep = m.mask, m.outputs[0]
-        parts = [op.Unsqueeze(_boolean(op, v), _ints(op, 1, 2)) for v in f.padding]
+        parts = [op.Unsqueeze(_boolean(op, v), op.ints(1, 2)) for v in f.padding]
         length = op.shared(("length", f.padding[0]), lambda: op.Shape(f.padding[0], start=1, end=2))
         if f.causal or f.window is not None:
-            count = op.Squeeze(length, _ints(op, 0))
+            count = op.Squeeze(length, op.ints(0))
             index = op.Range(_int(op, 0), count, _int(op, 1))
-            key, row = op.Unsqueeze(index, _ints(op, 0)), op.Unsqueeze(index, _ints(op, 1))
+            key, row = op.Unsqueeze(index, op.ints(0)), op.Unsqueeze(index, op.ints(1))
             if f.causal:
                 parts.append(op.LessOrEqual(key, row))
             if f.window is not None:
@@ -70,8 +70,8 @@ class SimplifyMasks(RewritePass[MaskMatch]):
         total = functools.reduce(op.And, parts)
         if f.causal or f.window is not None or keep.shape is None or keep.shape[2] == 1:
             return [total]
-        rows = _ints(op, int(keep.shape[2])) if isinstance(keep.shape[2], int) else length
-        return [op.Expand(total, op.Concat(rows, _ints(op, 1), axis=0))]
+        rows = op.ints(int(keep.shape[2])) if isinstance(keep.shape[2], int) else length
+        return [op.Expand(total, op.Concat(rows, op.ints(1), axis=0))]
 
 
 def _mask_of(node: ir.Node) -> ir.Value | None:
@@ -107,13 +107,8 @@ def _boolean(op: Builder, value: ir.Value) -> ir.Value:
     node = producer(value, "Cast")
     if node is not None and node.inputs[0] is not None and node.inputs[0].dtype == ir.DataType.BOOL:
         return node.inputs[0]
-    out: ir.Value = op.Cast(value, to=int(ir.DataType.BOOL))
-    return out
+    return op.Cast(value, to=int(ir.DataType.BOOL))
 
 
 def _int(op: Builder, value: int) -> ir.Value:
     return op.const(np.array(value, np.int64), "int")
-
-
-def _ints(op: Builder, *values: int) -> ir.Value:
-    return op.const(np.array(values, np.int64), "ints")

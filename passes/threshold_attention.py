@@ -187,7 +187,7 @@ class _Cut(RewritePass[_Found]):
         bound = op.Mul(top, limit) if self.relative else op.Min(top, limit)
         kept = op.Where(op.GreaterOrEqual(p, bound), p, op.const(np.array(0, np.float32), "zero"))
         least = op.const(np.array(np.finfo(np.float32).tiny, np.float32), "least")
-        return op.Div(kept, op.Max(op.ReduceSum(kept, last, keepdims=1), least))  # type: ignore[no-any-return]
+        return op.Div(kept, op.Max(op.ReduceSum(kept, last, keepdims=1), least))
 
 
 def _facts(seen: Histogram, limit: Array | None) -> dict[str, Any]:

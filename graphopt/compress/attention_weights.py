@@ -31,10 +31,10 @@ class Mask:
         if self.kind == "keep":
             return self.value
         if self.kind == "drop":
-            return op.Not(self.value)  # type: ignore[no-any-return]
+            return op.Not(self.value)
         dtype = (self.value.dtype or ir.DataType.FLOAT).numpy()
         summand = self.value if self.factor == 1.0 else op.Mul(self.value, op.const(np.array(self.factor, dtype), "factor"))
-        return op.Greater(summand, op.const(np.array(_HARDLY, dtype), "hardly"))  # type: ignore[no-any-return]
+        return op.Greater(summand, op.const(np.array(_HARDLY, dtype), "hardly"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Spelled:
         return self.probabilities
 
     def result(self, op: Builder, p: ir.Value) -> ir.Value:
-        return op.MatMul(p, self.product.inputs[1])  # type: ignore[no-any-return]
+        return op.MatMul(p, self.product.inputs[1])
 
     def sizes(self, op: Builder) -> tuple[ir.Value, ir.Value]:
         query, _ = self.operands

@@ -17,7 +17,7 @@ from graphopt.core.remarks import plural
 from graphopt.graph import dims, shapes
 from graphopt.graph.questions import all_nodes, graphs, is_constant, shape_text
 from graphopt.rewrite.builder import _SMALL, Builder
-from graphopt.rewrite.dead import remove_dead
+from graphopt.rewrite.dead import detach, remove_dead
 from graphopt.rewrite.insert import Inserter
 from graphopt.rewrite.match import Match, Miss
 
@@ -76,12 +76,10 @@ class Driver(Inserter):
         """
         shapes.infer_nodes(self.model, op.nodes)
         complaint = _mismatch(match.outputs, new) or _reads_itself(op, match)
-        if complaint is not None:
-            _discard(op)
-            return Miss(anchor, complaint)
-        if not self.ctx.fuel.burn():
-            _discard(op)
-            return None
+        if complaint is not None or not self.ctx.fuel.burn():
+            for node in op.nodes:  # what is not put in place must not count as a reader of what it names
+                detach(node)
+            return None if complaint is None else Miss(anchor, complaint)
         graph = match.nodes[-1].graph
         assert graph is not None
         names = [v.name for v in match.outputs]
@@ -194,20 +192,12 @@ def _reads_itself(op: Builder, match: Match) -> str | None:
     return None
 
 
-def _discard(op: Builder) -> None:
-    """Nodes that are not put in place must not count as readers of what they name."""
-    for node in op.nodes:
-        for index in range(len(node.inputs)):
-            node.replace_input_with(index, None)
-
-
 def _mismatch(old: Sequence[ir.Value], new: Sequence[ir.Value]) -> str | None:
     for a, b in zip(old, new, strict=True):
-        if a.dtype is not None and b.dtype is not None and a.dtype != b.dtype:
-            return f"`{a.name}` is {shape_text(a)} but its replacement is {shape_text(b)}"
-        if a.shape is None or b.shape is None:
-            continue
-        if len(a.shape) != len(b.shape) or any(_clash(x, y) for x, y in zip(a.shape, b.shape, strict=True)):
+        wrong = a.dtype is not None and b.dtype is not None and a.dtype != b.dtype
+        if a.shape is not None and b.shape is not None:
+            wrong |= len(a.shape) != len(b.shape) or any(map(_clash, a.shape, b.shape))
+        if wrong:
             return f"`{a.name}` is {shape_text(a)} but its replacement is {shape_text(b)}"
     return None
 

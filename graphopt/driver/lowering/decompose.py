@@ -103,9 +103,9 @@ def _turn(op: Builder, x: ir.Value, cos: ir.Value, sin: ir.Value, dim: int, *, i
     real = op.Sub(op.Mul(a, cos), op.Mul(b, sin))
     imaginary = op.Add(op.Mul(a, sin), op.Mul(b, cos))
     if not interleaved:
-        return op.Concat(real, imaginary, axis=-1)  # type: ignore[no-any-return]
+        return op.Concat(real, imaginary, axis=-1)
     pairs = op.Concat(*(op.Unsqueeze(part, _ints(op, 4)) for part in (real, imaginary)), axis=-1)
-    return op.Reshape(pairs, _ints(op, 0, 0, 0, dim))  # type: ignore[no-any-return]
+    return op.Reshape(pairs, _ints(op, 0, 0, 0, dim))
 
 
 def _slice(op: Builder, x: ir.Value, start: int, end: int, step: int = 1) -> ir.Value:

@@ -116,17 +116,12 @@ class Applier:
 
     def _node(self, before: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], **attributes: Any) -> ir.Value:
         op = self.inserter.builder(before.graph)
-        made: ir.Value = op.node(op_type, inputs, **attributes)
+        made = op.node(op_type, inputs, **attributes)
         self.inserter.before(before, op)
-        return made
+        return made  # type: ignore[no-any-return]
 
     def replace(self, node: ir.Node, index: int, value: ir.Value) -> None:
-        if index < len(node.inputs):
-            node.replace_input_with(index, value)
-            return
-        while len(node.inputs) < index:
-            node.resize_inputs(len(node.inputs) + 1)
-        node.resize_inputs(index + 1)
+        node.resize_inputs(max(len(node.inputs), index + 1))
         node.replace_input_with(index, value)
 
     # ---- sizes --------------------------------------------------------------------------------------------------------------------------
