@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from graphopt.analysis.attention import AttentionFacts, Attentions, Choice
-from graphopt.analysis.masks import MaskReader, MeaningReader
+from graphopt.analysis.formulas.masks import MaskReader, MeaningReader
 from graphopt.analysis.scores import MaskTerm
 from graphopt.core.contract import Context
 from graphopt.graph import dims

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from graphopt.analysis.rotary import RotaryFacts, rotary_of
+from graphopt.analysis.formulas.rotary import RotaryFacts, rotary_of
 from graphopt.core.contract import Context
 from graphopt.graph.dims import is_opaque
 from graphopt.graph.layout import Tracer, merged

@@ -98,14 +98,13 @@ class SpellBlockedMatmul(RewritePass[BlockedMatch]):
     """MatMul or Gemm of float activations and a quantized weight -> MatMulNBits.
 
     Args:
-        accuracy_level: 4: the runtime rounds each block of the activations to 8 bits and multiplies integers; None: it multiplies floats.
         half: also activations of 16 bits, with scales of their type, which the CPU provider does not take.
         rows: also a weight with one scale for each row, and one whose last block is short; False: whole blocks only.
     """
 
-    accuracy_level: int | None = None
     half: bool = False
     rows: bool = True
+    accuracy_level: ClassVar[int | None] = None  # of the operator: it multiplies floats
     anchors: ClassVar[frozenset[str]] = frozenset({"MatMul", "Gemm"})
 
     def match(self, node: ir.Node, ctx: Context) -> BlockedMatch | Miss | None:
@@ -134,6 +133,17 @@ class SpellBlockedMatmul(RewritePass[BlockedMatch]):
         options = {"K": linear.in_features, "N": linear.out_features, "bits": m.source.bits, "block_size": m.source.block}
         out = op.node("MatMulNBits", inputs, _domain=VENDOR, accuracy_level=self.accuracy_level, **options)
         return [with_rest(op, linear, out)]
+
+
+@dataclasses.dataclass(frozen=True)
+class SpellInt8Blocks(SpellBlockedMatmul):
+    """Likewise, and the runtime rounds each block of the activations to 8 bits and multiplies integers: that is not exact."""
+
+    exact: ClassVar[bool] = False
+    accuracy_level: ClassVar[int | None] = 4
+
+    def weaker(self) -> SpellBlockedMatmul:  # type: ignore[override]
+        return SpellBlockedMatmul(self.half, self.rows)
 
 
 def weight_only(linear: Linear) -> bool:

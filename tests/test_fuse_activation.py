@@ -11,7 +11,7 @@ import pytest
 from harness import build, check, compare  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.analysis.polynomial import Gate, gate_of
+from graphopt.analysis.formulas.polynomial import Gate, gate_of
 from graphopt.run.distance import distance
 from graphopt.run.ort import session
 

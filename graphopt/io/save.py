@@ -75,7 +75,7 @@ def save_as_is(model: ir.Model, path: str | os.PathLike[str], source: Path | Non
     """
     if source is None or not source.is_file():
         return save(model, path)
-    from graphopt.io.onnx_file import from_file
+    from graphopt.io.formats.onnx_file import from_file
 
     original, _, files = from_file(source)
     outside = len(files) > 1

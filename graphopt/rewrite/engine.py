@@ -15,6 +15,7 @@ import onnx_ir as ir
 from graphopt.core.contract import Context
 from graphopt.core.remarks import plural
 from graphopt.graph import dims, shapes
+from graphopt.graph.opset.node_form import WORKING, NodeForm, misfit
 from graphopt.graph.questions import all_nodes, graphs, is_constant, shape_text
 from graphopt.rewrite.builder import _SMALL, Builder
 from graphopt.rewrite.dead import detach, remove_dead
@@ -75,7 +76,7 @@ class Driver(Inserter):
             the new nodes; a Miss if the guard refuses; None if out of fuel. In the last two cases nothing changed.
         """
         shapes.infer_nodes(self.model, op.nodes)
-        complaint = _mismatch(match.outputs, new) or _reads_itself(op, match)
+        complaint = self._illegal(op) or _mismatch(match.outputs, new) or _reads_itself(op, match)
         if complaint is not None or not self.ctx.fuel.burn():
             for node in op.nodes:  # what is not put in place must not count as a reader of what it names
                 detach(node)
@@ -106,11 +107,17 @@ class Driver(Inserter):
     def _second(self, value: ir.Value, name: str, match: Match, op: Builder) -> ir.Value:
         """Another value of the same contents behind what was put in place, where both names are public."""
         last, keep = op.nodes[-1] if op.nodes else match.nodes[-1], self.builder(match.nodes[-1].graph)
-        same: ir.Value = keep.Identity(value)
+        same = keep.Identity(value)
         self.adopt(keep, name, match.nodes)
         assert last.graph is not None
         last.graph.insert_after(last, keep.nodes)
         return same
+
+    def _illegal(self, op: Builder) -> str | None:
+        """A standard node that its schema does not take so: RotaryEmbedding of doubles, say."""
+        version = self.model.opset_imports.get("", WORKING)
+        reasons = (misfit(NodeForm.of(node), version) for node in op.nodes if node.domain in ("", "ai.onnx"))
+        return next((f"its replacement is not legal: {reason}" for reason in reasons if reason is not None), None)
 
     def clean(self) -> None:
         """Dead nodes and weights out, topological order back. What the memo holds may be dead now."""

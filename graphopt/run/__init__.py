@@ -6,7 +6,7 @@ This file holds what they share. Each engine is imported by name, so that none c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,3 +44,13 @@ def check_feeds(feeds: Feeds, inputs: tuple[Port, ...]) -> None:
         raise TargetError(f"input {', '.join(missing)} missing; the model needs {', '.join(p.name for p in inputs)}")
     if extra:
         raise TargetError(f"the model has no input {', '.join(extra)}; it needs {', '.join(p.name for p in inputs) or 'none'}")
+
+
+def in_width(feeds: Feeds, inputs: Iterable[Port]) -> dict[str, Array]:
+    """The feeds with floats in the width of the inputs: a pass may have made an input narrower than the user's data (to-half{keep-io=false})."""
+    fed = dict(feeds)
+    for port in inputs:
+        array = fed.get(port.name)
+        if array is not None and port.dtype is not None and array.dtype != port.dtype and array.dtype.kind == port.dtype.kind == "f":
+            fed[port.name] = array.astype(port.dtype)
+    return fed

@@ -13,9 +13,10 @@ from graphopt.run import Feeds
 
 
 def observable(model: ir.Model, value: ir.Value) -> bool:
-    """True for what `observe` can show: a value of the main graph, not one that is computed inside a subgraph."""
+    """True for what `shown` can show: a value of the main graph, not one that a subgraph computes, or is handed (the state of a loop)."""
     node = value.producer()
-    return value.is_graph_input() or (node is not None and node.graph is model.graph)
+    home = value.graph if value.is_graph_input() else None if node is None else node.graph
+    return home is model.graph
 
 
 def shown(

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from graphopt.core.contract import Array
 from graphopt.core.errors import TargetError
 from graphopt.graph.serialize import fits, proto_limit, to_bytes, write
-from graphopt.run import Dim, Feeds, Port, check_feeds, one_line
+from graphopt.run import Dim, Feeds, Port, check_feeds, in_width, one_line
 
 if TYPE_CHECKING:
     import onnx
@@ -46,7 +46,7 @@ class OrtSession:
         check_feeds({k: v for k, v in feeds.items() if k not in defaults}, self.inputs)
         names = [port.name for port in self.outputs]
         try:
-            arrays = self._inference.run(names, dict(feeds))
+            arrays = self._inference.run(names, in_width(feeds, (*self.inputs, *self._overridable)))
         except Exception as error:
             raise TargetError(f"onnxruntime failed to run the model: {one_line(error)}") from error
         return dict(zip(names, arrays, strict=True))

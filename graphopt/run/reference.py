@@ -12,7 +12,7 @@ import onnx_ir as ir
 from graphopt.core.contract import Array
 from graphopt.core.errors import SaveError, TargetError
 from graphopt.graph.serialize import to_proto
-from graphopt.run import Dim, Feeds, Port, check_feeds, one_line
+from graphopt.run import Dim, Feeds, Port, check_feeds, in_width, one_line
 
 if TYPE_CHECKING:
     import onnx
@@ -38,7 +38,7 @@ class ReferenceSession:
         names = [port.name for port in self.outputs]
         try:
             with np.errstate(all="ignore"):
-                arrays = self._evaluator.run(names, dict(feeds))
+                arrays = self._evaluator.run(names, in_width(feeds, self.inputs))
         except Exception as error:
             raise TargetError(f"the ONNX reference evaluator failed to run the model: {one_line(error)}") from error
         return dict(zip(names, arrays, strict=True))

@@ -89,9 +89,9 @@ def prune(model: ir.Model, ctx: Context, kinds: Collection[str], s: Settings) ->
 def _rankings(ctx: Context, candidates: Sequence[Candidate], s: Settings) -> dict[Candidate, Ranking]:
     loss: Any = s.loss
     if ":" in s.loss:
-        from graphopt.core.registry import load_metric
+        from graphopt.core.registry import load_function
 
-        loss = load_metric(s.loss)
+        loss = load_function(s.loss, "loss")
     found: Mapping[Candidate, Ranking] = ctx.get(Importance(s.importance, loss, s.rows, s.multiple, s.seed, s.resize))
     return {c: found[c] for c in candidates if c in found}
 

@@ -75,7 +75,15 @@ def accepts(form: NodeForm, version: int, home: int = WORKING) -> str | None:
             return f"`{form.op_type}` means something else {'before' if version < since else 'from'} opset {since}"
     if form.op_type == "Split" and version >= 18 and "num_outputs" not in form.attributes and len(form.inputs) < 2:
         return "`Split` needs sizes or num_outputs from opset 18"  # a rule that is in its shape inference only
-    return _structure(form.op_type, there.since_version, tuple(form.attributes), _kinds(form.inputs), _kinds(form.outputs))
+    return misfit(form, version)
+
+
+def misfit(form: NodeForm, version: int) -> str | None:
+    """Why the schema at opset `version` takes no such attributes, number of operands or types; None if it does, or there is no schema."""
+    found = schema(form.op_type, version)
+    if found is None:
+        return None
+    return _structure(form.op_type, found.since_version, tuple(form.attributes), _kinds(form.inputs), _kinds(form.outputs))
 
 
 @functools.lru_cache(maxsize=65536)

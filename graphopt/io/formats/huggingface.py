@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
 from graphopt.core.errors import LoadError
 from graphopt.core.options import near
 from graphopt.core.remarks import Remarks
-from graphopt.io.torch_module import export_module, first_line, quiet, require_torch
+from graphopt.io.formats.format import Format, Loaded, is_path
+from graphopt.io.formats.torch_module import export_module, first_line, quiet, require_torch
 
 _TASKS = {
     "feature-extraction": "AutoModel",
@@ -36,6 +38,20 @@ _LENGTHS = {
     "decoder_input_ids": "decoder_sequence",
     "input_values": "samples",
 }
+
+
+class HuggingFaceFolder(Format):
+    given: ClassVar[str] = "a path"
+    own: ClassVar[tuple[str, ...]] = ("task", "with_past")
+    owned: ClassVar[str] = "task and with_past are for Hugging Face folders"
+
+    def recognizes(self, source: Any) -> bool:
+        return is_path(source) and os.path.isdir(source)
+
+    def read(self, source: Any, options: Mapping[str, Any], remarks: Remarks) -> Loaded:
+        folder = Path(source)
+        model = export_folder(folder, options.get("task"), options.get("with_past", False), remarks)
+        return model, str(source), [str(p.absolute()) for p in folder.rglob("*") if p.is_file()]
 
 
 def export_folder(folder: Path, task: str | None, with_past: bool, remarks: Remarks) -> ir.Model:

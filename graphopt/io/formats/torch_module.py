@@ -8,12 +8,13 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_ir as ir
 
 from graphopt.core.errors import LoadError
 from graphopt.core.remarks import Remarks
+from graphopt.io.formats.format import Format, Loaded, described
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +23,34 @@ OPSET = 18  # at 23 the exporter emits operators that runtimes refuse (rotary ca
 _SYMBOL = re.compile(r"\bs\d+\b")  # a size that torch.export named
 _AXIS_NAMES = {0: "batch", 1: "sequence"}
 DimNames = Mapping[str, Mapping[int, str]]
+
+
+class TorchModule(Format):
+    given: ClassVar[str] = "a torch.nn.Module"
+    own: ClassVar[tuple[str, ...]] = ("example_inputs", "example_kwargs")
+    owned: ClassVar[str] = "example inputs are for a torch.nn.Module"
+
+    def recognizes(self, source: Any) -> bool:
+        return _is_torch(source, "Module")
+
+    def read(self, source: Any, options: Mapping[str, Any], remarks: Remarks) -> Loaded:
+        examples = options.get("example_inputs"), options.get("example_kwargs")
+        return export_module(source, *examples, options.get("dynamic_shapes"), remarks), described(source), []
+
+
+class TorchProgram(Format):
+    given: ClassVar[str] = "an ExportedProgram"
+
+    def recognizes(self, source: Any) -> bool:
+        return _is_torch(source, "ExportedProgram")
+
+    def read(self, source: Any, options: Mapping[str, Any], remarks: Remarks) -> Loaded:
+        return export_program(source, remarks), "the ExportedProgram", []
+
+
+def _is_torch(source: Any, name: str) -> bool:
+    """Whether it is one of torch's classes of this name, told without importing torch."""
+    return any(cls.__name__ == name and cls.__module__.partition(".")[0] == "torch" for cls in type(source).__mro__)
 
 
 def export_module(
