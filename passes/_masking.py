@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.attention import AttentionFacts, Choice
+from graphopt.analysis.attention import Arrangement, AttentionFacts
 from graphopt.analysis.scores import MaskTerm
 from graphopt.graph.attention_node import LOWEST, fills, is_too_low, may_be_too_low
 from graphopt.graph.questions import producer, same_dim, scalar
@@ -20,7 +20,7 @@ from graphopt.rewrite.builder import Builder
 class Rows:
     """The value that query or key are read from, and which axis of what Attention reads runs along the rows."""
 
-    choice: Choice
+    choice: Arrangement
     axis: int
 
     @property

@@ -21,13 +21,12 @@ from graphopt.rewrite.match import Match, Miss
 from . import _algebra, _einsum, _layout, _merge
 from ._algebra import Rewritten
 
-Rule = Callable[[ir.Node, Builder], Rewritten]
 _SWEEPS = 12  # rules that undo each other from sweep to sweep stop here,
 _PER_NODE = 16  # and within one sweep here: so many changes for each node of the graph
 _SHOWN = 5  # names in one remark
 
 _ARITHMETIC = (_algebra.constant_on_the_right, _algebra.neutral_element)
-_RULES: Mapping[str, Sequence[Rule]] = {
+_RULES: Mapping[str, Sequence[Callable[[ir.Node, Builder], Rewritten]]] = {
     "Add": _ARITHMETIC,
     "Mul": (*_ARITHMETIC, _algebra.chained_scales),
     "Sub": (_algebra.neutral_element, _algebra.subtraction),

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from graphopt.analysis.attention import AttentionFacts, Attentions, Choice
+from graphopt.analysis.attention import Arrangement, AttentionFacts, Attentions
 from graphopt.analysis.formulas.masks import MaskReader, MeaningReader
 from graphopt.analysis.scores import MaskTerm
 from graphopt.core.contract import Context
@@ -26,7 +26,7 @@ _LAYOUT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten"
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class AttentionResult:
     """`value` is the result of the attention after `perm` and a Reshape to `shape` (or None); `nodes` are the layout operators on the way."""
 
     value: ir.Value
@@ -36,14 +36,14 @@ class Result:
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionMatch(Match):
+class FusibleAttention(Match):
     """`form` "packed" reads and writes [batch, rows, heads * dim], "split" [batch, heads, rows, dim]; `result` says what becomes of that.
     A second output stands for the probabilities where they are read, too."""
 
     attention: AttentionFacts
-    operands: tuple[Choice, Choice, Choice]
+    operands: tuple[Arrangement, Arrangement, Arrangement]
     form: str
-    result: Result
+    result: AttentionResult
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -51,7 +51,7 @@ class AttentionMatch(Match):
 
 
 @dataclasses.dataclass(frozen=True)
-class FuseAttention(RewritePass[AttentionMatch]):
+class FuseAttention(RewritePass[FusibleAttention]):
     """Fuse attention into the standard Attention operator.
 
     Recognition is `graphopt.analysis.attention`; what it refuses is a missed remark with the reason. Masks stay additive, and rows that
@@ -61,7 +61,7 @@ class FuseAttention(RewritePass[AttentionMatch]):
 
     anchors: ClassVar[frozenset[str]] = frozenset({"Softmax", "Attention"})
 
-    def match(self, node: ir.Node, ctx: Context) -> AttentionMatch | Miss | None:
+    def match(self, node: ir.Node, ctx: Context) -> FusibleAttention | Miss | None:
         facts = ctx.get(Attentions())[node]
         if isinstance(facts, str):
             return Miss(node, f"not fused: {facts}") if node.op_type == "Softmax" else None
@@ -76,18 +76,18 @@ class FuseAttention(RewritePass[AttentionMatch]):
             found = _output(facts, form)
             if found is not None:
                 nodes = (*facts.nodes, *found.nodes)
-                return AttentionMatch(nodes, (found.value, *_read_probabilities(facts)), facts, operands, form, found)
+                return FusibleAttention(nodes, (found.value, *_read_probabilities(facts)), facts, operands, form, found)
         if node.op_type == "Attention":
             return None
         return Miss(node, "not fused: query, key, value or result are laid out in a way that Attention cannot read")
 
-    def _operands(self, f: AttentionFacts, form: str) -> tuple[Choice, Choice, Choice] | None:
+    def _operands(self, f: AttentionFacts, form: str) -> tuple[Arrangement, Arrangement, Arrangement] | None:
         found = [getattr(o, form)() for o in (f.q, f.k, f.v)]
         if any(c is None for c in found) or found[2].step.scale != 1.0:
             return None
         return found[0], found[1], found[2]
 
-    def build(self, op: Builder, m: AttentionMatch) -> Sequence[ir.Value]:
+    def build(self, op: Builder, m: FusibleAttention) -> Sequence[ir.Value]:
         f = m.attention
         q, k, v = (_arranged(op, choice) for choice in m.operands)
         for factor in f.factors:
@@ -148,7 +148,7 @@ def _read_probabilities(f: AttentionFacts) -> tuple[ir.Value, ...]:
     return (p,)
 
 
-def _arranged(op: Builder, choice: Choice) -> ir.Value:
+def _arranged(op: Builder, choice: Arrangement) -> ir.Value:
     value, perm = choice.step.value, choice.perm
     if perm != tuple(range(len(perm))):
         source = value
@@ -158,7 +158,7 @@ def _arranged(op: Builder, choice: Choice) -> ir.Value:
     return value
 
 
-def _output(f: AttentionFacts, form: str) -> Result | None:
+def _output(f: AttentionFacts, form: str) -> AttentionResult | None:
     """Follow layout operators behind the attention to the value that the new node can make: exactly, in another grouping, or sequence first."""
     tracer = Tracer()
     groups = _output_groups(f, tracer)
@@ -173,7 +173,7 @@ def _output(f: AttentionFacts, form: str) -> Result | None:
         view = tracer.view(value)
         if view is not None and view.root is f.output:
             if [merged(g) for g in view.axes] == [merged(g) for g in wanted]:
-                return Result(value, tuple(tail))
+                return AttentionResult(value, tuple(tail))
             other = _regrouped(value, view.axes, wanted, tuple(tail)) or other
         readers = consumers(value)
         if len(readers) != 1 or readers[0].op_type not in _LAYOUT or value.is_graph_output():
@@ -183,20 +183,20 @@ def _output(f: AttentionFacts, form: str) -> Result | None:
     return other
 
 
-def _regrouped(value: ir.Value, axes: Sequence[Group], wanted: Sequence[Group], tail: tuple[ir.Node, ...]) -> Result | None:
+def _regrouped(value: ir.Value, axes: Sequence[Group], wanted: Sequence[Group], tail: tuple[ir.Node, ...]) -> AttentionResult | None:
     """The same elements in the order of the attention's result, or with rows before batch, in any grouping that a Reshape can make."""
     shape = _one_unknown(value)
     have = merged(tuple(a for g in axes for a in g))
     if len(wanted) == 4:
         flat = merged(tuple(a for g in wanted for a in g))
-        return Result(value, tail, None, shape) if have == flat and shape is not None and len(shape) == 3 else None
+        return AttentionResult(value, tail, None, shape) if have == flat and shape is not None and len(shape) == 3 else None
     for perm in ((0, 1, 2), (1, 0, 2)):
         order = [wanted[k] for k in perm]
         moved = None if perm == (0, 1, 2) else perm
         if [merged(g) for g in axes] == [merged(g) for g in order]:
-            return Result(value, tail, moved)
+            return AttentionResult(value, tail, moved)
         if have == merged(tuple(a for g in order for a in g)) and shape is not None:
-            return Result(value, tail, moved, shape)
+            return AttentionResult(value, tail, moved, shape)
     return None
 
 

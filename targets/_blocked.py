@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.linear import Embedding, Grid, Linear, StoredOperands
+from graphopt.analysis.linear import Embedding, IntegerGrid, Linear, StoredOperands
 from graphopt.core.contract import Analysis, Context
 from graphopt.graph.questions import attr, constant, producer
 from graphopt.rewrite.builder import Builder
@@ -36,7 +36,7 @@ class Source:
     """Codes with their grid, as rows along the input features; `axis`: that of the input features. `known`: already packed initializers."""
 
     codes: ir.Value
-    grid: Grid
+    grid: IntegerGrid
     axis: int
     block: int
     known: tuple[tuple[str, ir.Value], ...] = ()
@@ -164,7 +164,7 @@ def with_rest(op: Builder, linear: Linear, product: ir.Value) -> ir.Value:
     return value
 
 
-def _source(codes: ir.Value, grid: Grid, axis: int, dtype: ir.DataType | None, ctx: Context) -> Source | str:
+def _source(codes: ir.Value, grid: IntegerGrid, axis: int, dtype: ir.DataType | None, ctx: Context) -> Source | str:
     """What can be packed, or why it cannot; `axis` runs along the input features."""
     assert codes.const_value is not None
     width = int(codes.const_value.shape.numpy()[axis])

@@ -22,7 +22,7 @@ from graphopt.graph.questions import all_nodes
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class Arrangement:
     """A value of the graph, the permutation that gives the wanted axis order, and the shape that joins heads and features (or None)."""
 
     step: ViewStep
@@ -51,7 +51,7 @@ class Operand:
         """The same operand with its repeated heads as heads of their own."""
         return dataclasses.replace(self, heads=(*self.heads, *self.repeats), repeats=())
 
-    def packed(self) -> Choice | None:
+    def packed(self) -> Arrangement | None:
         """A value of shape [batch, rows, heads * head_dim]; [batch, rows, heads, head_dim] is one after a free Reshape."""
         exact = self._in_order((self.batch, self.rows, (*self.heads, *self.dim)))
         apart = self._in_order((self.batch, self.rows, self.heads, self.dim))
@@ -60,18 +60,18 @@ class Operand:
             return dataclasses.replace(apart, shape=(0, 0, width))
         return exact or self._permuted((self.batch, self.rows, (*self.heads, *self.dim)))
 
-    def split(self) -> Choice | None:
+    def split(self) -> Arrangement | None:
         """A value of shape [batch, heads, rows, head_dim]."""
         wanted = (self.batch, self.heads, self.rows, self.dim)
         return self._in_order(wanted) or self._permuted(wanted)
 
-    def _in_order(self, wanted: tuple[Group, ...]) -> Choice | None:
+    def _in_order(self, wanted: tuple[Group, ...]) -> Arrangement | None:
         target = [merged(g) for g in wanted]
-        return next((Choice(s, tuple(range(len(target)))) for s in self.view.steps if [merged(g) for g in s.axes] == target), None)
+        return next((Arrangement(s, tuple(range(len(target)))) for s in self.view.steps if [merged(g) for g in s.axes] == target), None)
 
-    def _permuted(self, wanted: tuple[Group, ...]) -> Choice | None:
+    def _permuted(self, wanted: tuple[Group, ...]) -> Arrangement | None:
         found = self.view.find(wanted)
-        return None if found is None else Choice(*found)
+        return None if found is None else Arrangement(*found)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Layer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class ModelStructure:
     """`before` and `behind`: projections (and convolutions) in front of the first layer and after the last one: input projection, head."""
 
     embeddings: tuple[tuple[int, int], ...]
@@ -85,10 +85,10 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Structure(Analysis[Model]):
+class Structure(Analysis[ModelStructure]):
     """The blocks of a fused graph (canonicalize, the fuse passes)."""
 
-    def compute(self, model: ir.Model, ctx: Context) -> Model:
+    def compute(self, model: ir.Model, ctx: Context) -> ModelStructure:
         order = {node: k for k, node in enumerate(all_nodes(model))}
         linears = ctx.get(Linears(casts=True))
         made = made_by(linears)
@@ -108,7 +108,7 @@ class Structure(Analysis[Model]):
         lookups = ctx.get(Embeddings(casts=True))
         tables = tuple(dict.fromkeys(e.table for e in lookups))
         sizes = {e.table: (e.rows, e.width) for e in lookups}
-        return Model(
+        return ModelStructure(
             tuple(sizes[t] for t in tables), tables, tuple(layers),
             tuple(n for n in rest if order[n] < first), tuple(n for n in rest if order[n] > last), tuple(outer),
         )  # fmt: skip
