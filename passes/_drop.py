@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.stream import Branch, Step, StreamLayer
+from graphopt.analysis.stream import Branch, StreamLayer, StreamStep
 from graphopt.core.contract import Array, Context
 from graphopt.graph.questions import all_nodes, consumers
 from graphopt.rewrite.builder import Builder
@@ -25,7 +25,7 @@ class Unit:
 
     number: int
     stream: int
-    cuts: tuple[tuple[Step, tuple[Branch, ...]], ...]
+    cuts: tuple[tuple[StreamStep, tuple[Branch, ...]], ...]
 
     @property
     def before(self) -> ir.Value:

@@ -55,5 +55,4 @@ def _transposed(op: Builder, value: ir.Value | None, have: list[str], want: list
     assert value is not None
     if have == want:
         return value
-    out: ir.Value = op.Transpose(value, perm=[have.index(i) for i in want])
-    return out
+    return op.Transpose(value, perm=[have.index(i) for i in want])

@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.graph.fold import is_random
-from graphopt.graph.questions import attr, constant, producer, rank, same_dim, same_shape, static_dim
-from graphopt.graph.shapes import contents
+from graphopt.graph.questions import attr, constant, is_read, producer, rank, same_dim, same_shape, static_dim
+from graphopt.graph.shapes import slice_bounds
 from graphopt.rewrite.builder import Builder
 
 from ._algebra import Rewritten, stand_in
@@ -40,13 +40,12 @@ def _does_nothing(node: ir.Node, x: ir.Value) -> bool:
         case "Split" | "Concat":
             return len(node.outputs) == len(node.inputs) == 1 or (node.op_type == "Split" and len(node.outputs) == 1)
         case "Dropout":
-            return not is_random(node) and not any(v.uses() or v.is_graph_output() for v in node.outputs[1:])
+            return not is_random(node) and not any(map(is_read, node.outputs[1:]))
     return False
 
 
 def _forward(node: ir.Node) -> bool:
-    steps = node.inputs[4] if len(node.inputs) > 4 else None
-    known = [1] if steps is None else contents(steps)
+    known = slice_bounds(node).steps
     return known is not None and all(isinstance(s, int) and s > 0 for s in known)
 
 
@@ -144,10 +143,9 @@ def transpose(node: ir.Node, op: Builder) -> Rewritten:
 def slice_ends(node: ir.Node, op: Builder) -> Rewritten:
     """Ends that are the size of the axis, known or computed, become "to the end"."""
     x, starts, ends, *rest = node.inputs
-    bounds, known = contents(ends), contents(starts)
+    axes, known, bounds, _ = slice_bounds(node)
     if x is None or x.shape is None or bounds is None or known is None or not _forward(node):
         return None
-    axes = contents(rest[0]) if rest and rest[0] is not None else list(range(len(bounds)))
     if axes is None or not all(isinstance(a, int) for a in axes):
         return None
     dims = [x.shape[int(a)] for a in axes]  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.attention import AttentionFacts, Choice
+from graphopt.analysis.attention import Arrangement, AttentionFacts
 from graphopt.analysis.scores import MaskTerm
 from graphopt.graph.attention_node import LOWEST, fills, is_too_low, may_be_too_low
 from graphopt.graph.questions import producer, same_dim, scalar
@@ -20,7 +20,7 @@ from graphopt.rewrite.builder import Builder
 class Rows:
     """The value that query or key are read from, and which axis of what Attention reads runs along the rows."""
 
-    choice: Choice
+    choice: Arrangement
     axis: int
 
     @property
@@ -44,8 +44,7 @@ def additive_mask(op: Builder, f: AttentionFacts, queries: Rows, keys: Rows) -> 
     if f.anchor.op_type == "Attention":
         return f.terms[0].value
     key = ("mask", f.clamped, *((t.value, t.kind, t.factor, t.fill) for t in f.terms))
-    total: ir.Value = op.shared(key, lambda: _total(op, f, queries))
-    return _expanded(op, total, f, queries, keys)
+    return _expanded(op, op.shared(key, lambda: _total(op, f, queries)), f, queries, keys)
 
 
 def _total(op: Builder, f: AttentionFacts, queries: Rows) -> ir.Value:
@@ -68,13 +67,13 @@ def _four_axes(op: Builder, mask: ir.Value, term: MaskTerm, f: AttentionFacts, q
     size = 0 if shape is None else len(shape)
     if size == 3 and term.scores_rank == 3 and shape is not None and shape[0] != 1:
         tail = op.Shape(mask, start=1, end=3)
-        return op.Reshape(mask, op.Concat(op.const(np.array([-1, f.heads], np.int64), "heads"), tail, axis=0))
-    if size == 5 and shape is not None:
+        return op.Reshape(mask, op.Concat(op.ints(-1, f.heads, name="heads"), tail, axis=0))
+    if size == 5 and shape is not None and isinstance(shape[1], int):
         batch = queries.choice.perm[0]
-        count = op.Div(op.Shape(queries.value, start=batch, end=batch + 1), op.const(np.array([shape[1]], np.int64), "windows"))
+        count = op.Div(op.Shape(queries.value, start=batch, end=batch + 1), op.ints(shape[1], name="windows"))
         every = op.Expand(mask, op.Concat(count, op.const(np.ones(4, np.int64), "ones"), axis=0))
         tail = op.Shape(mask, start=2, end=5)
-        return op.Reshape(every, op.Concat(op.const(np.array([-1], np.int64), "rest"), tail, axis=0))
+        return op.Reshape(every, op.Concat(op.ints(-1, name="rest"), tail, axis=0))
     return mask
 
 
@@ -88,11 +87,10 @@ def _expanded(op: Builder, mask: ir.Value, f: AttentionFacts, queries: Rows, key
         numbers = [rows.size if wanted else 1 for wanted, rows in zip(missing, (queries, keys), strict=True)]
         if all(isinstance(n, int) for n in numbers):
             return op.Expand(mask, op.const(np.array(numbers, np.int64), "rows"))
-        sizes = [_count(op, rows) if wanted else _int(op, 1) for wanted, rows in zip(missing, (queries, keys), strict=True)]
+        sizes = [_count(op, rows) if wanted else op.ints(1, name="rows") for wanted, rows in zip(missing, (queries, keys), strict=True)]
         return op.Expand(mask, op.Concat(*sizes, axis=0))
 
-    out: ir.Value = op.shared(("expand", mask, str(queries.size), str(keys.size), *missing), build)
-    return out
+    return op.shared(("expand", mask, str(queries.size), str(keys.size), *missing), build)
 
 
 def _size(term: MaskTerm, axis: int) -> Any:
@@ -102,23 +100,17 @@ def _size(term: MaskTerm, axis: int) -> Any:
 
 def _count(op: Builder, rows: Rows) -> ir.Value:
     if isinstance(rows.size, int):
-        return _int(op, rows.size)
-    out: ir.Value = op.Shape(rows.value, start=rows.place, end=rows.place + 1)
-    return out
-
-
-def _int(op: Builder, number: int) -> ir.Value:
-    return op.const(np.array([number], np.int64), "rows")
+        return op.ints(rows.size, name="rows")
+    return op.Shape(rows.value, start=rows.place, end=rows.place + 1)
 
 
 def _additive(op: Builder, term: MaskTerm, dtype: ir.DataType, clamped: bool) -> ir.Value:
     value, node = term.value, producer(term.value, "Where")
     if node is not None and term.factor == 1.0:  # Where(condition, 0, low) as exporters spell it: lower the constant, not the tensor
         x, y = scalar(node.inputs[1]), scalar(node.inputs[2])
-        if x == 0.0 and y is not None and node.inputs[0] is not None:
-            return value if not is_too_low(y) else _choice(op, node.inputs[0], float(y), dtype, keep=True, clamped=clamped)
-        if y == 0.0 and x is not None and node.inputs[0] is not None:
-            return value if not is_too_low(x) else _choice(op, node.inputs[0], float(x), dtype, keep=False, clamped=clamped)
+        for nought, low, keep in ((x, y, True), (y, x, False)):
+            if nought == 0.0 and low is not None and node.inputs[0] is not None:
+                return _choice(op, node.inputs[0], float(low), dtype, keep=keep, clamped=clamped) if is_too_low(low) else value
     if term.factor != 1.0:
         value = op.Mul(value, op.const(np.array(term.factor, dtype.numpy()), "factor"))
     return _clamped(op, value, term, dtype, clamped)
@@ -127,8 +119,7 @@ def _additive(op: Builder, term: MaskTerm, dtype: ir.DataType, clamped: bool) ->
 def _choice(op: Builder, condition: ir.Value, fill: float, dtype: ir.DataType, keep: bool, clamped: bool) -> ir.Value:
     finite = fill if np.isneginf(fill) and not clamped else max(fill, _lowest(dtype))
     low, nought = op.const(np.array(finite, dtype.numpy()), "masked"), op.const(np.array(0.0, dtype.numpy()), "zero")
-    out: ir.Value = op.Where(condition, nought, low) if keep else op.Where(condition, low, nought)
-    return out
+    return op.Where(condition, nought, low) if keep else op.Where(condition, low, nought)
 
 
 def _lowest(dtype: ir.DataType) -> float:
@@ -143,5 +134,4 @@ def _clamped(op: Builder, value: ir.Value, term: MaskTerm, dtype: ir.DataType, a
     if always or not fills(term.value)[1]:
         return finite
     least = op.const(np.array(np.finfo(dtype.numpy()).min, dtype.numpy()), "least")
-    out: ir.Value = op.Where(op.Less(value, least), value, finite)  # a caller may feed -inf, which is "no key", not "a very low score"
-    return out
+    return op.Where(op.Less(value, least), value, finite)  # a caller may feed -inf, which is "no key", not "a very low score"

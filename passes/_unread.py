@@ -58,12 +58,11 @@ class DropUnread(RewritePass[SplitMatch]):
             part = bias if bias.size == 1 else np.concatenate([bias[..., c] for c in m.columns], -1)
             out = op.Add(out, op.const(part, f"{m.linear.bias.name}_read"))
         if m.shape is not None:
-            lead = op.Slice(m.shape, op.const(np.array([0], np.int64), "start"), op.const(np.array([-1], np.int64), "end"))
-            out = op.Reshape(out, op.Concat(lead, op.const(np.array([sum(m.sizes)], np.int64), "width"), axis=0))
+            lead = op.Slice(m.shape, op.ints(0, name="start"), op.ints(-1, name="end"))
+            out = op.Reshape(out, op.Concat(lead, op.ints(sum(m.sizes), name="width"), axis=0))
         if len(m.sizes) == 1:
             return [out]
-        parts: Sequence[ir.Value] = op.Split(out, op.const(np.array(m.sizes, np.int64), "sizes"), axis=-1, _outputs=len(m.sizes))
-        return parts
+        return op.node("Split", (out, op.ints(*m.sizes, name="sizes")), axis=-1, _outputs=len(m.sizes))  # type: ignore[no-any-return]
 
 
 def _linear_that_makes(value: ir.Value | None, ctx: Context) -> Linear | None:

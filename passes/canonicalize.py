@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from graphopt.core.contract import Context, Pass
 from graphopt.graph.fold import Folder, known_integers
-from graphopt.graph.questions import all_nodes, graphs, is_constant
+from graphopt.graph.questions import all_nodes, graphs, is_constant, is_read
 from graphopt.graph.shapes import infer_shapes
 from graphopt.io.inline import decided_ifs
 from graphopt.rewrite.builder import Builder
@@ -21,13 +21,12 @@ from graphopt.rewrite.match import Match, Miss
 from . import _algebra, _einsum, _layout, _merge
 from ._algebra import Rewritten
 
-Rule = Callable[[ir.Node, Builder], Rewritten]
 _SWEEPS = 12  # rules that undo each other from sweep to sweep stop here,
 _PER_NODE = 16  # and within one sweep here: so many changes for each node of the graph
 _SHOWN = 5  # names in one remark
 
 _ARITHMETIC = (_algebra.constant_on_the_right, _algebra.neutral_element)
-_RULES: Mapping[str, Sequence[Rule]] = {
+_RULES: Mapping[str, Sequence[Callable[[ir.Node, Builder], Rewritten]]] = {
     "Add": _ARITHMETIC,
     "Mul": (*_ARITHMETIC, _algebra.chained_scales),
     "Sub": (_algebra.neutral_element, _algebra.subtraction),
@@ -139,7 +138,7 @@ class _Work:
 
     def fold(self, node: ir.Node, op: Builder) -> Rewritten:
         """What is fully known becomes a constant: by its shapes, or by evaluating it."""
-        if node.op_type == "Identity" or not any(v.uses() or v.is_graph_output() for v in node.outputs):
+        if node.op_type == "Identity" or not any(map(is_read, node.outputs)):
             return None
         known = known_integers(node.outputs[0]) if len(node.outputs) == 1 else None
         arrays = [known] if known is not None else self.folder.fold(node)

@@ -6,11 +6,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.attention import AttentionFacts, Attentions, Choice
-from graphopt.analysis.formulas.masks import MaskReader, Masks
+from graphopt.analysis.attention import Arrangement, AttentionFacts, Attentions
+from graphopt.analysis.formulas.masks import MaskReader, MeaningReader
 from graphopt.analysis.scores import MaskTerm
 from graphopt.core.contract import Context
 from graphopt.graph import dims
@@ -27,7 +26,7 @@ _LAYOUT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten"
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class AttentionResult:
     """`value` is the result of the attention after `perm` and a Reshape to `shape` (or None); `nodes` are the layout operators on the way."""
 
     value: ir.Value
@@ -37,14 +36,14 @@ class Result:
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionMatch(Match):
+class FusibleAttention(Match):
     """`form` "packed" reads and writes [batch, rows, heads * dim], "split" [batch, heads, rows, dim]; `result` says what becomes of that.
     A second output stands for the probabilities where they are read, too."""
 
     attention: AttentionFacts
-    operands: tuple[Choice, Choice, Choice]
+    operands: tuple[Arrangement, Arrangement, Arrangement]
     form: str
-    result: Result
+    result: AttentionResult
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -52,7 +51,7 @@ class AttentionMatch(Match):
 
 
 @dataclasses.dataclass(frozen=True)
-class FuseAttention(RewritePass[AttentionMatch]):
+class FuseAttention(RewritePass[FusibleAttention]):
     """Fuse attention into the standard Attention operator.
 
     Recognition is `graphopt.analysis.attention`; what it refuses is a missed remark with the reason. Masks stay additive, and rows that
@@ -62,7 +61,7 @@ class FuseAttention(RewritePass[AttentionMatch]):
 
     anchors: ClassVar[frozenset[str]] = frozenset({"Softmax", "Attention"})
 
-    def match(self, node: ir.Node, ctx: Context) -> AttentionMatch | Miss | None:
+    def match(self, node: ir.Node, ctx: Context) -> FusibleAttention | Miss | None:
         facts = ctx.get(Attentions())[node]
         if isinstance(facts, str):
             return Miss(node, f"not fused: {facts}") if node.op_type == "Softmax" else None
@@ -77,18 +76,18 @@ class FuseAttention(RewritePass[AttentionMatch]):
             found = _output(facts, form)
             if found is not None:
                 nodes = (*facts.nodes, *found.nodes)
-                return AttentionMatch(nodes, (found.value, *_read_probabilities(facts)), facts, operands, form, found)
+                return FusibleAttention(nodes, (found.value, *_read_probabilities(facts)), facts, operands, form, found)
         if node.op_type == "Attention":
             return None
         return Miss(node, "not fused: query, key, value or result are laid out in a way that Attention cannot read")
 
-    def _operands(self, f: AttentionFacts, form: str) -> tuple[Choice, Choice, Choice] | None:
+    def _operands(self, f: AttentionFacts, form: str) -> tuple[Arrangement, Arrangement, Arrangement] | None:
         found = [getattr(o, form)() for o in (f.q, f.k, f.v)]
         if any(c is None for c in found) or found[2].step.scale != 1.0:
             return None
         return found[0], found[1], found[2]
 
-    def build(self, op: Builder, m: AttentionMatch) -> Sequence[ir.Value]:
+    def build(self, op: Builder, m: FusibleAttention) -> Sequence[ir.Value]:
         f = m.attention
         q, k, v = (_arranged(op, choice) for choice in m.operands)
         for factor in f.factors:
@@ -96,23 +95,22 @@ class FuseAttention(RewritePass[AttentionMatch]):
         scale = f.scale * m.operands[0].step.scale * m.operands[1].step.scale
         axis = 1 if m.form == "packed" else 2
         mask = additive_mask(op, f, Rows(m.operands[0], axis), Rows(m.operands[1], axis))
-        heads = head_counts(f.heads, f.kv_heads) if m.form == "packed" else {}
-        inputs = (q, k, v) if mask is None else (q, k, v, mask)
-        extra = {"softcap": float(f.softcap)} if f.softcap else {}
-        if len(m.outputs) > 1:
-            made = op.Attention(*inputs, scale=float(scale), qk_matmul_output_mode=PROBABILITIES, _outputs=4, **heads, **extra)
+        shown = len(m.outputs) > 1
+        attributes: dict[str, Any] = {"scale": float(scale), "qk_matmul_output_mode": PROBABILITIES if shown else None}
+        attributes |= head_counts(f.heads, f.kv_heads) if m.form == "packed" else {}
+        attributes |= {"softcap": float(f.softcap)} if f.softcap else {}
+        made = op.node("Attention", (q, k, v) if mask is None else (q, k, v, mask), _outputs=4 if shown else 1, **attributes)
+        if shown:
             made[1].name = made[2].name = ""  # no cache
-        else:
-            made = [op.Attention(*inputs, scale=float(scale), **heads, **extra)]
-        out = made[0]
+        out = made[0] if shown else made
         if m.result.perm is not None:
             out = op.Transpose(out, perm=list(m.result.perm))
         if m.result.shape is not None:
-            out = op.Reshape(out, op.const(np.array(m.result.shape, np.int64), "shape"))
-        return [out, *made[3:]]
+            out = op.Reshape(out, op.ints(*m.result.shape, name="shape"))
+        return [out, made[3]] if shown else [out]
 
 
-def _idle(term: MaskTerm, masks: Masks) -> bool:
+def _idle(term: MaskTerm, masks: MeaningReader) -> bool:
     """A mask that hides nothing."""
     if term.kind == "keep":
         return masks.always(term.value)
@@ -150,17 +148,17 @@ def _read_probabilities(f: AttentionFacts) -> tuple[ir.Value, ...]:
     return (p,)
 
 
-def _arranged(op: Builder, choice: Choice) -> ir.Value:
+def _arranged(op: Builder, choice: Arrangement) -> ir.Value:
     value, perm = choice.step.value, choice.perm
     if perm != tuple(range(len(perm))):
         source = value
         value = op.shared(("transpose", source, perm), lambda: op.Transpose(source, perm=list(perm)))
     if choice.shape is not None:
-        value = op.Reshape(value, op.const(np.array(choice.shape, np.int64), "shape"))
+        value = op.Reshape(value, op.ints(*choice.shape, name="shape"))
     return value
 
 
-def _output(f: AttentionFacts, form: str) -> Result | None:
+def _output(f: AttentionFacts, form: str) -> AttentionResult | None:
     """Follow layout operators behind the attention to the value that the new node can make: exactly, in another grouping, or sequence first."""
     tracer = Tracer()
     groups = _output_groups(f, tracer)
@@ -175,7 +173,7 @@ def _output(f: AttentionFacts, form: str) -> Result | None:
         view = tracer.view(value)
         if view is not None and view.root is f.output:
             if [merged(g) for g in view.axes] == [merged(g) for g in wanted]:
-                return Result(value, tuple(tail))
+                return AttentionResult(value, tuple(tail))
             other = _regrouped(value, view.axes, wanted, tuple(tail)) or other
         readers = consumers(value)
         if len(readers) != 1 or readers[0].op_type not in _LAYOUT or value.is_graph_output():
@@ -185,20 +183,20 @@ def _output(f: AttentionFacts, form: str) -> Result | None:
     return other
 
 
-def _regrouped(value: ir.Value, axes: Sequence[Group], wanted: Sequence[Group], tail: tuple[ir.Node, ...]) -> Result | None:
+def _regrouped(value: ir.Value, axes: Sequence[Group], wanted: Sequence[Group], tail: tuple[ir.Node, ...]) -> AttentionResult | None:
     """The same elements in the order of the attention's result, or with rows before batch, in any grouping that a Reshape can make."""
     shape = _one_unknown(value)
     have = merged(tuple(a for g in axes for a in g))
     if len(wanted) == 4:
         flat = merged(tuple(a for g in wanted for a in g))
-        return Result(value, tail, None, shape) if have == flat and shape is not None and len(shape) == 3 else None
+        return AttentionResult(value, tail, None, shape) if have == flat and shape is not None and len(shape) == 3 else None
     for perm in ((0, 1, 2), (1, 0, 2)):
         order = [wanted[k] for k in perm]
         moved = None if perm == (0, 1, 2) else perm
         if [merged(g) for g in axes] == [merged(g) for g in order]:
-            return Result(value, tail, moved)
+            return AttentionResult(value, tail, moved)
         if have == merged(tuple(a for g in order for a in g)) and shape is not None:
-            return Result(value, tail, moved, shape)
+            return AttentionResult(value, tail, moved, shape)
     return None
 
 

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.formulas.rotary import RotaryFacts, rotary_of
@@ -64,11 +63,11 @@ class FuseRotary(RewritePass[RotaryMatch]):
         interleaved = 1 if f.pairing == "interleaved" else None
         packed = m.packed
         if packed is None and m.axis == 2:
-            packed = op.Reshape(f.x, op.const(np.array([0, 0, m.heads * (static_dim(f.x, -1) or 0)], np.int64), "packed"))
+            packed = op.Reshape(f.x, op.ints(0, 0, m.heads * (static_dim(f.x, -1) or 0), name="packed"))
         if packed is None:
             return [op.RotaryEmbedding(f.x, cos, sin, interleaved=interleaved, rotary_embedding_dim=partial)]
         out = op.RotaryEmbedding(packed, cos, sin, interleaved=interleaved, rotary_embedding_dim=partial, num_heads=m.heads)
-        split = op.Reshape(out, op.const(np.array([0, 0, m.heads, static_dim(f.x, -1)], np.int64), "heads"))
+        split = op.Reshape(out, op.ints(0, 0, m.heads, static_dim(f.x, -1) or 0, name="heads"))
         return [split if m.axis == 2 else op.Transpose(split, perm=[0, 2, 1, 3])]
 
 
@@ -109,21 +108,16 @@ def _cache(op: Builder, f: RotaryFacts, cache: ir.Value, axis: int) -> ir.Value:
     def build() -> ir.Value:
         value = cache
         if f.doubled:
-            ends, step = ([f.dim // 2], 1) if f.pairing == "half" else ([f.dim], 2)
-            value = op.Slice(value, _ints(op, [0]), _ints(op, ends), _ints(op, [-1]), _ints(op, [step]))
+            end, step = (f.dim // 2, 1) if f.pairing == "half" else (f.dim, 2)
+            value = op.Slice(value, op.ints(0), op.ints(end), op.ints(-1), op.ints(step))
         size = rank(cache) or 0
         if size > 2:
-            value = op.Squeeze(value, _ints(op, [size + axis - 4]))
+            value = op.Squeeze(value, op.ints(size + axis - 4))
         if size < 4:  # no batch
-            value = op.Unsqueeze(value, _ints(op, [0]))
+            value = op.Unsqueeze(value, op.ints(0))
         if size != 4 or cache.shape is None or not same_dim(cache.shape[0], batch):  # the kernel wants the batch of x
-            count = _ints(op, [batch]) if isinstance(batch, int) else op.Shape(f.x, start=0, end=1)
-            value = op.Expand(value, op.Concat(count, _ints(op, [1, 1]), axis=0))
+            count = op.ints(batch) if isinstance(batch, int) else op.Shape(f.x, start=0, end=1)
+            value = op.Expand(value, op.Concat(count, op.ints(1, 1), axis=0))
         return value
 
-    out: ir.Value = op.shared(("cache", cache, axis, f.doubled, f.pairing, f.dim, source), build)
-    return out
-
-
-def _ints(op: Builder, values: Sequence[int]) -> ir.Value:
-    return op.const(np.array(values, np.int64), "ints")
+    return op.shared(("cache", cache, axis, f.doubled, f.pairing, f.dim, source), build)

@@ -63,8 +63,7 @@ class MergeProjections(RewritePass[ProjectionsMatch]):
             key = ("biases", *((x.bias, x.out_features) for x in m.linears))
             out = op.Add(out, op.shared(key, lambda: op.const(_biases(m.linears), f"{weights[0].name}_bias_merged")))
         widths = np.array([x.out_features for x in m.linears], np.int64)
-        pieces: Sequence[ir.Value] = op.Split(out, op.const(widths, "widths"), axis=-1, _outputs=len(widths))
-        return pieces
+        return op.node("Split", (out, op.const(widths, "widths")), axis=-1, _outputs=len(widths))  # type: ignore[no-any-return]
 
 
 def _gate(value: ir.Value | None, made_by: Mapping[ir.Value, Linear], depth: int = 4) -> ir.Value | None:

@@ -278,7 +278,7 @@ class Quantize(RewritePass[QuantizeMatch]):
 
 def _measured(op: Builder, x: ir.Value) -> ir.Value:
     """x rounded to a grid that is measured at run time."""
-    value: ir.Value = op.DequantizeLinear(*op.DynamicQuantizeLinear(x, _outputs=3))
+    value: ir.Value = op.DequantizeLinear(*op.node("DynamicQuantizeLinear", (x,), _outputs=3))
     return value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ import onnx_ir as ir
 from graphopt.analysis.formulas.masks import MaskFacts, MaskReader
 from graphopt.core.contract import Context
 from graphopt.graph.attention_node import AttentionNode
-from graphopt.graph.questions import is_constant, producer, rank, same_dim, scalar
+from graphopt.graph.questions import makers, producer, rank, reached, same_dim, scalar
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Match, Miss
 from graphopt.rewrite.rules import RewritePass
@@ -45,7 +46,7 @@ class SimplifyMasks(RewritePass[MaskMatch]):
         if keep is None or made is None:
             return None
         facts = ctx.get(MaskReader()).facts(keep)
-        if _chain(keep) <= max(_SHORT, 0 if facts is None else _cost(facts)):
+        if _chain(made) <= max(_SHORT, 0 if facts is None else _cost(facts)):
             return None  # it is as short as can be, perhaps since it was rewritten here
         reason = _why_not(keep, facts)
         if reason is not None or facts is None:
@@ -55,23 +56,21 @@ class SimplifyMasks(RewritePass[MaskMatch]):
     def build(self, op: Builder, m: MaskMatch) -> Sequence[ir.Value]:
         """[batch, 1, rows, keys], true = may be read."""
         f, keep = m.mask, m.outputs[0]
-        parts = [op.Unsqueeze(_boolean(op, v), _ints(op, 1, 2)) for v in f.padding]
+        parts = [op.Unsqueeze(_boolean(op, v), op.ints(1, 2)) for v in f.padding]
         length = op.shared(("length", f.padding[0]), lambda: op.Shape(f.padding[0], start=1, end=2))
         if f.causal or f.window is not None:
-            count = op.Squeeze(length, _ints(op, 0))
+            count = op.Squeeze(length, op.ints(0))
             index = op.Range(_int(op, 0), count, _int(op, 1))
-            key, row = op.Unsqueeze(index, _ints(op, 0)), op.Unsqueeze(index, _ints(op, 1))
+            key, row = op.Unsqueeze(index, op.ints(0)), op.Unsqueeze(index, op.ints(1))
             if f.causal:
                 parts.append(op.LessOrEqual(key, row))
             if f.window is not None:
                 parts.append(op.Less(op.Sub(row, key), _int(op, f.window)))
-        total = parts[0]
-        for part in parts[1:]:
-            total = op.And(total, part)
+        total = functools.reduce(op.And, parts)
         if f.causal or f.window is not None or keep.shape is None or keep.shape[2] == 1:
             return [total]
-        rows = _ints(op, int(keep.shape[2])) if isinstance(keep.shape[2], int) else length
-        return [op.Expand(total, op.Concat(rows, _ints(op, 1), axis=0))]
+        rows = op.ints(int(keep.shape[2])) if isinstance(keep.shape[2], int) else length
+        return [op.Expand(total, op.Concat(rows, op.ints(1), axis=0))]
 
 
 def _mask_of(node: ir.Node) -> ir.Value | None:
@@ -106,17 +105,9 @@ def _covers(padding: ir.Value, keep: ir.Value) -> bool:
     return isinstance(b[2], int) or same_dim(b[2], b[3])
 
 
-def _chain(value: ir.Value) -> int:
-    """How many operators compute `value` from graph inputs."""
-    seen: set[ir.Node] = set()
-    todo = [value]
-    while todo:
-        node = todo.pop().producer()
-        if node is None or node in seen or node.op_type == "Shape":
-            continue
-        seen.add(node)
-        todo += [v for v in node.inputs if v is not None and not is_constant(v)]
-    return len(seen)
+def _chain(last: ir.Node) -> int:
+    """How many operators compute from graph inputs what `last` makes."""
+    return len(reached([last], lambda node: (n for n in makers(node.inputs) if n.op_type != "Shape")))
 
 
 def _cost(f: MaskFacts) -> int:
@@ -130,13 +121,8 @@ def _boolean(op: Builder, value: ir.Value) -> ir.Value:
     node = producer(value, "Cast")
     if node is not None and node.inputs[0] is not None and node.inputs[0].dtype == ir.DataType.BOOL:
         return node.inputs[0]
-    out: ir.Value = op.Cast(value, to=int(ir.DataType.BOOL))
-    return out
+    return op.Cast(value, to=int(ir.DataType.BOOL))
 
 
 def _int(op: Builder, value: int) -> ir.Value:
     return op.const(np.array(value, np.int64), "int")
-
-
-def _ints(op: Builder, *values: int) -> ir.Value:
-    return op.const(np.array(values, np.int64), "ints")

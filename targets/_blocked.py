@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.linear import Embedding, Grid, Linear, StoredOperands
+from graphopt.analysis.linear import Embedding, IntegerGrid, Linear, StoredOperands
 from graphopt.core.contract import Array, Context
 from graphopt.graph.questions import attr, constant, producer
 from graphopt.rewrite.builder import Builder
@@ -34,7 +34,7 @@ class Source:
     """Codes with their grid, as rows along the input features; `axis`: that of the input features. `known`: what is packed of them already."""
 
     codes: ir.Value
-    grid: Grid
+    grid: IntegerGrid
     axis: int
     block: int
     known: Known
@@ -155,7 +155,7 @@ def with_rest(op: Builder, linear: Linear, product: ir.Value) -> ir.Value:
     return out  # type: ignore[no-any-return]
 
 
-def _source(codes: ir.Value, grid: Grid, axis: int, dtype: ir.DataType | None, ctx: Context) -> Source | str:
+def _source(codes: ir.Value, grid: IntegerGrid, axis: int, dtype: ir.DataType | None, ctx: Context) -> Source | str:
     """What can be packed, or why it cannot; `axis` runs along the input features."""
     assert codes.const_value is not None
     width = int(codes.const_value.shape.numpy()[axis])

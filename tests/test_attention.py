@@ -14,6 +14,8 @@ from graphopt.analysis.attention import AttentionFacts, Attentions
 from graphopt.core.contract import Context
 from graphopt.core.pipeline import PassManager, parse
 from graphopt.core.registry import passes
+from graphopt.graph.layout import Tracer
+from graphopt.graph.shapes import infer_shapes
 from graphopt.run.ort import session
 
 HEAD = '< ir_version: 10, opset_import: ["" : 20] >\n'
@@ -449,3 +451,15 @@ def _retarget(text: str, output: str, source: str) -> str:
     """Let the Transpose that makes `output` read `source`."""
     line = next(x for x in text.splitlines() if x.strip().startswith(f"{output} = "))
     return text.replace(line, line[: line.rindex("(")] + f"({source})")
+
+
+@pytest.mark.parametrize("fed", ["axes", "steps"])
+def test_a_slice_of_which_not_all_is_known_is_not_seen_through(fed: str) -> None:
+    stored = "int64[1] axes = {1}, int64[1] steps = {1}".replace(f"int64[1] {fed} = {{1}}", f"int64[1] other_{fed} = {{1}}")
+    text = f"""<ir_version: 10, opset_import: ["": 23]> g (float[8,6] x, int64[1] {fed}) => (float[a,b] y)
+    <int64[1] from = {{0}}, int64[1] to = {{4}}, {stored}> {{ y = Slice(x, from, to, axes, steps) }}"""
+    model = ir.from_onnx_text(text)
+    infer_shapes(model)
+    y = model.graph.outputs[0]
+    view = Tracer().view(y)
+    assert view is None or view.root is y

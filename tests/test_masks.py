@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_attention import build, fuse
 
-from graphopt.analysis.formulas.masks import MaskFacts, Masks
+from graphopt.analysis.formulas.masks import MaskFacts, MeaningReader
 from graphopt.run.ort import session
 
 INDICES = """  n = Shape <start = 1, end = 2> (m)
@@ -52,7 +52,7 @@ def feeds(batch: int, length: int) -> dict[str, np.ndarray]:
 def test_meaning(name: str, causal: bool | None, window: int | None) -> None:
     model = model_of(BODIES[name])
     keep = next(n for n in model.graph if n.op_type == "Where").inputs[0]  # type: ignore[attr-defined]
-    facts = Masks().facts(keep)
+    facts = MeaningReader().facts(keep)
     if causal is None:
         assert facts is None, "a mask that is not understood is not guessed"
         return

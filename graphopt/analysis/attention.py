@@ -13,18 +13,19 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from graphopt.analysis.scores import MaskTerm, probabilities_of, scores_of
+from graphopt.analysis.scores import MaskTerm, NotAttention, probabilities_of, scores_of
 from graphopt.core.contract import Analysis, Context
 from graphopt.graph.attention_node import AttentionNode
-from graphopt.graph.layout import Dim, Group, Step, Tracer, View, merged, size_of
+from graphopt.graph.dims import Dim
+from graphopt.graph.layout import Group, Tracer, View, ViewStep, merged, size_of
 from graphopt.graph.questions import all_nodes
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class Arrangement:
     """A value of the graph, the permutation that gives the wanted axis order, and the shape that joins heads and features (or None)."""
 
-    step: Step
+    step: ViewStep
     perm: tuple[int, ...]
     shape: tuple[int, ...] | None = None
 
@@ -50,7 +51,7 @@ class Operand:
         """The same operand with its repeated heads as heads of their own."""
         return dataclasses.replace(self, heads=(*self.heads, *self.repeats), repeats=())
 
-    def packed(self) -> Choice | None:
+    def packed(self) -> Arrangement | None:
         """A value of shape [batch, rows, heads * head_dim]; [batch, rows, heads, head_dim] is one after a free Reshape."""
         exact = self._in_order((self.batch, self.rows, (*self.heads, *self.dim)))
         apart = self._in_order((self.batch, self.rows, self.heads, self.dim))
@@ -59,18 +60,18 @@ class Operand:
             return dataclasses.replace(apart, shape=(0, 0, width))
         return exact or self._permuted((self.batch, self.rows, (*self.heads, *self.dim)))
 
-    def split(self) -> Choice | None:
+    def split(self) -> Arrangement | None:
         """A value of shape [batch, heads, rows, head_dim]."""
         wanted = (self.batch, self.heads, self.rows, self.dim)
         return self._in_order(wanted) or self._permuted(wanted)
 
-    def _in_order(self, wanted: tuple[Group, ...]) -> Choice | None:
+    def _in_order(self, wanted: tuple[Group, ...]) -> Arrangement | None:
         target = [merged(g) for g in wanted]
-        return next((Choice(s, tuple(range(len(target)))) for s in self.view.steps if [merged(g) for g in s.axes] == target), None)
+        return next((Arrangement(s, tuple(range(len(target)))) for s in self.view.steps if [merged(g) for g in s.axes] == target), None)
 
-    def _permuted(self, wanted: tuple[Group, ...]) -> Choice | None:
+    def _permuted(self, wanted: tuple[Group, ...]) -> Arrangement | None:
         found = self.view.find(wanted)
-        return None if found is None else Choice(*found)
+        return None if found is None else Arrangement(*found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +116,6 @@ class AttentionFacts:
         }
 
 
-class NotAttention(Exception):
-    """Why a candidate is not attention, or not one that can be expressed."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Attentions(Analysis[Mapping[ir.Node, "AttentionFacts | str"]]):
     """Anchor node -> facts, or the reason why it is not attention."""
@@ -138,10 +135,6 @@ def _facts(node: ir.Node, tracer: Tracer) -> AttentionFacts | str:
 
 def _from_softmax(softmax: ir.Node, tracer: Tracer) -> AttentionFacts:
     scores, probabilities = scores_of(softmax), probabilities_of(softmax)
-    if isinstance(scores, str):
-        raise NotAttention(scores)
-    if isinstance(probabilities, str):
-        raise NotAttention(probabilities)
     q = _operand("query", scores.product.inputs[0], tracer)
     k = _operand("key", scores.product.inputs[1], tracer, transposed=True)
     v = _operand("value", probabilities.product.inputs[1], tracer)

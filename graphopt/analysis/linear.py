@@ -18,7 +18,7 @@ from graphopt.graph.questions import all_nodes, attr, constant, is_constant, pro
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid:
+class IntegerGrid:
     """How a quantized constant is read: (stored - zero_point) * scale, the scale along `axis` of the stored constant.
 
     `axis` is None for one scale for all. `block` > 0: one scale for `block` neighbours along `axis`.
@@ -38,7 +38,7 @@ class Stored:
     value: ir.Value
     path: tuple[ir.Node, ...]
     swapped: bool
-    grid: Grid | None
+    grid: IntegerGrid | None
     codebook: Codebook | None = None
 
 
@@ -71,7 +71,7 @@ class Linear:
     alpha: float = 1.0
     beta: float = 1.0
     trans_x: bool = False
-    grid: Grid | None = None
+    grid: IntegerGrid | None = None
     codebook: Codebook | None = None
 
     @property
@@ -104,7 +104,7 @@ class Embedding:
     path: tuple[ir.Node, ...]
     rows: int
     width: int
-    grid: Grid | None = None
+    grid: IntegerGrid | None = None
     codebook: Codebook | None = None
 
     @property
@@ -174,7 +174,7 @@ def stored(value: ir.Value | None, casts: bool = False) -> Stored | None:
     return None if value is None else Stored(value, tuple(reversed(path)), swapped, grid)
 
 
-def dequantize(value: ir.Value, grid: Grid | None) -> Array:
+def dequantize(value: ir.Value, grid: IntegerGrid | None) -> Array:
     """The contents of a stored constant as numbers; float weights come as they are."""
     array = constant(value)
     assert array is not None, f"`{value.name}` is not a constant"
@@ -186,7 +186,7 @@ def dequantize(value: ir.Value, grid: Grid | None) -> Array:
     return (shifted * scale).astype(scale.dtype)
 
 
-def _spread(array: Array | None, grid: Grid, shape: tuple[int, ...]) -> Array:
+def _spread(array: Array | None, grid: IntegerGrid, shape: tuple[int, ...]) -> Array:
     """Scales or zero points in the shape in which they broadcast to the stored constant."""
     assert array is not None
     if grid.axis is None:
@@ -197,7 +197,7 @@ def _spread(array: Array | None, grid: Grid, shape: tuple[int, ...]) -> Array:
     return array.reshape([-1 if k == grid.axis else 1 for k in range(len(shape))])
 
 
-def _grid(node: ir.Node) -> Grid | None:
+def _grid(node: ir.Node) -> IntegerGrid | None:
     """Reads a DequantizeLinear whose scale and zero point are constants."""
     data, scale = node.inputs[0], node.inputs[1]
     zero = node.inputs[2] if len(node.inputs) > 2 else None
@@ -207,9 +207,9 @@ def _grid(node: ir.Node) -> Grid | None:
         return None
     assert scale.const_value is not None
     if len(scale.const_value.shape) == 0 or (scale.const_value.size == 1 and not attr(node, "block_size", 0)):
-        return Grid(node, scale, zero, None)
+        return IntegerGrid(node, scale, zero, None)
     axis = attr(node, "axis", 1) % len(data.shape)
-    return Grid(node, scale, zero, axis, attr(node, "block_size", 0))
+    return IntegerGrid(node, scale, zero, axis, attr(node, "block_size", 0))
 
 
 def _is_float(value: ir.Value | None) -> bool:

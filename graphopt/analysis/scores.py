@@ -6,6 +6,7 @@ a soft cap keeps its place. No order of operators is expected; an operator that 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Literal
 
@@ -36,7 +37,7 @@ class MaskTerm:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scores:
+class AttentionScores:
     """softmax(scale * (query @ key) + terms), with scale * ... -> softcap * tanh(scale * ... / softcap) where softcap is not 0.
 
     `factors`: tensors that are the same for all rows and keys (one number for each head, say) and multiply the product of query and key.
@@ -52,6 +53,12 @@ class Scores:
     factors: tuple[ir.Value, ...] = ()
     clamped: bool = False
 
+    def masked(
+        self, value: ir.Value, kind: Literal["add", "keep", "drop"], scores: ir.Value, *, factor: float = 1.0, fill: float = 0.0
+    ) -> AttentionScores:
+        """The same with one more term, which stands where `scores` is read."""
+        return dataclasses.replace(self, terms=(*self.terms, MaskTerm(value, kind, rank(scores) or 0, factor, fill, static_dim(scores, -3))))
+
 
 @dataclasses.dataclass(frozen=True)
 class Probabilities:
@@ -63,44 +70,41 @@ class Probabilities:
     value: ir.Value
 
 
-def scores_of(softmax: ir.Node) -> Scores | str:
-    """What a Softmax normalizes, or why it is not the scores of an attention."""
+class NotAttention(Exception):
+    """Why a candidate is not attention, or not one that can be expressed."""
+
+
+def scores_of(softmax: ir.Node) -> AttentionScores:
+    """What a Softmax normalizes.
+
+    Raises:
+        NotAttention: it is not the scores of an attention.
+    """
     source = softmax.inputs[0]
     last = (rank(source) or 0) - 1
     if source is None or last < 1:
-        return "the rank of its input is unknown"
+        raise NotAttention("the rank of its input is unknown")
     if attr(softmax, "axis", -1) not in (-1, last):
-        return f"it normalizes axis {attr(softmax, 'axis', -1)}, not the last"
+        raise NotAttention(f"it normalizes axis {attr(softmax, 'axis', -1)}, not the last")
     return _walk(source, 1.0, _DEPTH)
 
 
-def _walk(value: ir.Value, factor: float, depth: int) -> Scores | str:
+def _walk(value: ir.Value, factor: float, depth: int) -> AttentionScores:
     """Read upwards; `factor` is what the value is multiplied by until the softmax."""
     node = producer(value)
     if node is None or depth == 0:
-        return f"its input `{value.name}` does not come from a product of query and key"
+        raise NotAttention(f"its input `{value.name}` does not come from a product of query and key")
     if node.op_type == "MatMul":
-        return _product(node, factor)
+        if any(is_constant(v) for v in node.inputs):
+            raise NotAttention(f"its input `{value.name}` is a product with a constant weight")
+        return AttentionScores(node, (node,), factor)
     if node.op_type in _REGROUPING and keeps_matrices(node):
         return _through(node, node.inputs[0], factor, depth)
-    if node.op_type in ("Mul", "Div"):
-        return _factor(node, factor, depth)
-    if node.op_type in ("Add", "Sub"):
-        return _additive(node, factor, depth)
-    if node.op_type == "Where":
-        return _where(node, factor, depth)
-    if node.op_type == "Tanh":
-        return _capped(node, factor, depth)
+    if node.op_type in _ELEMENTWISE:
+        return _ELEMENTWISE[node.op_type](node, factor, depth)
     if node.op_type in ("Max", "Clip") and (source := _floored(node)) is not None:
-        below = _through(node, source, factor, depth)
-        return below if isinstance(below, str) else dataclasses.replace(below, clamped=True)
-    return f"unexpected {node.op_type} `{node.name}` between the scores and the softmax"
-
-
-def _product(node: ir.Node, factor: float) -> Scores | str:
-    if any(is_constant(v) for v in node.inputs):
-        return f"its input `{node.outputs[0].name}` is a product with a constant weight"
-    return Scores(node, (node,), factor)
+        return dataclasses.replace(_through(node, source, factor, depth), clamped=True)
+    raise NotAttention(f"unexpected {node.op_type} `{node.name}` between the scores and the softmax")
 
 
 def keeps_matrices(node: ir.Node) -> bool:
@@ -111,14 +115,14 @@ def keeps_matrices(node: ir.Node) -> bool:
     return same_dim(a.shape[-1], b.shape[-1]) and same_dim(a.shape[-2], b.shape[-2])
 
 
-def _through(node: ir.Node, source: ir.Value | None, factor: float, depth: int) -> Scores | str:
+def _through(node: ir.Node, source: ir.Value | None, factor: float, depth: int) -> AttentionScores:
     if source is None:
-        return f"{node.op_type} `{node.name}` has no input"
+        raise NotAttention(f"{node.op_type} `{node.name}` has no input")
     below = _walk(source, factor, depth - 1)
-    return below if isinstance(below, str) else dataclasses.replace(below, nodes=(*below.nodes, node))
+    return dataclasses.replace(below, nodes=(*below.nodes, node))
 
 
-def _factor(node: ir.Node, factor: float, depth: int) -> Scores | str:
+def _factor(node: ir.Node, factor: float, depth: int) -> AttentionScores:
     a, b = node.inputs
     if (c := scalar(b)) is not None and float(c) != 0.0:
         return _through(node, a, factor * (float(c) if node.op_type == "Mul" else 1 / float(c)), depth)
@@ -127,10 +131,12 @@ def _factor(node: ir.Node, factor: float, depth: int) -> Scores | str:
     for side, other in ((a, b), (b, a)):
         if node.op_type != "Mul" or side is None or other is None or not _same_for_rows_and_keys(other, rank(side)):
             continue
-        below = _through(node, side, factor, depth)
-        if isinstance(below, Scores) and not below.terms and not below.softcap:
-            return dataclasses.replace(below, factors=(*below.factors, other))
-    return f"{node.op_type} `{node.name}` scales the scores by something that is not a constant number, nor one number for each head"
+        with contextlib.suppress(NotAttention):
+            below = _through(node, side, factor, depth)
+            if not below.terms and not below.softcap:
+                return dataclasses.replace(below, factors=(*below.factors, other))
+    text = "scales the scores by something that is not a constant number, nor one number for each head"
+    raise NotAttention(f"{node.op_type} `{node.name}` {text}")
 
 
 def _same_for_rows_and_keys(value: ir.Value, scores_rank: int | None) -> bool:
@@ -146,9 +152,7 @@ def _floored(node: ir.Node) -> ir.Value | None:
     if node.op_type == "Clip":
         low, high = (node.inputs[k] if len(node.inputs) > k else None for k in (1, 2))
         return node.inputs[0] if high is None and _very_low(low) else None
-    return next(
-        (x for x, low in ((node.inputs[0], node.inputs[-1]), (node.inputs[-1], node.inputs[0])) if len(node.inputs) == 2 and _very_low(low)), None
-    )
+    return next((x for x, low in (node.inputs, node.inputs[::-1]) if _very_low(low)), None) if len(node.inputs) == 2 else None
 
 
 def _very_low(value: ir.Value | None) -> bool:
@@ -156,58 +160,53 @@ def _very_low(value: ir.Value | None) -> bool:
     return low is not None and float(low) <= -1e30
 
 
-def _additive(node: ir.Node, factor: float, depth: int) -> Scores | str:
-    reasons = []
+def _additive(node: ir.Node, factor: float, depth: int) -> AttentionScores:
+    first: NotAttention | None = None
     for k, (side, other) in enumerate((node.inputs, node.inputs[::-1])):
         if side is None or other is None or (k == 1 and node.op_type == "Sub"):
             continue
-        below = _through(node, side, factor, depth)
-        if isinstance(below, str):
-            reasons.append(below)
+        try:
+            below = _through(node, side, factor, depth)
+        except NotAttention as reason:
+            first = first or reason
             continue
-        sign = -1.0 if node.op_type == "Sub" else 1.0
-        term = MaskTerm(other, "add", rank(side) or 0, factor * sign, 0.0, static_dim(side, -3))
-        return _with_term(below, term)
-    return reasons[0] if reasons else f"{node.op_type} `{node.name}` has no input"
+        return below.masked(other, "add", side, factor=-factor if node.op_type == "Sub" else factor)
+    raise first or NotAttention(f"{node.op_type} `{node.name}` has no input")
 
 
-def _where(node: ir.Node, factor: float, depth: int) -> Scores | str:
+def _where(node: ir.Node, factor: float, depth: int) -> AttentionScores:
     condition, x, y = node.inputs
-    for scores, fill, kind in ((x, scalar(y), "keep"), (y, scalar(x), "drop")):
+    sides: tuple[tuple[ir.Value | None, float | None, Literal["keep", "drop"]], ...] = ((x, scalar(y), "keep"), (y, scalar(x), "drop"))
+    for scores, fill, kind in sides:
         if fill is None or scores is None or condition is None:
             continue
         below = _through(node, scores, factor, depth)
-        if isinstance(below, str):
-            return below
         limit = -6e4 if scores.dtype == ir.DataType.FLOAT16 else -1e9  # exp(fill - max) must vanish beside any ordinary score, whatever is added
         if float(fill) * factor > limit:
-            return f"Where `{node.name}` fills the scores with {float(fill):g}, which is not low enough for a mask"
-        return _with_term(below, _replacing(condition, kind, scores, float(fill) * factor))
-    return f"Where `{node.name}` does not choose between the scores and a constant"
+            raise NotAttention(f"Where `{node.name}` fills the scores with {float(fill):g}, which is not low enough for a mask")
+        return below.masked(condition, kind, scores, fill=float(fill) * factor)
+    raise NotAttention(f"Where `{node.name}` does not choose between the scores and a constant")
 
 
-def _replacing(condition: ir.Value, kind: str, scores: ir.Value, fill: float) -> MaskTerm:
-    return MaskTerm(condition, "keep" if kind == "keep" else "drop", rank(scores) or 0, 1.0, fill, static_dim(scores, -3))
-
-
-def _with_term(below: Scores, term: MaskTerm) -> Scores:
-    return dataclasses.replace(below, terms=(*below.terms, term))
-
-
-def _capped(node: ir.Node, factor: float, depth: int) -> Scores | str:
+def _capped(node: ir.Node, factor: float, depth: int) -> AttentionScores:
     """factor * tanh(s * x): a soft cap of `factor`, whose inner scale s counts as factor * s."""
     below = _through(node, node.inputs[0], 1.0, depth)
-    if isinstance(below, str):
-        return below
     if factor <= 0:
-        return f"Tanh `{node.name}` is multiplied by {factor:g}, which is no soft cap"
+        raise NotAttention(f"Tanh `{node.name}` is multiplied by {factor:g}, which is no soft cap")
     if below.softcap:
-        return f"a second Tanh `{node.name}` between the scores and the softmax"
+        raise NotAttention(f"a second Tanh `{node.name}` between the scores and the softmax")
     return dataclasses.replace(below, scale=below.scale * factor, softcap=factor, masked_before_cap=bool(below.terms))
 
 
-def probabilities_of(softmax: ir.Node) -> Probabilities | str:
-    """Where the output of a Softmax goes, or why that is not the product with the value."""
+_ELEMENTWISE = {"Mul": _factor, "Div": _factor, "Add": _additive, "Sub": _additive, "Where": _where, "Tanh": _capped}
+
+
+def probabilities_of(softmax: ir.Node) -> Probabilities:
+    """Where the output of a Softmax goes.
+
+    Raises:
+        NotAttention: that is not the product with the value.
+    """
     value, nodes, guarded = softmax.outputs[0], [softmax], False
     for _ in range(_DEPTH):
         readers = consumers(value)
@@ -226,7 +225,7 @@ def probabilities_of(softmax: ir.Node) -> Probabilities | str:
         nodes.append(readers[0])
         value = readers[0].outputs[0]
     found = ", ".join(f"{n.op_type} `{n.name}`" for n in consumers(value)) or "nothing"
-    return f"its probabilities do not feed a product with the value (found {found})"
+    raise NotAttention(f"its probabilities do not feed a product with the value (found {found})")
 
 
 def _nan_guard(value: ir.Value, readers: list[ir.Node]) -> list[ir.Node] | None:

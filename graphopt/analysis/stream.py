@@ -14,7 +14,7 @@ import onnx_ir as ir
 from graphopt.analysis.linear import Linear, Linears
 from graphopt.core.contract import Analysis, Context
 from graphopt.graph.attention_node import AttentionNode
-from graphopt.graph.questions import all_nodes, consumers, is_constant, producer, rank, same_dim, same_shape, used_once
+from graphopt.graph.questions import all_nodes, consumers, is_constant, is_read, makers, producer, reached, same_dim, same_shape, used_once
 
 _NORMS = ("LayerNormalization", "RMSNormalization")
 _ON_THE_WAY = ("Cast", "Dropout", "Identity", "Where", "Mul", "Transpose", "Reshape", "Expand", "Unsqueeze", "Squeeze")
@@ -30,7 +30,7 @@ class Branch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class StreamStep:
     """`after` = `before` plus branches, normalized by `norm` where the model is post-norm; both are of one shape.
 
     Attributes:
@@ -51,7 +51,7 @@ class StreamLayer:
     """Neighbouring steps: attention first, FFN last. `stream`: encoder and decoder are two."""
 
     stream: int
-    steps: tuple[Step, ...]
+    steps: tuple[StreamStep, ...]
 
     @property
     def before(self) -> ir.Value:
@@ -75,11 +75,11 @@ class Streams(Analysis[tuple[StreamLayer, ...]]):
         return tuple(layer for number, chain in enumerate(_chains(steps)) for layer in _layers(number, chain))
 
 
-def _step(node: ir.Node, order: Mapping[ir.Node, int], linears: Mapping[ir.Node, Linear]) -> Step | None:
+def _step(node: ir.Node, order: Mapping[ir.Node, int], linears: Mapping[ir.Node, Linear]) -> StreamStep | None:
     if node.domain != "" or node.op_type not in ("Add", "Sum") or node.outputs[0].dtype is None or not node.outputs[0].dtype.is_floating_point():
         return None
     total, adds = node.outputs[0], list[ir.Node]()
-    terms = list(_terms(node, total, adds))
+    terms = list(_summands(node, total, adds, biased=False))
     live = [v for v in terms if not is_constant(v)]
     if len(live) < 2:
         return None
@@ -96,19 +96,22 @@ def _step(node: ir.Node, order: Mapping[ir.Node, int], linears: Mapping[ir.Node,
         branches = tuple(Branch(v, str(kind)) for v, kind in zip(others, kinds, strict=True))
         norm = _post_norm(before, total)
         after = total if norm is None else norm.outputs[0]
-        return Step(before, after, branches, tuple(adds), norm, tuple(v for v in terms if is_constant(v)))
+        return StreamStep(before, after, branches, tuple(adds), norm, tuple(v for v in terms if is_constant(v)))
     return None
 
 
-def _terms(node: ir.Node, total: ir.Value, adds: list[ir.Node]) -> Iterator[ir.Value]:
-    """The summands; an inner sum is opened unless it adds a constant: that is a branch with its bias."""
+def _summands(node: ir.Node, total: ir.Value, adds: list[ir.Node], *, biased: bool) -> Iterator[ir.Value]:
+    """The summands of nested sums. An inner sum is opened if nothing else reads it and it has the shape of the whole.
+
+    `biased` False: not where it adds a constant, which makes it a branch with its bias.
+    """
     for value in node.inputs:
         inner = producer(value, "Add", "Sum")
         if value is None:
             continue
         opened = inner is not None and inner.graph is node.graph and used_once(value) and same_shape(value, total)
-        if opened and inner is not None and not any(is_constant(v) for v in inner.inputs):
-            yield from _terms(inner, total, adds)
+        if opened and inner is not None and (biased or not any(map(is_constant, inner.inputs))):
+            yield from _summands(inner, total, adds, biased=biased)
         else:
             yield value
     adds.append(node)
@@ -116,34 +119,20 @@ def _terms(node: ir.Node, total: ir.Value, adds: list[ir.Node]) -> Iterator[ir.V
 
 def _below(value: ir.Value, order: Mapping[ir.Node, int], end: int) -> set[ir.Node]:
     """The nodes before place `end` that are computed from a value."""
-    found: set[ir.Node] = set()
-    todo = [value]
-    while todo:
-        for node in consumers(todo.pop()):
-            if node not in found and order.get(node, end) < end:
-                found.add(node)
-                todo += node.outputs
-    return found
+
+    def readers(values: Sequence[ir.Value]) -> Iterator[ir.Node]:
+        return (node for v in values for node in consumers(v) if order.get(node, end) < end)
+
+    return reached(readers([value]), lambda node: readers(node.outputs))
 
 
 def _kind(value: ir.Value, before: ir.Value, below: set[ir.Node], linears: Mapping[ir.Node, Linear]) -> str | None:
     """What stands between the stream and a branch: the nodes that the branch is computed from, and that are computed from the stream."""
-    seen: set[ir.Node] = set()
-    todo = [value]
-    attention: list[ir.Node] = []
-    multiplies = False
-    while todo:
-        node = todo.pop().producer()
-        if node is None or node in seen or node not in below:
-            continue
-        seen.add(node)
-        if node.domain == "" and node.op_type in ("Softmax", "Attention"):
-            attention.append(node)
-        multiplies |= node in linears
-        todo += [v for v in node.inputs if v is not None]
+    between = reached(makers([value]), lambda node: below.intersection(makers(node.inputs)))
+    attention = [node for node in between if node.domain == "" and node.op_type in ("Softmax", "Attention")]
     if attention:
         return "cross" if any(_is_cross(node, before, below) for node in attention) else "attention"
-    return "ffn" if multiplies else None
+    return None if between.isdisjoint(linears) else "ffn"
 
 
 def _is_cross(node: ir.Node, before: ir.Value, below: set[ir.Node]) -> bool:
@@ -170,27 +159,26 @@ def _post_norm(before: ir.Value, total: ir.Value) -> ir.Node | None:
         return None
     norm = readers[0]
     out = norm.outputs[0]
-    single = all(not v.uses() and not v.is_graph_output() for v in norm.outputs[1:])
+    single = not any(map(is_read, norm.outputs[1:]))
     return norm if norm.inputs[0] is total and single and same_shape(out, total) and producer(before, *_NORMS) is not None else None
 
 
-def _chains(steps: Sequence[Step]) -> list[list[Step]]:
+def _chains(steps: Sequence[StreamStep]) -> list[list[StreamStep]]:
     """Steps of which each begins where the one before it ends."""
-    chains: list[list[Step]] = []
-    by_end: dict[ir.Value, list[Step]] = {}
+    chains: list[list[StreamStep]] = []
+    by_end: dict[ir.Value, list[StreamStep]] = {}
     for step in steps:
-        chain = by_end.pop(step.before, None)
-        if chain is None:
-            chain = []
+        chain = by_end.pop(step.before, [])
+        if not chain:
             chains.append(chain)
         chain.append(step)
         by_end[step.after] = chain
     return chains
 
 
-def _layers(stream: int, chain: Sequence[Step]) -> Iterator[StreamLayer]:
+def _layers(stream: int, chain: Sequence[StreamStep]) -> Iterator[StreamLayer]:
     """A layer starts at an attention that follows an FFN, or one of its own kind."""
-    steps: list[Step] = []
+    steps: list[StreamStep] = []
     for step in chain:
         kinds = {b.kind for b in step.branches}
         so_far = {b.kind for s in steps for b in s.branches}
@@ -249,27 +237,13 @@ def residual_of(norm: ir.Node) -> Residual | None:
     if total is None or last is None or last.graph is not norm.graph:
         return None
     adds: list[ir.Node] = []
-    terms = tuple(_term(v, total) for v in _flatten(last, total, adds))
+    terms = tuple(_term(v, total) for v in _summands(last, total, adds, biased=True))
     return Residual(norm, total, terms, tuple(adds), not used_once(total))
 
 
-def _flatten(node: ir.Node, total: ir.Value, adds: list[ir.Node]) -> Iterator[ir.Value]:
-    """The summands of nested sums. An inner sum is opened if nothing else reads it and it has the shape of the whole."""
-    for value in node.inputs:
-        if value is None:
-            continue
-        inner = producer(value, "Add", "Sum")
-        if inner is not None and inner.graph is node.graph and used_once(value) and same_shape(value, total):
-            yield from _flatten(inner, total, adds)
-        else:
-            yield value
-    adds.append(node)
-
-
 def _term(value: ir.Value, total: ir.Value) -> Term:
-    bias = (
-        is_constant(value) and rank(value) == 1 and total.shape is not None and value.shape is not None and same_dim(value.shape[0], total.shape[-1])
-    )
+    vector = is_constant(value) and value.shape is not None and len(value.shape) == 1 and total.shape is not None
+    bias = vector and same_dim(value.shape[0], total.shape[-1])  # type: ignore[index]
     return Term(value, bias, same_shape(value, total), _skippable(value, total))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 
-from graphopt.analysis.formulas.masks import MaskReader, Masks
+from graphopt.analysis.formulas.masks import MaskReader, MeaningReader
 from graphopt.analysis.linear import Embeddings, Linear, Linears
 from graphopt.analysis.projections import Made, ahead, behind, made_by
 from graphopt.core.contract import Analysis, Context
@@ -73,7 +73,7 @@ class Layer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class ModelStructure:
     """`before` and `behind`: projections (and convolutions) in front of the first layer and after the last one: input projection, head."""
 
     embeddings: tuple[tuple[int, int], ...]
@@ -85,10 +85,10 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Structure(Analysis[Model]):
+class Structure(Analysis[ModelStructure]):
     """The blocks of a fused graph (canonicalize, the fuse passes)."""
 
-    def compute(self, model: ir.Model, ctx: Context) -> Model:
+    def compute(self, model: ir.Model, ctx: Context) -> ModelStructure:
         order = {node: k for k, node in enumerate(all_nodes(model))}
         linears = ctx.get(Linears(casts=True))
         made = made_by(linears)
@@ -108,13 +108,13 @@ class Structure(Analysis[Model]):
         lookups = ctx.get(Embeddings(casts=True))
         tables = tuple(dict.fromkeys(e.table for e in lookups))
         sizes = {e.table: (e.rows, e.width) for e in lookups}
-        return Model(
+        return ModelStructure(
             tuple(sizes[t] for t in tables), tables, tuple(layers),
             tuple(n for n in rest if order[n] < first), tuple(n for n in rest if order[n] > last), tuple(outer),
         )  # fmt: skip
 
 
-def _attention(node: ir.Node, made: Made, masks: Masks) -> AttentionBlock | None:
+def _attention(node: ir.Node, made: Made, masks: MeaningReader) -> AttentionBlock | None:
     a = AttentionNode.of(node)
     if a is None:
         return None
@@ -126,7 +126,7 @@ def _attention(node: ir.Node, made: Made, masks: Masks) -> AttentionBlock | None
     return AttentionBlock(node, kind, a.heads, a.kv_heads, a.head_dim, a.value_dim, rotary, _mask_text(a.mask, masks), projections)
 
 
-def _mask_text(mask: ir.Value | None, masks: Masks) -> str:
+def _mask_text(mask: ir.Value | None, masks: MeaningReader) -> str:
     if mask is None:
         return "none"
     expand = producer(mask, "Expand")
@@ -185,13 +185,11 @@ def _layers(attention: Sequence[AttentionBlock], ffn: Sequence[FfnBlock], order:
     blocks += [(order[b.down.node], b) for b in ffn]
     layers: list[Layer] = []
     for _, block in sorted(blocks, key=lambda b: b[0]):
+        if not layers or (isinstance(block, AttentionBlock) and (layers[-1].ffn or block.kind in {a.kind for a in layers[-1].attention})):
+            layers.append(Layer())
         if isinstance(block, AttentionBlock):
-            if not layers or layers[-1].ffn or block.kind in {a.kind for a in layers[-1].attention}:
-                layers.append(Layer())
             layers[-1].attention.append(block)
         else:
-            if not layers:
-                layers.append(Layer())
             layers[-1].ffn.append(block)
     places = [order[n] for _, b in blocks for n in b.nodes]
     return layers, min(places, default=len(order)), max(places, default=len(order))

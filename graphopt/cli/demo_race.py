@@ -30,8 +30,8 @@ from graphopt.report.words import head
 from graphopt.run import race as bench
 from graphopt.run.clock import steady_clock
 
-_LARGER = (*bench.SHAPES, (32, 128))
-_FAST = ((1, 16), (2, 32))
+SHAPES = (*bench.SHAPES, (32, 128))
+FAST_SHAPES = ((1, 16), (2, 32))
 _MAX_TOKENS, _BATCH = 128, 10
 _NAMES = ("plain export, float32", "onnxruntime quantize_dynamic", "graphopt -O2")
 
@@ -98,7 +98,7 @@ def run(*, target: str = "quantized", fast: bool = False, progress: Progress = l
         embeddings = {name: embed(session, model / "tokenizer.json", documents[0]) for name, session in sessions.items()}
         import onnx_ir as ir
 
-        feeds = bench.feeds_for([ir.load(files[_NAMES[0]])], _FAST if fast else _LARGER)
+        feeds = bench.feeds_for([ir.load(files[_NAMES[0]])], FAST_SHAPES if fast else SHAPES)
         timings = bench.race(
             sessions, feeds, clock=steady_clock(1), effort=bench.QUICK if fast else bench.QUOTE,
             progress=lambda done: progress("timing, interleaved, one thread", 0.5 + done / 2),

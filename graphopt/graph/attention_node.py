@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.graph.questions import attr, constant, producer, rank, scalar, static_dim
+from graphopt.graph.questions import attr, constant, is_read, producer, rank, scalar, static_dim
 
 LOWEST = -1e30
 SCORES, PROBABILITIES = 0, 3  # qk_matmul_output_mode: the product of query and key, and what meets the value
@@ -81,7 +81,7 @@ class AttentionNode:
         if heads and kv_heads and heads % kv_heads:
             return None
         head_dim = sizes[0] or sizes[1]
-        present_key, present_value, shown = (*(v if _is_read(v) else None for v in node.outputs[1:]), None, None, None)[:3]
+        present_key, present_value, shown = (*(v if is_read(v) else None for v in node.outputs[1:]), None, None, None)[:3]
         return cls(
             node, q, k, v, mask, (past_key, past_value), lengths, (present_key, present_value), shown, packed, heads, kv_heads, head_dim, sizes[2],
             attr(node, "scale") or (head_dim**-0.5 if head_dim else 0.0), bool(attr(node, "is_causal", 0)), attr(node, "softcap", 0.0),
@@ -129,10 +129,6 @@ def before_rotary(value: ir.Value) -> ir.Value:
     """What an operand was before its rotary embedding."""
     rotary = producer(value, "RotaryEmbedding")
     return value if rotary is None or rotary.inputs[0] is None else rotary.inputs[0]
-
-
-def _is_read(value: ir.Value) -> bool:
-    return bool(value.uses()) or value.is_graph_output()
 
 
 def fills(mask: ir.Value, factor: float = 1.0) -> tuple[list[float], bool]:

@@ -26,15 +26,12 @@ def nonnegative(dim: int | ir.SymbolicDim) -> bool:
     return dim.value is not None and "-" not in text
 
 
+@functools.lru_cache(maxsize=4096)
 def multiply(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
     """The product of two dimensions."""
     if a == 1:
         return b
-    if b == 1:
-        return a
-    if isinstance(a, int) and isinstance(b, int):
-        return a * b
-    return _multiply(a, b)
+    return a if b == 1 else a * b
 
 
 def divide(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> int | ir.SymbolicDim | None:
@@ -96,11 +93,6 @@ def _floor(a: ir.SymbolicDim, b: int) -> ir.SymbolicDim | None:
     import sympy
 
     return None if a._expr is None else ir.SymbolicDim(sympy.floor(a._expr / b))
-
-
-@functools.lru_cache(maxsize=4096)
-def _multiply(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
-    return a * b
 
 
 @functools.lru_cache(maxsize=4096)

@@ -16,7 +16,7 @@ RETYPED = "graphopt.retyped"  # graph.meta: name -> type of inputs and outputs t
 
 
 @dataclasses.dataclass(frozen=True)
-class Port:
+class Declared:
     """One input or output as its author declared it; `dims` is None where the rank is not declared, a dimension without a name is None."""
 
     name: str
@@ -32,8 +32,8 @@ class Port:
 class Interface:
     """Inputs and outputs in order, and the inputs that have a default (overridable initializers)."""
 
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
+    inputs: tuple[Declared, ...]
+    outputs: tuple[Declared, ...]
     overridable: tuple[str, ...]
 
 
@@ -41,8 +41,8 @@ def interface(model: ir.Model) -> Interface:
     """The interface of a model as it is now."""
     inputs, outputs = model.graph.inputs, model.graph.outputs
     return Interface(
-        tuple(_port(v, v.shape) for v in inputs),
-        tuple(_port(v, declared_shape(v)) for v in outputs),
+        tuple(_declared(v, v.shape) for v in inputs),
+        tuple(_declared(v, declared_shape(v)) for v in outputs),
         tuple(str(v.name) for v in inputs if v.const_value is not None),
     )
 
@@ -60,7 +60,7 @@ def check_interface(before: Interface, model: ir.Model) -> None:
         raise VerifyError(f"interface: the overridable inputs were {_list(before.overridable)}, and are now {_list(now.overridable)}")
 
 
-def _same(what: str, before: tuple[Port, ...], now: tuple[Port, ...], resized: Collection[str], retyped: Mapping[str, str]) -> None:
+def _same(what: str, before: tuple[Declared, ...], now: tuple[Declared, ...], resized: Collection[str], retyped: Mapping[str, str]) -> None:
     names, found = [p.name for p in before], [p.name for p in now]
     if names != found:
         raise VerifyError(f"interface: the {what}s were {_list(names)}, and are now {_list(found)}")
@@ -79,9 +79,9 @@ def _list(names: tuple[str, ...] | list[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def _port(value: ir.Value, shape: ir.Shape | None) -> Port:
+def _declared(value: ir.Value, shape: ir.Shape | None) -> Declared:
     dtype = "?" if value.dtype is None else value.dtype.name.lower()
-    return Port(str(value.name), dtype, None if shape is None else tuple(_dim(d) for d in shape))
+    return Declared(str(value.name), dtype, None if shape is None else tuple(_dim(d) for d in shape))
 
 
 def _dim(dim: int | ir.SymbolicDim) -> int | str | None:

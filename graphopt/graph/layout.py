@@ -8,15 +8,14 @@ So "are heads the outer and head_dim the inner part of the feature axis" is a qu
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import onnx_ir as ir
 
 from graphopt.graph import dims, shapes
+from graphopt.graph.dims import Dim
 from graphopt.graph.questions import attr, constant, rank, scalar, static_dim
-
-Dim = int | ir.SymbolicDim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +31,7 @@ Group = tuple[Atom, ...]  # one axis of a value, outer atom first; () is an axis
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class ViewStep:
     """A value on the way from the root to the traced value.
 
     `axes` writes its axes as atoms of the root, `offset` is the start along each axis of the root,
@@ -49,7 +48,7 @@ class Step:
 class View:
     """A traced value: the steps from the root (first) to the value itself (last)."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[ViewStep, ...]
 
     @property
     def root(self) -> ir.Value:
@@ -59,7 +58,7 @@ class View:
     def axes(self) -> tuple[Group, ...]:
         return self.steps[-1].axes
 
-    def find(self, wanted: Sequence[Group]) -> tuple[Step, tuple[int, ...]] | None:
+    def find(self, wanted: Sequence[Group]) -> tuple[ViewStep, tuple[int, ...]] | None:
         """The step nearest the root whose axes are `wanted` in some order, and the permutation that gives that order."""
         target = [merged(g) for g in wanted]
         for step in self.steps:
@@ -94,9 +93,9 @@ class Tracer:
                 below = inner.steps
                 if step.scale != 1.0:  # a scalar factor: everything below is still to be scaled
                     below = tuple(dataclasses.replace(s, scale=s.scale * step.scale) for s in below)
-                return View((*below, dataclasses.replace(step, scale=1.0)))
+                return View((*below, dataclasses.replace(step, value=value, scale=1.0)))
         whole = tuple(() if d == 1 else (Atom(k, 1, d),) for k, d in enumerate(value.shape))
-        return View((Step(value, whole, (0,) * len(whole)),))
+        return View((ViewStep(value, whole, (0,) * len(whole)),))
 
 
 def merged(group: Group) -> Group:
@@ -164,45 +163,38 @@ def _source(node: ir.Node) -> ir.Value | None:
     return node.inputs[1] if node.op_type == "Mul" and scalar(node.inputs[0]) is not None else None
 
 
-def _same(node: ir.Node, value: ir.Value, below: Step) -> Step | None:
-    return dataclasses.replace(below, value=value)
+def _laid(below: ViewStep, axes: Sequence[Group] | None) -> ViewStep | None:
+    return None if axes is None else dataclasses.replace(below, axes=tuple(axes))
 
 
-def _reshape(node: ir.Node, value: ir.Value, below: Step) -> Step | None:
-    assert value.shape is not None
-    if any(dims.is_opaque(d) for d in value.shape):
-        return None
-    axes = regroup(below.axes, list(value.shape))
-    return None if axes is None else dataclasses.replace(below, value=value, axes=axes)
+def _reshape(node: ir.Node, out: ir.Value, below: ViewStep) -> ViewStep | None:
+    shape = list(out.shape or ())
+    return None if any(map(dims.is_opaque, shape)) else _laid(below, regroup(below.axes, shape))
 
 
-def _transpose(node: ir.Node, value: ir.Value, below: Step) -> Step | None:
-    perm = attr(node, "perm") or range(len(below.axes))[::-1]
-    return dataclasses.replace(below, value=value, axes=tuple(below.axes[p] for p in perm))
+def _transpose(node: ir.Node, out: ir.Value, below: ViewStep) -> ViewStep | None:
+    return _laid(below, [below.axes[p] for p in attr(node, "perm") or range(len(below.axes))[::-1]])
 
 
-def _unsqueeze(node: ir.Node, value: ir.Value, below: Step) -> Step | None:
+def _unsqueeze(node: ir.Node, out: ir.Value, below: ViewStep) -> ViewStep | None:
     where = shapes.contents(node.inputs[1])
-    if where is None or value.shape is None:
-        return None
-    new = {int(k) % len(value.shape) for k in where if isinstance(k, int)}
+    size = len(out.shape or ())
+    new = {int(k) % size for k in where or () if isinstance(k, int)}
     rest = iter(below.axes)
-    return dataclasses.replace(below, value=value, axes=tuple(() if k in new else next(rest) for k in range(len(value.shape))))
+    return None if where is None else _laid(below, [() if k in new else next(rest) for k in range(size)])
 
 
-def _squeeze(node: ir.Node, value: ir.Value, below: Step) -> Step | None:
+def _squeeze(node: ir.Node, out: ir.Value, below: ViewStep) -> ViewStep | None:
     given = node.inputs[1] if len(node.inputs) > 1 else None
     where = shapes.contents(given) if given is not None else [k for k, g in enumerate(below.axes) if not g]
-    if where is None or value.shape is None:
-        return None
-    gone = {int(k) % len(below.axes) for k in where if isinstance(k, int)}
-    axes = tuple(g for k, g in enumerate(below.axes) if k not in gone)
-    return dataclasses.replace(below, value=value, axes=axes) if len(axes) == len(value.shape) else None
+    gone = {int(k) % len(below.axes) for k in where or () if isinstance(k, int)}
+    axes = [g for k, g in enumerate(below.axes) if k not in gone]
+    return _laid(below, axes) if where is not None and len(axes) == len(out.shape or ()) else None
 
 
-def _gather(node: ir.Node, value: ir.Value, below: Step) -> Step | None:
+def _gather(node: ir.Node, out: ir.Value, below: ViewStep) -> ViewStep | None:
     index = constant(node.inputs[1])
-    if index is None or index.size != 1 or index.dtype.kind not in "iu":
+    if index is None or index.size != 1 or index.ndim > 1 or index.dtype.kind not in "iu":
         return None
     axis = int(attr(node, "axis", 0)) % len(below.axes)
     start = int(index.reshape(()))
@@ -210,72 +202,61 @@ def _gather(node: ir.Node, value: ir.Value, below: Step) -> Step | None:
     if start < 0 and size is None:
         return None
     moved = _narrow(below, axis, start % size if size else start, 1)
-    if moved is None:
-        return None
     keep = ((),) if index.ndim == 1 else ()
-    return dataclasses.replace(moved, value=value, axes=moved.axes[:axis] + keep + moved.axes[axis + 1 :]) if index.ndim <= 1 else None
+    return moved and _laid(moved, moved.axes[:axis] + keep + moved.axes[axis + 1 :])
 
 
-def _slice(node: ir.Node, value: ir.Value, below: Step) -> Step | None:
-    starts, ends = shapes.contents(node.inputs[1]), shapes.contents(node.inputs[2])
-    given = [shapes.contents(v) if v is not None else None for v in node.inputs[3:]]
-    axes = given[0] if given and given[0] is not None else list(range(len(starts or ())))
-    steps = given[1] if len(given) > 1 and given[1] is not None else [1] * len(axes)
-    if starts is None or ends is None or any(s != 1 for s in steps):
+def _slice(node: ir.Node, out: ir.Value, below: ViewStep) -> ViewStep | None:
+    axes, starts, ends, steps = shapes.slice_bounds(node)
+    if axes is None or starts is None or ends is None or steps is None or any(s != 1 for s in steps):
         return None
-    step = below
+    step: ViewStep | None = below
     for axis, start, end in zip(axes, starts, ends, strict=True):
         axis = int(axis) % len(below.axes)  # type: ignore[arg-type]
-        size = _int_size(step.axes[axis])
-        if not isinstance(start, int) or not isinstance(end, int) or size is None:
+        size = None if step is None else _int_size(step.axes[axis])
+        if step is None or not isinstance(start, int) or not isinstance(end, int) or size is None:
             return None
         first, last = (min(max(p + size if p < 0 else p, 0), size) for p in (start, end))
-        narrowed = _narrow(step, axis, first, last - first)
-        if narrowed is None:
-            return None
-        step = narrowed
-    return dataclasses.replace(step, value=value)
+        step = _narrow(step, axis, first, last - first)
+    return step
 
 
-def _split(node: ir.Node, value: ir.Value, below: Step) -> Step | None:
-    axis = int(attr(node, "axis", 0)) % len(below.axes)
-    sizes = [s for v in node.outputs if (s := static_dim(v, axis)) is not None]
-    index = value.index()
-    if index is None or len(sizes) != len(node.outputs):
-        return None
-    narrowed = _narrow(below, axis, sum(sizes[:index]), sizes[index])
-    return None if narrowed is None else dataclasses.replace(narrowed, value=value)
-
-
-def _expand(node: ir.Node, value: ir.Value, below: Step) -> Step | None:
-    assert value.shape is not None
-    lead = len(value.shape) - len(below.axes)
+def _expand(node: ir.Node, out: ir.Value, below: ViewStep) -> ViewStep | None:
+    shape = list(out.shape or ())
+    lead = len(shape) - len(below.axes)
     if lead < 0:
         return None
     axes: list[Group] = []
-    for k, size in enumerate(value.shape):
+    for k, size in enumerate(shape):
         group = below.axes[k - lead] if k >= lead else ()
-        if group and _size(group) != size:
+        if group and size_of(group) != size:
             return None
         axes.append(group if group or size == 1 else (Atom(-1, 0, size),))
-    return dataclasses.replace(below, value=value, axes=tuple(axes))
+    return _laid(below, axes)
 
 
-def _scaled(node: ir.Node, value: ir.Value, below: Step) -> Step | None:
+def _scaled(node: ir.Node, out: ir.Value, below: ViewStep) -> ViewStep | None:
     """x * c and x / c with one scalar constant that does not add axes."""
     other = node.inputs[0] if _source(node) is node.inputs[1] else node.inputs[1]
     factor = scalar(other)
     if factor is None or (rank(other) or 0) > len(below.axes) or factor == 0:
         return None
-    return dataclasses.replace(below, value=value, scale=1 / float(factor) if node.op_type == "Div" else float(factor))
+    return dataclasses.replace(below, scale=1 / float(factor) if node.op_type == "Div" else float(factor))
 
 
-def _narrow(step: Step, axis: int, start: int, size: int) -> Step | None:
+def _split(node: ir.Node, out: ir.Value, below: ViewStep) -> ViewStep | None:
+    axis = int(attr(node, "axis", 0)) % len(below.axes)
+    sizes = [s for v in node.outputs if (s := static_dim(v, axis)) is not None]
+    index = node.outputs.index(out)
+    return _narrow(below, axis, sum(sizes[:index]), sizes[index]) if len(sizes) == len(node.outputs) else None
+
+
+def _narrow(step: ViewStep, axis: int, start: int, size: int) -> ViewStep | None:
     """Keep `size` elements from `start` along one axis; exact only where that axis is one piece, or split at a clean border."""
     group = merged(step.axes[axis])
     if not group:
         return step if (start, size) == (0, 1) else None
-    if _size(group) == size and start == 0:
+    if size_of(group) == size and start == 0:
         return step
     if len(group) != 1:
         return _narrow_outer(step, axis, start, size, group)
@@ -289,7 +270,7 @@ def _narrow(step: Step, axis: int, start: int, size: int) -> Step | None:
     return dataclasses.replace(step, axes=(*step.axes[:axis], new, *step.axes[axis + 1 :]), offset=tuple(offset))
 
 
-def _narrow_outer(step: Step, axis: int, start: int, size: int, group: Group) -> Step | None:
+def _narrow_outer(step: ViewStep, axis: int, start: int, size: int, group: Group) -> ViewStep | None:
     """Whole rows of the inner atoms: the cut is a cut of the outer atom."""
     inner = _int_size(group[1:])
     if inner is None or start % inner or size % inner:
@@ -299,21 +280,17 @@ def _narrow_outer(step: Step, axis: int, start: int, size: int, group: Group) ->
     return None if cut is None else dataclasses.replace(cut, axes=(*cut.axes[:axis], cut.axes[axis] + group[1:], *cut.axes[axis + 1 :]))
 
 
-def _size(group: Group) -> Dim:
-    total: Dim = 1
-    for atom in group:
-        total = dims.multiply(total, atom.size)
-    return total
+def size_of(group: Group) -> Dim:
+    """How many elements an axis has."""
+    return functools.reduce(dims.multiply, (1, *(atom.size for atom in group)))
 
 
 def _int_size(group: Group) -> int | None:
-    size = _size(group)
+    size = size_of(group)
     return size if isinstance(size, int) else None
 
 
-_HANDLERS: dict[str, Callable[[Any, ir.Value, Step], Step | None]] = {
-    "Identity": _same, "Reshape": _reshape, "Flatten": _reshape, "Transpose": _transpose, "Unsqueeze": _unsqueeze,
+_HANDLERS: dict[str, Callable[[ir.Node, ir.Value, ViewStep], ViewStep | None]] = {
+    "Identity": lambda node, out, below: below, "Reshape": _reshape, "Flatten": _reshape, "Transpose": _transpose, "Unsqueeze": _unsqueeze,
     "Squeeze": _squeeze, "Gather": _gather, "Slice": _slice, "Split": _split, "Expand": _expand, "Mul": _scaled, "Div": _scaled,
 }  # fmt: skip
-
-size_of = _size

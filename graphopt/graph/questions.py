@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
+
+T = TypeVar("T", bound=Hashable)
 
 
 def is_constant(value: ir.Value | None) -> bool:
@@ -59,6 +61,11 @@ def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
     return node if not op_types or node.op_type in op_types else None
 
 
+def makers(values: Iterable[ir.Value | None]) -> list[ir.Node]:
+    """The nodes that make values, as often as they do."""
+    return [node for v in values if v is not None and (node := v.producer()) is not None]
+
+
 def consumers(value: ir.Value) -> list[ir.Node]:
     """The distinct nodes that read `value`, in the order of use."""
     return list(dict.fromkeys(use.node for use in value.uses()))
@@ -66,16 +73,23 @@ def consumers(value: ir.Value) -> list[ir.Node]:
 
 def downstream(sources: Iterable[ir.Value]) -> set[ir.Value]:
     """Everything that is computed from the contents of `sources`, and they themselves; what is computed from their sizes alone is not."""
-    found = set(sources)
+    return reached(sources, lambda v: (out for node in consumers(v) if node.op_type != "Shape" or node.domain for out in node.outputs))
+
+
+def reached(start: Iterable[T], onward: Callable[[T], Iterable[T]]) -> set[T]:
+    """`start`, and all that `onward` leads to from there."""
+    found = set(start)
     todo = list(found)
     while todo:
-        for node in consumers(todo.pop()):
-            if node.op_type == "Shape" and not node.domain:
-                continue
-            fresh = [v for v in node.outputs if v not in found]
-            found.update(fresh)
-            todo += fresh
+        fresh = set(onward(todo.pop())) - found
+        found |= fresh
+        todo += fresh
     return found
+
+
+def is_read(value: ir.Value) -> bool:
+    """Something in the graph, or who runs it, reads a value."""
+    return bool(value.uses()) or value.is_graph_output()
 
 
 def used_once(value: ir.Value) -> bool:
@@ -114,13 +128,16 @@ def is_graph(attribute: ir.Attr) -> bool:
 
 def bodies(node: ir.Node) -> list[ir.Graph]:
     """The subgraphs that a node holds (the branches of an If, the body of a Loop)."""
-    found: list[ir.Graph] = []
-    for attribute in node.attributes.values():
+    return [graph for _, graph in subgraphs(node)]
+
+
+def subgraphs(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
+    """The same with the name of the attribute that holds each."""
+    for name, attribute in node.attributes.items():
         if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
-            found.append(attribute.as_graph())
+            yield name, attribute.as_graph()
         elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
-            found += attribute.as_graphs()
-    return found
+            yield from ((f"{name}[{k}]", graph) for k, graph in enumerate(attribute.as_graphs()))
 
 
 def rank(value: ir.Value | None) -> int | None:
@@ -155,12 +172,16 @@ def shape_text(value: ir.Value) -> str:
 
 def parameters(model: ir.Model) -> int:
     """Number of stored weight elements, each initializer counted once."""
-    return sum(v.const_value.size for g in graphs(model) for v in g.initializers.values() if v.const_value is not None)
+    return sum(tensor.size for tensor in _stored(model))
 
 
 def nbytes(model: ir.Model) -> int:
     """Bytes of stored weights."""
-    return sum(v.const_value.nbytes for g in graphs(model) for v in g.initializers.values() if v.const_value is not None)
+    return sum(tensor.nbytes for tensor in _stored(model))
+
+
+def _stored(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    return (v.const_value for g in graphs(model) for v in g.initializers.values() if v.const_value is not None)
 
 
 def annotated(model: ir.Model) -> Iterator[dict[str, str]]:

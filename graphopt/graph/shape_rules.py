@@ -223,23 +223,26 @@ def _loop(rule: Callable[..., None], ctx: Any, node: ir.Node) -> None:
 
 def _div(ctx: Any, node: ir.Node) -> Contents | None:
     """Integer division: exact, such as (4 * batch) / 4, or rounded down, as lengths are (no length is negative)."""
-    a, b = (ctx.get_symbolic_value(v) for v in node.inputs)
-    if a is None or b is None or node.outputs[0].dtype is None or not node.outputs[0].dtype.is_integer():
+    pairs = _pairs(ctx, node)
+    if pairs is None or node.outputs[0].dtype is None or not node.outputs[0].dtype.is_integer():
         return None
-    if len(a) != len(b) and 1 not in (len(a), len(b)):
-        return None
-    size = max(len(a), len(b))
-    found = [quotient(x, y) for x, y in zip(a * (size // len(a)), b * (size // len(b)), strict=True)]
-    return None if any(f is None for f in found) else [f for f in found if f is not None]
+    found = [f for x, y in pairs if (f := quotient(x, y)) is not None]
+    return found if len(found) == len(pairs) else None
 
 
 def _equal(ctx: Any, node: ir.Node) -> Contents | None:
+    pairs = _pairs(ctx, node)
+    verdicts = None if pairs is None else [_same(x, y) for x, y in pairs]
+    return None if verdicts is None or None in verdicts else [int(bool(v)) for v in verdicts]
+
+
+def _pairs(ctx: Any, node: ir.Node) -> list[tuple[int | ir.SymbolicDim, int | ir.SymbolicDim]] | None:
+    """The known contents of two operands, broadcast; None where they are not known."""
     a, b = (ctx.get_symbolic_value(v) for v in node.inputs)
     if a is None or b is None or (len(a) != len(b) and 1 not in (len(a), len(b))):
         return None
     size = max(len(a), len(b))
-    verdicts = [_same(x, y) for x, y in zip(a * (size // len(a)), b * (size // len(b)), strict=True)]
-    return None if None in verdicts else [int(bool(v)) for v in verdicts]
+    return list(zip(a * (size // len(a)), b * (size // len(b)), strict=True))
 
 
 def _same(x: int | ir.SymbolicDim, y: int | ir.SymbolicDim) -> bool | None:

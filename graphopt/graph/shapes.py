@@ -9,15 +9,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import onnx_ir as ir
 
-from graphopt.graph.dims import divide, is_opaque, multiply, nonnegative
-from graphopt.graph.shape_rules import INITIAL, register
+from graphopt.graph.questions import static_dim
+from graphopt.graph.shape_rules import INITIAL, Contents, register
 
-__all__ = ["Contents", "contents", "declared_shape", "divide", "infer_nodes", "infer_shapes", "is_opaque", "multiply", "nonnegative"]
-
-Contents = list[int | ir.SymbolicDim]
 _CONTENTS, _DECLARED = "graphopt.contents", "graphopt.declared"
 _SERIAL = itertools.count(1_000_000, 1_000)  # numbers for symbols made up outside of a whole-model run; never used twice in one process
 
@@ -80,6 +78,25 @@ def contents(value: ir.Value | None) -> Contents | None:
     if tensor is None or len(tensor.shape) > 1 or tensor.size > 64 or not tensor.dtype.is_integer():
         return None
     return [int(x) for x in tensor.numpy().reshape(-1)]
+
+
+class SliceBounds(NamedTuple):
+    """What a Slice is told, entry by entry; None for what is not known."""
+
+    axes: Contents | None
+    starts: Contents | None
+    ends: Contents | None
+    steps: Contents | None
+
+
+def slice_bounds(node: ir.Node) -> SliceBounds:
+    """The operands of a Slice; axes and steps that are left out have their defaults."""
+    starts, ends, axes, steps = (*node.inputs[1:], None, None)[:4]
+    count = static_dim(starts, 0)
+    every = None if count is None else list[int | ir.SymbolicDim](range(count))
+    return SliceBounds(
+        every if axes is None else contents(axes), contents(starts), contents(ends), [1] * (count or 1) if steps is None else contents(steps)
+    )
 
 
 def declared_shape(value: ir.Value) -> ir.Shape | None:

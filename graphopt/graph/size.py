@@ -113,12 +113,8 @@ def _gemm(node: ir.Node, bindings: Bindings) -> int:
 
 def _conv(node: ir.Node, bindings: Bindings) -> int:
     kernel = _shape(node.inputs[1], bindings)
-    return 2 * math.prod(kernel[1:]) * math.prod(_shape(node.outputs[0], bindings))
-
-
-def _conv_transpose(node: ir.Node, bindings: Bindings) -> int:
-    kernel = _shape(node.inputs[1], bindings)
-    return 2 * math.prod(kernel[1:]) * math.prod(_shape(node.inputs[0], bindings))
+    places = node.inputs[0] if node.op_type == "ConvTranspose" else node.outputs[0]
+    return 2 * math.prod(kernel[1:]) * math.prod(_shape(places, bindings))
 
 
 def _attention(node: ir.Node, bindings: Bindings) -> int:
@@ -135,7 +131,7 @@ def _attention(node: ir.Node, bindings: Bindings) -> int:
 
 _COUNTS: Mapping[str, Callable[[ir.Node, Bindings], int]] = {
     "MatMul": _matmul, "MatMulInteger": _matmul, "QLinearMatMul": _matmul, "Gemm": _gemm, "Attention": _attention,
-    "Conv": _conv, "ConvInteger": _conv, "QLinearConv": _conv, "ConvTranspose": _conv_transpose,
+    "Conv": _conv, "ConvInteger": _conv, "QLinearConv": _conv, "ConvTranspose": _conv,
 }  # fmt: skip
 
 

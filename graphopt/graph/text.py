@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.graph.dims import is_opaque
-from graphopt.graph.questions import consumers
+from graphopt.graph.questions import consumers, is_graph, makers, subgraphs
 
 _SPELLED = 8  # elements of a weight that are printed instead of hashed
 _INDENT = "  "
@@ -98,7 +98,7 @@ class _Printer:
         return "?" if str(dim) == "None" else str(dim)
 
     def attributes(self, node: ir.Node) -> list[ir.Attr]:
-        return sorted((a for a in node.attributes.values() if a.type not in _GRAPHS), key=lambda a: a.name)
+        return sorted((a for a in node.attributes.values() if not is_graph(a)), key=lambda a: a.name)
 
     def order(self, graph: ir.Graph) -> list[ir.Node]:
         return list(graph)
@@ -113,7 +113,7 @@ class _Printer:
             yield f"{indent}{_INDENT}{self.name(value)} = {self.weight(value)}"
         for node in self.order(graph):
             yield indent + _INDENT + self.line(node)
-            for key, inner in subgraphs(node):
+            for key, inner in sorted(subgraphs(node)):
                 yield from self.graph(inner, key, indent + _INDENT * 2)
         yield f"{indent}}}"
 
@@ -121,7 +121,7 @@ class _Printer:
         outputs = ", ".join(self.typed(v) for v in node.outputs)
         inputs = ", ".join(self.name(v) for v in node.inputs)
         text = ", ".join(f"{a.name}={_attribute(a)}" for a in self.attributes(node))
-        inner = "".join(f" {key}:{len(g)} nodes" for key, g in subgraphs(node))
+        inner = "".join(f" {key}:{len(g)} nodes" for key, g in sorted(subgraphs(node)))
         domain = "" if node.domain in ("", "ai.onnx") else f"{node.domain}::"
         return f"{outputs} = {domain}{node.op_type}({inputs})" + (f" {{{text}}}" if text else "") + inner
 
@@ -169,7 +169,7 @@ class _Canonical(_Printer):
             for used in node.inputs:
                 if used is not None and used.is_initializer():
                     self._claim(used, "w")
-            for _, inner in subgraphs(node):
+            for _, inner in sorted(subgraphs(node)):
                 self._number(inner)
             for made in node.outputs:
                 self._claim(made)
@@ -207,23 +207,10 @@ def _walk(graph: ir.Graph) -> list[ir.Node]:
 def _needs(node: ir.Node, graph: ir.Graph) -> list[ir.Node]:
     """The producers, in `graph`, of what a node and its subgraphs read."""
     values = list(node.inputs)
-    for _, inner in subgraphs(node):
+    for _, inner in sorted(subgraphs(node)):
         values += [v for n in ir.traversal.RecursiveGraphIterator(inner) for v in n.inputs]
         values += list(inner.outputs)
-    makers = (v.producer() for v in values if v is not None)
-    return [n for n in makers if n is not None and n.graph is graph]
-
-
-_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-
-
-def subgraphs(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
-    """The graphs in the attributes of a node, with the name of the attribute."""
-    for name, attribute in sorted(node.attributes.items()):
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield name, attribute.as_graph()
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            yield from ((f"{name}[{k}]", g) for k, g in enumerate(attribute.as_graphs()))
+    return [n for n in makers(values) if n.graph is graph]
 
 
 def _short(dtype: ir.DataType | None) -> str:

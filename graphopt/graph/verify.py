@@ -15,9 +15,9 @@ import onnx_ir as ir
 from graphopt.core.errors import VerifyError
 from graphopt.graph.dims import dim_names, is_opaque, size_of
 from graphopt.graph.interface import Interface, check_interface, interface
-from graphopt.graph.questions import shape_text
+from graphopt.graph.questions import all_nodes, bodies, is_read, makers, reached, shape_text
 from graphopt.graph.shapes import declared_shape, infer_shapes
-from graphopt.graph.text import neighbourhood, subgraphs
+from graphopt.graph.text import neighbourhood
 
 if TYPE_CHECKING:
     import onnx
@@ -125,18 +125,17 @@ def _names(model: ir.Model) -> Iterator[Finding]:
 def _dead(model: ir.Model) -> Iterator[Finding]:
     for graph, _ in _scopes(model):
         for node in graph:
-            if not any(v.uses() or v.is_graph_output() for v in node.outputs):
+            if not any(map(is_read, node.outputs)):
                 yield f"node `{node.name}` is dead: nothing reads its outputs", node
         for value in graph.initializers.values():
-            if not (value.uses() or value.is_graph_input() or value.is_graph_output()):
+            if not (is_read(value) or value.is_graph_input()):
                 yield f"weight `{value.name}` is dead: nothing reads it", value
 
 
 def _constants(model: ir.Model) -> Iterator[Finding]:
-    for graph, _ in _scopes(model):
-        for node in graph:
-            if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
-                yield f"node `{node.name}` is a Constant; constants are initializers", node
+    for node in all_nodes(model):
+        if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+            yield f"node `{node.name}` is a Constant; constants are initializers", node
 
 
 def _initializers(model: ir.Model) -> Iterator[Finding]:
@@ -157,10 +156,9 @@ def _initializers(model: ir.Model) -> Iterator[Finding]:
 
 
 def _opsets(model: ir.Model) -> Iterator[Finding]:
-    for graph, _ in _scopes(model):
-        for node in graph:
-            if node.domain not in model.opset_imports:
-                yield f"node `{node.name}` is of domain `{node.domain or 'ai.onnx'}`, which the model does not import", node
+    for node in all_nodes(model):
+        if node.domain not in model.opset_imports:
+            yield f"node `{node.name}` is of domain `{node.domain or 'ai.onnx'}`, which the model does not import", node
 
 
 def _checker(model: ir.Model) -> Iterator[Finding]:
@@ -175,23 +173,21 @@ def _checker(model: ir.Model) -> Iterator[Finding]:
 
 
 def _types(model: ir.Model) -> Iterator[Finding]:
-    for graph, _ in _scopes(model):
-        for node in graph:
-            if any(value is not None and value.type is None for value in node.inputs):
-                continue  # it stands behind an operator without schema, where nothing is known
-            for value in node.outputs:
-                if value.type is None and value.name and node.domain in ("", "ai.onnx"):
-                    yield f"`{value.name}` has no dtype", node
+    for node in all_nodes(model):
+        if any(value is not None and value.type is None for value in node.inputs):
+            continue  # it stands behind an operator without schema, where nothing is known
+        for value in node.outputs:
+            if value.type is None and value.name and node.domain in ("", "ai.onnx"):
+                yield f"`{value.name}` has no dtype", node
 
 
 def _shapes(model: ir.Model) -> Iterator[Finding]:
     known = model.clone()
     infer_shapes(known)
-    for (graph, _), (again, _) in zip(_scopes(model), _scopes(known), strict=True):
-        for node, twin in zip(graph, again, strict=True):
-            for value, better in zip(node.outputs, twin.outputs, strict=True):
-                if _contradicts(value, better) and node.domain in ("", "ai.onnx"):
-                    yield f"`{value.name}` is marked {shape_text(value)}, but inference gives {shape_text(better)}", node
+    for node, twin in zip(all_nodes(model), all_nodes(known), strict=True):
+        for value, better in zip(node.outputs, twin.outputs, strict=True):
+            if _contradicts(value, better) and node.domain in ("", "ai.onnx"):
+                yield f"`{value.name}` is marked {shape_text(value)}, but inference gives {shape_text(better)}", node
 
 
 RULES: tuple[Rule, ...] = (
@@ -217,7 +213,7 @@ def _scopes(model: ir.Model) -> Iterator[tuple[ir.Graph, tuple[ir.Graph, ...]]]:
     while stack:
         graph, outer = stack.pop()
         yield graph, outer
-        stack.extend((inner, (graph, *outer)) for node in graph for _, inner in subgraphs(node))
+        stack.extend((inner, (graph, *outer)) for node in graph for inner in bodies(node))
 
 
 def _unreachable(value: ir.Value, scopes: tuple[ir.Graph, ...]) -> str | None:
@@ -233,22 +229,13 @@ def _unreachable(value: ir.Value, scopes: tuple[ir.Graph, ...]) -> str | None:
 def _reads(node: ir.Node) -> Iterator[ir.Value]:
     """What a node and its subgraphs read."""
     yield from (v for v in node.inputs if v is not None)
-    for _, graph in subgraphs(node):
+    for graph in bodies(node):
         for within in ir.traversal.RecursiveGraphIterator(graph):
             yield from (v for v in within.inputs if v is not None)
 
 
 def _depends(node: ir.Node, on: ir.Node, place: dict[ir.Node, int]) -> bool:
-    stack, seen = [node], {node}
-    while stack:
-        current = stack.pop()
-        if current is on:
-            return True
-        makers = {v.producer() for v in _reads(current)}
-        fresh = {m for m in makers if m is not None and m in place} - seen
-        seen |= fresh
-        stack.extend(fresh)
-    return False
+    return on in reached([node], lambda n: (m for m in makers(_reads(n)) if m in place))
 
 
 def _contradicts(value: ir.Value, inferred: ir.Value) -> bool:

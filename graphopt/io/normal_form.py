@@ -15,13 +15,13 @@ import onnx_ir as ir
 from graphopt.core.errors import LoadError
 from graphopt.core.remarks import Remarks
 from graphopt.graph.opset import versions as opset
-from graphopt.graph.questions import Names, all_nodes, graphs
+from graphopt.graph.questions import Names, all_nodes, graphs, is_read
 from graphopt.graph.shapes import infer_shapes
 from graphopt.io import advisories as notices
 from graphopt.io import inline
 from graphopt.io.repair import repair
 from graphopt.io.save import STATES_SHAPES
-from graphopt.rewrite.dead import is_read, remove_dead
+from graphopt.rewrite.dead import remove_dead
 
 _FREE_INITIALIZERS = 4  # the IR version since which an initializer need not be a graph input
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from graphopt.analysis.attention import Attentions
-from graphopt.analysis.structure import AttentionBlock, FfnBlock, Layer, Model, Structure
+from graphopt.analysis.structure import AttentionBlock, FfnBlock, Layer, ModelStructure, Structure
 from graphopt.core.contract import Context
 from graphopt.graph.questions import is_constant, static_dim
 from graphopt.graph.size import node_flops
@@ -95,7 +95,7 @@ def _ffn_text(f: FfnBlock) -> str:
     return f"{f.up[0].in_features} -> {f.down.in_features} ({f.activation}{gate}) -> {f.down.out_features}"
 
 
-def _norms(found: Model) -> list[tuple[str, int, int]]:
+def _norms(found: ModelStructure) -> list[tuple[str, int, int]]:
     counts: dict[str, list[int]] = {}
     for norm in found.norms:
         counts.setdefault(f"{norm.op_type} of {static_dim(norm.inputs[0], -1)}", []).append(_stored(norm.inputs[1:]))

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from graphopt.core.contract import Array
 from graphopt.graph.attention_node import PROBABILITIES, SCORES, AttentionNode
-from graphopt.graph.questions import constant, producer, rank, scalar, static_dim
+from graphopt.graph.questions import constant, is_read, producer, rank, scalar, static_dim
 from graphopt.rewrite.builder import Builder
 
 _HIDDEN = -3e38  # a float32 mask that may reach this can leave a row without any key
@@ -49,7 +49,7 @@ def unfused(op: Builder, a: AttentionNode) -> list[ir.Value]:
 
 def read_outputs(a: AttentionNode) -> list[int]:
     """Which outputs of a node something reads."""
-    return [i for i, v in enumerate(a.node.outputs) if v.uses() or v.is_graph_output()]
+    return [i for i, v in enumerate(a.node.outputs) if is_read(v)]
 
 
 def weights(op: Builder, a: AttentionNode) -> ir.Value:
@@ -65,7 +65,7 @@ def _weights(op: Builder, a: AttentionNode, q: ir.Value, k: ir.Value) -> tuple[i
     probabilities = _softmax(op, a, masked)
     if not may_hide_rows(a.mask):
         return scores, probabilities, None
-    largest = op.ReduceMax(masked, _ints(op, -1), keepdims=1)
+    largest = op.ReduceMax(masked, op.ints(-1), keepdims=1)
     return scores, probabilities, op.Greater(largest, _number(op, a, _lowest(a)))
 
 
@@ -73,7 +73,7 @@ def joined(op: Builder, a: AttentionNode, out: ir.Value) -> ir.Value:
     """[batch, heads, rows, value_dim] -> what the node gives."""
     if not a.packed:
         return out
-    return op.Reshape(op.Transpose(out, perm=[0, 2, 1, 3]), _ints(op, 0, 0, a.value_dim * a.heads or -1))
+    return op.Reshape(op.Transpose(out, perm=[0, 2, 1, 3]), op.ints(0, 0, a.value_dim * a.heads or -1))
 
 
 def split(op: Builder, a: AttentionNode, x: ir.Value, heads: int) -> ir.Value:
@@ -81,7 +81,7 @@ def split(op: Builder, a: AttentionNode, x: ir.Value, heads: int) -> ir.Value:
     if not a.packed:
         return x
     size = static_dim(x, -1)
-    parts = op.Reshape(x, _ints(op, 0, 0, heads, -1 if size is None else size // heads))
+    parts = op.Reshape(x, op.ints(0, 0, heads, -1 if size is None else size // heads))
     return op.Transpose(parts, perm=[0, 2, 1, 3])
 
 
@@ -89,9 +89,9 @@ def repeated(op: Builder, a: AttentionNode, x: ir.Value) -> ir.Value:
     """Each key head serves heads / kv_heads query heads in a row. Ainslie et al., GQA (2023)."""
     if a.heads == a.kv_heads:
         return x
-    every = op.Expand(op.Unsqueeze(x, _ints(op, 2)), _ints(op, 1, 1, a.group, 1, 1))
+    every = op.Expand(op.Unsqueeze(x, op.ints(2)), op.ints(1, 1, a.group, 1, 1))
     tail = op.Shape(x, start=2, end=4)
-    return op.Reshape(every, op.Concat(op.Shape(x, start=0, end=1), _ints(op, a.heads), tail, axis=0))
+    return op.Reshape(every, op.Concat(op.Shape(x, start=0, end=1), op.ints(a.heads), tail, axis=0))
 
 
 def _fills(op: Builder, a: AttentionNode) -> tuple[ir.Value, ir.Value]:
@@ -119,7 +119,7 @@ def _masked(op: Builder, a: AttentionNode, scores: ir.Value, q: ir.Value, k: ir.
         scores = op.Add(scores, op.Where(a.mask, *_fills(op, a)) if a.mask.dtype == ir.DataType.BOOL else a.mask)
     if a.causal:
         rows, keys = (_count(op, x, 2) for x in (q, k))
-        row = op.Unsqueeze(op.Range(*_bounds(op, rows)), _ints(op, 1))
+        row = op.Unsqueeze(op.Range(*_bounds(op, rows)), op.ints(1))
         if a.past[0] is not None:
             row = op.Add(row, _count(op, a.past[0], 2))
         scores = op.Add(scores, op.Where(op.LessOrEqual(op.Range(*_bounds(op, keys)), row), *_fills(op, a)))
@@ -128,7 +128,7 @@ def _masked(op: Builder, a: AttentionNode, scores: ir.Value, q: ir.Value, k: ir.
 
 def _count(op: Builder, x: ir.Value, axis: int) -> ir.Value:
     """The size of an axis, as a scalar."""
-    return op.shared(("count", x, axis), lambda: op.Squeeze(op.Shape(x, start=axis, end=axis + 1), _ints(op, 0)))
+    return op.shared(("count", x, axis), lambda: op.Squeeze(op.Shape(x, start=axis, end=axis + 1), op.ints(0)))
 
 
 def _bounds(op: Builder, end: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -154,10 +154,6 @@ def _lowest(a: AttentionNode) -> float:
     import ml_dtypes
 
     return float(ml_dtypes.finfo(_dtype(a).numpy()).min)  # type: ignore[no-untyped-call]
-
-
-def _ints(op: Builder, *values: int) -> ir.Value:
-    return op.const(np.array(values, np.int64), "ints")
 
 
 def may_hide_rows(mask: ir.Value | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, overload
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.core.contract import Array
@@ -23,7 +24,7 @@ class Operator(Protocol):
 
 
 class Builder:
-    """Records new nodes: `op.Add(a, b)`, `op.Split(x, axis=-1, num_outputs=3, _outputs=3)`, `op.const(array, "scale")`."""
+    """Records new nodes: `op.Add(a, b)`, `op.node("Split", [x], axis=-1, num_outputs=3, _outputs=3)`, `op.const(array, "scale")`."""
 
     def __init__(self, names: Names, memo: dict[Any, list[ir.Value]], graph: ir.Graph | None) -> None:
         self.nodes: list[ir.Node] = []
@@ -49,6 +50,10 @@ class Builder:
         if array.nbytes > _SMALL or array.dtype.kind == "V":  # types that numpy lacks share one code
             return self._initializer(array, name)
         return self.shared((array.dtype.str, array.shape, array.tobytes()), lambda: self._initializer(array, name))
+
+    def ints(self, *numbers: int, name: str = "ints") -> ir.Value:
+        """An int64 vector: axes, sizes, the bounds of a Slice."""
+        return self.const(np.array(numbers, np.int64), name)
 
     def shared(self, key: Any, build: Callable[[], ir.Value]) -> ir.Value:
         """What `build` makes, made once for all matches in one graph that ask with an equal `key` (name the values it reads in the key)."""

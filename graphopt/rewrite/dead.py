@@ -6,7 +6,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.graph.opset.node_form import WORKING, schema
-from graphopt.graph.questions import bodies, graphs
+from graphopt.graph.questions import bodies, graphs, is_read
 
 
 def remove_dead(model: ir.Model) -> int:
@@ -20,10 +20,6 @@ def remove_dead(model: ir.Model) -> int:
             if not (is_read(value) or value.is_graph_input()):
                 del graph.initializers[name]
     return changes
-
-
-def is_read(value: ir.Value) -> bool:
-    return bool(value.uses()) or value.is_graph_output()
 
 
 def _sweep(graph: ir.Graph) -> int:

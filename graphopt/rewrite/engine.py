@@ -15,10 +15,10 @@ import onnx_ir as ir
 from graphopt.core.contract import Context
 from graphopt.core.remarks import plural
 from graphopt.graph import dims, shapes
-from graphopt.graph.opset.node_form import WORKING, Spelling, misfit
+from graphopt.graph.opset.node_form import WORKING, NodeForm, misfit
 from graphopt.graph.questions import all_nodes, graphs, is_constant, shape_text
 from graphopt.rewrite.builder import _SMALL, Builder
-from graphopt.rewrite.dead import remove_dead
+from graphopt.rewrite.dead import detach, remove_dead
 from graphopt.rewrite.insert import Inserter
 from graphopt.rewrite.match import Match, Miss
 
@@ -77,12 +77,10 @@ class Driver(Inserter):
         """
         shapes.infer_nodes(self.model, op.nodes)
         complaint = self._illegal(op) or _mismatch(match.outputs, new) or _reads_itself(op, match)
-        if complaint is not None:
-            _discard(op)
-            return Miss(anchor, complaint)
-        if not self.ctx.fuel.burn():
-            _discard(op)
-            return None
+        if complaint is not None or not self.ctx.fuel.burn():
+            for node in op.nodes:  # what is not put in place must not count as a reader of what it names
+                detach(node)
+            return None if complaint is None else Miss(anchor, complaint)
         graph = match.nodes[-1].graph
         assert graph is not None
         names = [v.name for v in match.outputs]
@@ -109,7 +107,7 @@ class Driver(Inserter):
     def _second(self, value: ir.Value, name: str, match: Match, op: Builder) -> ir.Value:
         """Another value of the same contents behind what was put in place, where both names are public."""
         last, keep = op.nodes[-1] if op.nodes else match.nodes[-1], self.builder(match.nodes[-1].graph)
-        same: ir.Value = keep.Identity(value)
+        same = keep.Identity(value)
         self.adopt(keep, name, match.nodes)
         assert last.graph is not None
         last.graph.insert_after(last, keep.nodes)
@@ -118,7 +116,7 @@ class Driver(Inserter):
     def _illegal(self, op: Builder) -> str | None:
         """A standard node that its schema does not take so: RotaryEmbedding of doubles, say."""
         version = self.model.opset_imports.get("", WORKING)
-        reasons = (misfit(Spelling.of(node), version) for node in op.nodes if node.domain in ("", "ai.onnx"))
+        reasons = (misfit(NodeForm.of(node), version) for node in op.nodes if node.domain in ("", "ai.onnx"))
         return next((f"its replacement is not legal: {reason}" for reason in reasons if reason is not None), None)
 
     def clean(self) -> None:
@@ -201,20 +199,12 @@ def _reads_itself(op: Builder, match: Match) -> str | None:
     return None
 
 
-def _discard(op: Builder) -> None:
-    """Nodes that are not put in place must not count as readers of what they name."""
-    for node in op.nodes:
-        for index in range(len(node.inputs)):
-            node.replace_input_with(index, None)
-
-
 def _mismatch(old: Sequence[ir.Value], new: Sequence[ir.Value]) -> str | None:
     for a, b in zip(old, new, strict=True):
-        if a.dtype is not None and b.dtype is not None and a.dtype != b.dtype:
-            return f"`{a.name}` is {shape_text(a)} but its replacement is {shape_text(b)}"
-        if a.shape is None or b.shape is None:
-            continue
-        if len(a.shape) != len(b.shape) or any(_clash(x, y) for x, y in zip(a.shape, b.shape, strict=True)):
+        wrong = a.dtype is not None and b.dtype is not None and a.dtype != b.dtype
+        if a.shape is not None and b.shape is not None:
+            wrong |= len(a.shape) != len(b.shape) or any(map(_clash, a.shape, b.shape))
+        if wrong:
             return f"`{a.name}` is {shape_text(a)} but its replacement is {shape_text(b)}"
     return None
 

@@ -132,8 +132,7 @@ def _part(value: ir.Value | None) -> _Part | None:
         sizes = [static_dim(v, -1) for v in node.outputs]
         before = sizes[: value.index()]
         return None if attr(node, "axis", 0) not in (-1, last) or None in before else _Part(x, sum(s or 0 for s in before), 1, size, (node,))
-    starts, axes = shapes.contents(node.inputs[1]), shapes.contents(node.inputs[3]) if len(node.inputs) > 3 else None
-    steps = shapes.contents(node.inputs[4]) if len(node.inputs) > 4 else [1]
+    axes, starts, _, steps = shapes.slice_bounds(node)
     if axes not in ([-1], [last]) or starts is None or steps is None or not isinstance(starts[0], int) or not isinstance(steps[0], int):
         return None
     full = static_dim(x, -1)

@@ -111,7 +111,7 @@ class SplitHeads(RewritePass[HeadsMatch]):
         values = [self._columns(op, name, x, n, groups) for x, n in inputs]
         matrix = linear.matrix()
         sizes = np.array([len(piece) * width for piece in groups], np.int64)
-        parts = op.Split(linear.x, op.const(sizes, "heads"), axis=-1, _outputs=len(groups))
+        parts = op.node("Split", (linear.x, op.const(sizes, "heads")), axis=-1, _outputs=len(groups))
         rows = [self._stored(op, linear, matrix[_places(piece, width)], name, k) for k, piece in enumerate(groups)]
         return [*values, op.Sum(*(op.MatMul(x, w) for x, w in zip(parts, rows, strict=True)))]
 

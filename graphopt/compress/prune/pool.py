@@ -17,7 +17,7 @@ from graphopt.core.contract import Array, Context
 from graphopt.graph.attention_node import AttentionNode
 from graphopt.graph.layout import Tracer
 from graphopt.rewrite.slicing.close import Slicing
-from graphopt.rewrite.slicing.plan import Kind, Refusal
+from graphopt.rewrite.slicing.plan import Refusal, Remedy
 from graphopt.run.observe import observable
 
 
@@ -33,7 +33,7 @@ def pool(model: ir.Model, ctx: Context, kv_heads: int, *, rows: int, refits: boo
         except OutOfFuel:
             break
         except Refusal as refusal:
-            reason = f"{refusal}; name it in resize" if refusal.kind is Kind.PORT else str(refusal)
+            reason = f"{refusal}; name it in resize" if refusal.remedy is Remedy.PORT else str(refusal)
         if reason is not None:
             ctx.remarks.missed(unit.node.name or "", f"key heads not pooled: {reason}")
     if not todo:

@@ -12,7 +12,7 @@ from graphopt.analysis.heads import Heads, Unit, Units
 from graphopt.analysis.linear import Linears
 from graphopt.core.contract import Analysis, Context
 from graphopt.rewrite.slicing.close import Slicing
-from graphopt.rewrite.slicing.plan import Kind, Refusal
+from graphopt.rewrite.slicing.plan import Refusal, Remedy
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,7 +96,7 @@ class Removable(Analysis[Removables]):
                     s.remove(unit.value, unit.axis, unit.mask(range(group)), inside=unit.inside)
             except Refusal as refusal:
                 reason = reason or str(refusal)
-                if refusal.kind is Kind.UNEVEN:
+                if refusal.remedy is Remedy.UNEVEN:
                     continue
                 break
             return Candidate("heads" if isinstance(first, Heads) else "neurons", tuple(units), group, _saved(s, weights))

@@ -20,7 +20,7 @@ WORKING = 23  # the opset of the normal form
 
 
 @dataclasses.dataclass
-class Spelling:
+class NodeForm:
     """How one node is written; a node can be judged, and respelled, without touching the graph."""
 
     op_type: str
@@ -29,7 +29,7 @@ class Spelling:
     outputs: Sequence[ir.Value]
 
     @classmethod
-    def of(cls, node: ir.Node) -> Spelling:
+    def of(cls, node: ir.Node) -> NodeForm:
         return cls(node.op_type, dict(node.attributes), list(node.inputs), node.outputs)
 
     def value(self, name: str, default: Any = None) -> Any:
@@ -59,31 +59,31 @@ def schema(op_type: str, version: int) -> onnx.defs.OpSchema | None:
     return None if found.deprecated else found
 
 
-def accepts(spelling: Spelling, version: int, home: int = WORKING) -> str | None:
-    """None if `spelling`, written for opset `home`, is legal and means the same at opset `version`; else the reason.
+def accepts(form: NodeForm, version: int, home: int = WORKING) -> str | None:
+    """None if `form`, written for opset `home`, is legal and means the same at opset `version`; else the reason.
 
     An operator that no opset knows (a custom one in the standard domain) is accepted: nothing can be said about it.
     """
-    there, here = schema(spelling.op_type, version), schema(spelling.op_type, home)
+    there, here = schema(form.op_type, version), schema(form.op_type, home)
     if there is None:
-        return None if _first(spelling.op_type) is None else f"opset {version} has no `{spelling.op_type}`"
+        return None if _first(form.op_type) is None else f"opset {version} has no `{form.op_type}`"
     if here is not None and here.since_version == there.since_version:
         return None
     low, high = sorted((version, home))
-    for since, same in _MEANING.get(spelling.op_type, ()):
-        if low < since <= high and not same(spelling):
-            return f"`{spelling.op_type}` means something else {'before' if version < since else 'from'} opset {since}"
-    if spelling.op_type == "Split" and version >= 18 and "num_outputs" not in spelling.attributes and len(spelling.inputs) < 2:
+    for since, same in _MEANING.get(form.op_type, ()):
+        if low < since <= high and not same(form):
+            return f"`{form.op_type}` means something else {'before' if version < since else 'from'} opset {since}"
+    if form.op_type == "Split" and version >= 18 and "num_outputs" not in form.attributes and len(form.inputs) < 2:
         return "`Split` needs sizes or num_outputs from opset 18"  # a rule that is in its shape inference only
-    return misfit(spelling, version)
+    return misfit(form, version)
 
 
-def misfit(spelling: Spelling, version: int) -> str | None:
+def misfit(form: NodeForm, version: int) -> str | None:
     """Why the schema at opset `version` takes no such attributes, number of operands or types; None if it does, or there is no schema."""
-    found = schema(spelling.op_type, version)
+    found = schema(form.op_type, version)
     if found is None:
         return None
-    return _structure(spelling.op_type, found.since_version, tuple(spelling.attributes), _kinds(spelling.inputs), _kinds(spelling.outputs))
+    return _structure(form.op_type, found.since_version, tuple(form.attributes), _kinds(form.inputs), _kinds(form.outputs))
 
 
 @functools.lru_cache(maxsize=65536)
@@ -153,40 +153,40 @@ def _first(op_type: str) -> int | None:
 # ---- changes of meaning that a schema does not show: op -> (opset of the change, is this spelling the same on both sides?) ----------------
 
 
-def _never(_: Spelling) -> bool:
+def _never(_: NodeForm) -> bool:
     return False
 
 
-def _last_axis(s: Spelling) -> bool:
+def _last_axis(s: NodeForm) -> bool:
     """Softmax up to 12 flattens from `axis` on (default 1); from 13 it works on one axis (default -1)."""
     axis, size = s.value("axis"), rank(s.inputs[0])
     return axis == -1 or (axis is not None and size is not None and axis == size - 1)
 
 
-def _no_negative(s: Spelling) -> bool:
+def _no_negative(s: NodeForm) -> bool:
     axis, axes = s.value("axis", 0), s.value("axes", ())
     return axis >= 0 and all(a >= 0 for a in axes)
 
 
-def _no_negative_index(s: Spelling) -> bool:
+def _no_negative_index(s: NodeForm) -> bool:
     """Indices count from the front before opset 11; Gather is left out, since exporters and runtimes never kept to that."""
     indices = constant(s.inputs[1]) if s.inputs[1] is not None and (s.inputs[1].const_value is None or s.inputs[1].const_value.size <= 64) else None
     return indices is None or not (indices < 0).any()
 
 
-def _one_scale(s: Spelling) -> bool:
+def _one_scale(s: NodeForm) -> bool:
     scale = s.inputs[1]
     return scale is not None and (rank(scale) == 0 or (scale.const_value is not None and scale.const_value.size == 1))
 
 
-def _is_not(name: str, *values: str) -> Callable[[Spelling], bool]:
+def _is_not(name: str, *values: str) -> Callable[[NodeForm], bool]:
     return lambda s: s.value(name) not in values
 
 
 _REDUCTIONS = [f"Reduce{kind}" for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")]
 _AXIS_OPS = ["Concat", "Flatten", "Split", "Squeeze", "Unsqueeze", "ArgMax", "ArgMin", "Compress", "OneHot", *_REDUCTIONS]
 SOFTMAX = ("Softmax", "LogSoftmax", "Hardmax")
-_MEANING: dict[str, tuple[tuple[int, Callable[[Spelling], bool]], ...]] = {
+_MEANING: dict[str, tuple[tuple[int, Callable[[NodeForm], bool]], ...]] = {
     **dict.fromkeys(_AXIS_OPS, ((11, _no_negative),)),
     **dict.fromkeys(SOFTMAX, ((11, _no_negative), (13, _last_axis))),
     **dict.fromkeys(("Max", "Min", "Sum", "Mean"), ((8, _never),)),  # no broadcasting before

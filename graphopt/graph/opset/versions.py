@@ -12,7 +12,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from graphopt.core.errors import LoadError, TargetError
 from graphopt.graph.opset.newer import Converter
-from graphopt.graph.opset.node_form import SOFTMAX, WORKING, Spelling, accepts
+from graphopt.graph.opset.node_form import SOFTMAX, WORKING, NodeForm, accepts
 from graphopt.graph.opset.older import respell
 from graphopt.graph.questions import all_nodes, graphs
 from graphopt.graph.shapes import infer_shapes
@@ -57,7 +57,7 @@ def lift(model: ir.Model, to: int = WORKING) -> int:
         if node.domain not in _STANDARD:
             continue
         home, node.version = node.version or source, None
-        reason = None if home == to else accepts(Spelling.of(node), to, home)
+        reason = None if home == to else accepts(NodeForm.of(node), to, home)
         if reason is None:
             continue
         try:
@@ -113,8 +113,8 @@ def lower(model: ir.Model, floor: int, *, ceiling: int | None = None, ir_floor: 
         if ceiling is not None:
             raise TargetError(f"cannot write opset {ceiling}: {blame}; allow a newer opset, or leave out the pass that made this node")
         version, plan = home, []
-    for node, spelling in plan:
-        spelling.write(node)
+    for node, form in plan:
+        form.write(node)
     _set_imports(model, version)
     _drop_unused(model)
     rises = [Rise("opset", floor, version, blame)] if version > floor or (ceiling is None and version < floor) else []
@@ -122,15 +122,15 @@ def lower(model: ir.Model, floor: int, *, ceiling: int | None = None, ir_floor: 
     return rises + _raise_ir(model, before if ceiling is None else min(before, _ir_of_opset(ceiling)))
 
 
-def _plan(nodes: Sequence[ir.Node], version: int, home: int) -> tuple[list[tuple[ir.Node, Spelling]], str | None]:
+def _plan(nodes: Sequence[ir.Node], version: int, home: int) -> tuple[list[tuple[ir.Node, NodeForm]], str | None]:
     """The nodes to respell for `version`, or the first node that cannot be written there."""
     plan = []
     for node in nodes:
-        spelling = Spelling.of(node)
-        reason = accepts(spelling, version, home)
+        form = NodeForm.of(node)
+        reason = accepts(form, version, home)
         if reason is None:
             continue
-        older = respell(spelling, version) if version < home else None
+        older = respell(form, version) if version < home else None
         if older is None or accepts(older, version, home) is not None:
             return [], f"node `{node.name}`: {reason}"
         plan.append((node, older))

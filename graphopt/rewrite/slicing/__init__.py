@@ -13,6 +13,6 @@ where they are summed. What has no rule refuses; nothing is guessed from sizes.
 from __future__ import annotations
 
 from graphopt.rewrite.slicing.close import Slicing
-from graphopt.rewrite.slicing.plan import Kind, Refusal, Slot, factor, is_ragged, kept, spread
+from graphopt.rewrite.slicing.plan import Refusal, Remedy, Slot, factor, is_ragged, kept, spread
 
-__all__ = ["Kind", "Refusal", "Slicing", "Slot", "factor", "is_ragged", "kept", "spread"]
+__all__ = ["Refusal", "Remedy", "Slicing", "Slot", "factor", "is_ragged", "kept", "spread"]

@@ -18,12 +18,12 @@ from graphopt.rewrite.dead import remove_dead
 from graphopt.rewrite.insert import Inserter
 from graphopt.rewrite.slicing.moves import cut_axes, recut
 from graphopt.rewrite.slicing.places import rank
-from graphopt.rewrite.slicing.plan import Masks, Plan, Refusal, Slot, kept
+from graphopt.rewrite.slicing.plan import AxisMasks, Refusal, Removals, Slot, kept
 
 _DECLARED = "graphopt.declared"
 
 
-def apply(s: Plan) -> None:
+def apply(s: Removals) -> None:
     """Change the graph of `s` as planned; it is in normal form afterwards, with new shapes. `s` must not be used again.
 
     Raises:
@@ -33,7 +33,7 @@ def apply(s: Plan) -> None:
 
 
 class Applier:
-    def __init__(self, s: Plan) -> None:
+    def __init__(self, s: Removals) -> None:
         self.s, self.model = s, s.model
         self.inserter = Inserter(s.model)
         self.op = self.inserter.builder()  # for constants
@@ -71,7 +71,7 @@ class Applier:
 
     # ---- weights and operands -----------------------------------------------------------------------------------------------------------
 
-    def _slice(self, slot: Slot, masks: Masks) -> None:
+    def _slice(self, slot: Slot, masks: AxisMasks) -> None:
         value = slot.value
         if value is None or not any(m.any() for m in masks.values()):
             return
@@ -83,7 +83,7 @@ class Applier:
             self._sliced[key] = self._stored(value, masks)
         slot.node.replace_input_with(slot.index, self._sliced[key])
 
-    def _stored(self, value: ir.Value, masks: Masks) -> ir.Value:
+    def _stored(self, value: ir.Value, masks: AxisMasks) -> ir.Value:
         assert value.const_value is not None
         tensor = self._left(value.const_value, masks, self.inserter.names.fresh(f"{value.name}_pruned"))
         new = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
@@ -95,13 +95,13 @@ class Applier:
         return new
 
     @staticmethod
-    def _left(tensor: ir.TensorProtocol, masks: Masks, name: str) -> ir.TensorProtocol:
+    def _left(tensor: ir.TensorProtocol, masks: AxisMasks, name: str) -> ir.TensorProtocol:
         array = tensor.numpy()
         for axis, mask in masks.items():
             array = np.take(array, kept(mask), axis=axis)
         return ir.Tensor(np.ascontiguousarray(array), dtype=tensor.dtype, shape=ir.Shape(array.shape), name=name)
 
-    def _gather(self, slot: Slot, value: ir.Value, masks: Masks) -> None:
+    def _gather(self, slot: Slot, value: ir.Value, masks: AxisMasks) -> None:
         """A computed operand that others read whole: this reader takes what it needs of it."""
         common = self.s.removed.get(value, {})
         for axis, mask in masks.items():
@@ -116,17 +116,12 @@ class Applier:
 
     def _node(self, before: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], **attributes: Any) -> ir.Value:
         op = self.inserter.builder(before.graph)
-        made: ir.Value = op.node(op_type, inputs, **attributes)
+        made = op.node(op_type, inputs, **attributes)
         self.inserter.before(before, op)
-        return made
+        return made  # type: ignore[no-any-return]
 
     def replace(self, node: ir.Node, index: int, value: ir.Value) -> None:
-        if index < len(node.inputs):
-            node.replace_input_with(index, value)
-            return
-        while len(node.inputs) < index:
-            node.resize_inputs(len(node.inputs) + 1)
-        node.resize_inputs(index + 1)
+        node.resize_inputs(max(len(node.inputs), index + 1))
         node.replace_input_with(index, value)
 
     # ---- sizes --------------------------------------------------------------------------------------------------------------------------

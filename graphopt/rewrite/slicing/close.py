@@ -10,12 +10,12 @@ import onnx_ir as ir
 
 from graphopt.core.contract import Array
 from graphopt.graph.questions import downstream, is_constant
-from graphopt.rewrite.slicing.plan import Masks, Plan, Refusal, Slot, equal, rank_of
+from graphopt.rewrite.slicing.plan import AxisMasks, Refusal, Removals, Slot, equal, rank_of
 from graphopt.rewrite.slicing.rules import link
 from graphopt.rewrite.slicing.zeros import zeros
 
 
-class Slicing(Plan):
+class Slicing(Removals):
     """`remove` plans a removal and closes it over the graph; `apply.apply` carries all of them out."""
 
     def remove(self, value: ir.Value, axis: int, mask: Array, *, inside: Collection[ir.Value] | None = None) -> None:
@@ -91,7 +91,7 @@ class Slicing(Plan):
                     self._keep_private(slot, axis, mask)
         return bool(self._queue)
 
-    def _alike(self, value: ir.Value, wanted: dict[Slot, Masks]) -> bool:
+    def _alike(self, value: ir.Value, wanted: dict[Slot, AxisMasks]) -> bool:
         """Every reader of an operand from outside asks for the same removal, and nobody else sees it."""
         if value in self._apart or value.is_graph_output() or (value.is_graph_input() and value.name not in self.resize):
             return False
@@ -112,7 +112,7 @@ class Slicing(Plan):
             raise
 
 
-def _copy(masks: dict[Any, Masks]) -> dict[Any, Masks]:
+def _copy(masks: dict[Any, AxisMasks]) -> dict[Any, AxisMasks]:
     return {key: dict(value) for key, value in masks.items()}
 
 

@@ -9,36 +9,29 @@ from graphopt.core.contract import Array
 from graphopt.graph.attention_node import AttentionNode
 from graphopt.graph.questions import attr, static_dim
 from graphopt.rewrite.slicing.places import rank, same, union
-from graphopt.rewrite.slicing.plan import Kind, Plan, Refusal, Slot, factor, is_ragged, spread
+from graphopt.rewrite.slicing.plan import Refusal, Remedy, Removals, Slot, factor, is_ragged, spread
 
 
-def attention(node: ir.Node, s: Plan, final: bool) -> None:
+def attention(node: ir.Node, s: Removals, final: bool) -> None:
     """Query heads go by whole groups with their key and value head, or evenly in every group; features go from query and key together."""
     a = AttentionNode.of(node)
     if a is None or not a.heads or not a.kv_heads:
         raise Refusal(f"Attention `{node.name}`: its number of heads is unknown")
-    q, k, v, y, heads, kv_heads = Slot(node, 0), Slot(node, 1), Slot(node, 2), Slot(node, 0, True), a.heads, a.kv_heads
-    present = [Slot(node, n, True) for n in (1, 2) if n < len(node.outputs) and node.outputs[n].name]
-    past = [Slot(node, n) for n in (4, 5) if Slot(node, n).value is not None]
-    keys = [k, *(p for p in (*past, *present) if p.index in ((4,) if not p.output else (1,)))]
-    values = [v, *(p for p in (*past, *present) if p.index in ((5,) if not p.output else (2,)))]
+    q, y, heads, kv_heads = Slot(node, 0), Slot(node, 0, True), a.heads, a.kv_heads
+    keys, values = ([slot for slot in (Slot(node, n), Slot(node, n + 3), Slot(node, n, True)) if slot.there] for n in (1, 2))
     counts = {slot: heads if slot in (q, y) else kv_heads for slot in (q, y, *keys, *values)}
     read = {slot: _heads_and_dims(node, s, slot, n, final) for slot, n in counts.items()}
     gone = union([read[q][0], read[y][0]], heads)
     gone_kv = union([read[p][0] for p in (*keys, *values)], kv_heads)
-    extra = [Slot(node, 3)] if Slot(node, 3).value is not None else []
-    extra += [Slot(node, 3, True)] if len(node.outputs) > 3 and node.outputs[3].name else []
-    for slot in extra:
-        if rank(slot) >= 3 and static_dim(slot.value, rank(slot) - 3) != 1:
-            gone = union([gone, s.mask(slot, rank(slot) - 3)], heads)
+    shown = [p for p in (Slot(node, 3), Slot(node, 3, True)) if p.there and rank(p) >= 3 and static_dim(p.value, rank(p) - 3) != 1]  # mask and scores
+    gone = union([gone, *(s.mask(slot, rank(slot) - 3) for slot in shown)], heads)
     gone, gone_kv = (_regrouped if node in s.regrouped else _grouped)(node, gone, gone_kv, final)
     shared, own = union([read[p][1] for p in (q, *keys)]), union([read[p][1] for p in (y, *values)])
     for slot, n in counts.items():
         dims = shared if slot in (q, *keys) else own
         _mark_heads(s, slot, gone if n == heads and slot in (q, y) else gone_kv, dims, _head_dim(slot, n))
-    for slot in extra:
-        if rank(slot) >= 3 and static_dim(slot.value, rank(slot) - 3) != 1:
-            s.mark(slot, rank(slot) - 3, gone)
+    for slot in shown:
+        s.mark(slot, rank(slot) - 3, gone)
 
 
 def _grouped(node: ir.Node, gone: Array, gone_kv: Array, final: bool) -> tuple[Array, Array]:
@@ -50,7 +43,7 @@ def _grouped(node: ir.Node, gone: Array, gone_kv: Array, final: bool) -> tuple[A
     left = (~gone).reshape(kv_heads, group).sum(axis=1)[~gone_kv]
     if final and len(set(left.tolist())) > 1:
         text = f"{heads} query heads share {kv_heads} key heads; whole groups of {group} must go, or as many of each"
-        raise Refusal(f"Attention `{node.name}`: {text}", Kind.UNEVEN)
+        raise Refusal(f"Attention `{node.name}`: {text}", Remedy.UNEVEN)
     return gone, gone_kv
 
 
@@ -60,7 +53,7 @@ def _regrouped(node: ir.Node, gone: Array, gone_kv: Array, final: bool) -> tuple
         raise Refusal(f"Attention `{node.name}`: its query heads would go with their key heads, from which they are not laid out apart")
     stay = int((~gone_kv).sum())
     if final and len(gone) % max(stay, 1):
-        raise Refusal(f"Attention `{node.name}`: {len(gone)} query heads cannot share {stay} key heads evenly", Kind.UNEVEN)
+        raise Refusal(f"Attention `{node.name}`: {len(gone)} query heads cannot share {stay} key heads evenly", Remedy.UNEVEN)
     return gone, gone_kv
 
 
@@ -71,7 +64,7 @@ def _head_dim(slot: Slot, heads: int) -> int:
     return width if rank(slot) == 4 else width // heads
 
 
-def _heads_and_dims(node: ir.Node, s: Plan, slot: Slot, heads: int, final: bool) -> tuple[Array | None, Array | None]:
+def _heads_and_dims(node: ir.Node, s: Removals, slot: Slot, heads: int, final: bool) -> tuple[Array | None, Array | None]:
     if rank(slot) == 4:
         return s.mask(slot, 1), s.mask(slot, 3)
     mask = s.mask(slot, rank(slot) - 1)
@@ -79,12 +72,12 @@ def _heads_and_dims(node: ir.Node, s: Plan, slot: Slot, heads: int, final: bool)
         return None, None
     sizes = [heads, _head_dim(slot, heads)]
     if final and is_ragged(mask, sizes):
-        raise Refusal(f"Attention `{node.name}`: its heads would have different sizes", Kind.UNEVEN)
+        raise Refusal(f"Attention `{node.name}`: its heads would have different sizes", Remedy.UNEVEN)
     whole, dims = factor(mask, sizes)
     return whole, dims
 
 
-def _mark_heads(s: Plan, slot: Slot, heads: Array, dims: Array, head_dim: int) -> None:
+def _mark_heads(s: Removals, slot: Slot, heads: Array, dims: Array, head_dim: int) -> None:
     if rank(slot) == 4:
         s.mark(slot, 1, heads)
         s.mark(slot, 3, dims if len(dims) else None)
@@ -92,7 +85,7 @@ def _mark_heads(s: Plan, slot: Slot, heads: Array, dims: Array, head_dim: int) -
     s.mark(slot, rank(slot) - 1, spread([heads, dims if len(dims) else np.zeros(head_dim, bool)]))
 
 
-def rotary(node: ir.Node, s: Plan, final: bool) -> None:
+def rotary(node: ir.Node, s: Removals, final: bool) -> None:
     """Features go in pairs that are rotated together, with their angle; whole heads pass."""
     x, y = Slot(node, 0), Slot(node, 0, True)
     if rank(x) == 4:
@@ -111,7 +104,7 @@ def rotary(node: ir.Node, s: Plan, final: bool) -> None:
     if not either.any() and all(s.mask(Slot(node, n), rank(Slot(node, n)) - 1) is None for n in (1, 2)):
         return
     if final and is_ragged(either, [heads, head_dim]):
-        raise Refusal(f"RotaryEmbedding `{node.name}`: its heads would have different sizes", Kind.UNEVEN)
+        raise Refusal(f"RotaryEmbedding `{node.name}`: its heads would have different sizes", Remedy.UNEVEN)
     gone, dims = factor(either, [heads, head_dim])
     size = int(attr(node, "rotary_embedding_dim", 0)) or head_dim
     pairs = dims[:size].reshape(-1, 2).T if attr(node, "interleaved", 0) else dims[:size].reshape(2, -1)

@@ -10,18 +10,18 @@ import onnx_ir as ir
 from graphopt.core.contract import Array
 from graphopt.graph.layout import Atom, Group, regroup
 from graphopt.graph.questions import attr, constant, consumers, static_dim
-from graphopt.graph.shapes import contents
+from graphopt.graph.shapes import contents, slice_bounds
 from graphopt.rewrite.slicing.places import integers, rank, same
-from graphopt.rewrite.slicing.plan import Kind, Plan, Refusal, Slot, factor, is_ragged, spread
+from graphopt.rewrite.slicing.plan import Refusal, Remedy, Removals, Slot, factor, is_ragged, spread
 
 
-def transpose(node: ir.Node, s: Plan, final: bool) -> None:
+def transpose(node: ir.Node, s: Removals, final: bool) -> None:
     x, y = Slot(node, 0), Slot(node, 0, True)
     for k, source in enumerate(attr(node, "perm") or range(rank(x))[::-1]):
         same(s, [(x, source), (y, k)])
 
 
-def regrouped(node: ir.Node, s: Plan, final: bool) -> None:
+def regrouped(node: ir.Node, s: Removals, final: bool) -> None:
     """Reshape and its kin keep the order of elements: axes are pieces (atoms) of the operand's axes, regrouped."""
     x, y = Slot(node, 0), Slot(node, 0, True)
     if all(s.mask(x, k) is None for k in range(rank(x))) and all(s.mask(y, k) is None for k in range(rank(y))):
@@ -47,7 +47,7 @@ def regrouped(node: ir.Node, s: Plan, final: bool) -> None:
         sizes = [_length(a) for a in atoms]
         if final and is_ragged(mask, sizes):
             what = "" if slot.value is None else slot.value.name
-            raise Refusal(f"{node.op_type} `{node.name}`: what is left of `{what}` would be ragged", Kind.UNEVEN)
+            raise Refusal(f"{node.op_type} `{node.name}`: what is left of `{what}` would be ragged", Remedy.UNEVEN)
         for atom, part in zip(atoms, factor(mask, sizes), strict=True):
             gone[atom] = part if atom not in gone else gone[atom] | part
     for slot, axis, group in sides:
@@ -85,19 +85,19 @@ def _inner(node: ir.Node, group: Group, mask: Array) -> list[Atom]:
     return found
 
 
-def concat(node: ir.Node, s: Plan, final: bool) -> None:
+def concat(node: ir.Node, s: Removals, final: bool) -> None:
     y = Slot(node, 0, True)
     axis = int(attr(node, "axis", 0)) % rank(y)
     _parts(node, s, y, [Slot(node, k) for k in range(len(node.inputs))], axis)
 
 
-def split(node: ir.Node, s: Plan, final: bool) -> None:
+def split(node: ir.Node, s: Removals, final: bool) -> None:
     x = Slot(node, 0)
     axis = int(attr(node, "axis", 0)) % rank(x)
     _parts(node, s, x, [Slot(node, k, True) for k in range(len(node.outputs))], axis)
 
 
-def _parts(node: ir.Node, s: Plan, whole: Slot, parts: Sequence[Slot], axis: int) -> None:
+def _parts(node: ir.Node, s: Removals, whole: Slot, parts: Sequence[Slot], axis: int) -> None:
     """`whole` is the `parts` one after another along `axis`."""
     for k in range(rank(whole)):
         if k != axis:
@@ -126,10 +126,7 @@ def selection(node: ir.Node, axis: int, size: int | None) -> Array | None:
     axes = cut_axes(node)
     if axis not in axes:
         return None
-    place = axes.index(axis)
-    starts, ends, steps = contents(node.inputs[1]), contents(node.inputs[2]), contents(Slot(node, 4).value)
-    step = 1 if steps is None and Slot(node, 4).value is None else None if steps is None else steps[place]
-    start, end = None if starts is None else starts[place], None if ends is None else ends[place]
+    start, end, step = (None if known is None else known[axes.index(axis)] for known in slice_bounds(node)[1:])
     if size is None or not isinstance(start, int) or not isinstance(end, int) or not isinstance(step, int):
         raise Refusal(f"Slice `{node.name}` cuts at a place that is computed")
     if step < 0 and end < -size:
@@ -139,15 +136,13 @@ def selection(node: ir.Node, axis: int, size: int | None) -> Array | None:
 
 def cut_axes(node: ir.Node) -> list[int]:
     """The axes that a Slice names, counted from the front."""
-    count = static_dim(node.inputs[1], 0)
-    axes = Slot(node, 3).value
-    given = list(range(count or 0)) if axes is None else integers(contents(axes))
-    if given is None or count is None:
+    given = integers(slice_bounds(node).axes)
+    if given is None or static_dim(node.inputs[1], 0) is None:
         raise Refusal(f"Slice `{node.name}` names axes that are computed")
     return [k % rank(Slot(node, 0)) for k in given]
 
 
-def cut(node: ir.Node, s: Plan, final: bool) -> None:
+def cut(node: ir.Node, s: Removals, final: bool) -> None:
     x, y = Slot(node, 0), Slot(node, 0, True)
     for k in range(rank(x)):
         if s.mask(x, k) is None and s.mask(y, k) is None:
@@ -168,12 +163,12 @@ def recut(node: ir.Node, axis: int, mask: Array | None) -> tuple[int, int, int]:
     Raises:
         Refusal: what it took is no longer evenly spaced, or its bounds are computed.
     """
-    place = cut_axes(node).index(axis)
-    bounds = [integers(contents(Slot(node, k).value)) if Slot(node, k).value is not None else [1] * (place + 1) for k in (1, 2, 4)]
-    if any(b is None for b in bounds):
+    bounds = [known for given in slice_bounds(node)[1:] if (known := integers(given)) is not None]
+    if len(bounds) < 3:
         raise Refusal(f"Slice `{node.name}` also cuts at a place that is computed")
     if mask is None:
-        return bounds[0][place], bounds[1][place], bounds[2][place]  # type: ignore[index]
+        start, end, step = (known[cut_axes(node).index(axis)] for known in bounds)
+        return start, end, step
     chosen = selection(node, axis, len(mask))
     assert chosen is not None
     left = (np.cumsum(~mask) - 1)[chosen[~mask[chosen]]]
@@ -184,7 +179,7 @@ def recut(node: ir.Node, axis: int, mask: Array | None) -> tuple[int, int, int]:
     return int(left[0]), int(left[-1]) + 1, int(step)
 
 
-def check_target(node: ir.Node, s: Plan, index: int) -> None:
+def check_target(node: ir.Node, s: Removals, index: int) -> None:
     """Raises Refusal where operand `index`, the sizes of the result, cannot be corrected (see `graphopt.rewrite.slicing.apply`)."""
     out, value = Slot(node, 0, True), Slot(node, index).value
     axes = [k for k in range(rank(out)) if s.mask(out, k) is not None]
@@ -195,7 +190,7 @@ def check_target(node: ir.Node, s: Plan, index: int) -> None:
         raise Refusal(f"{node.op_type} `{node.name}`: its target is computed, and what it must become is not known")
 
 
-def check_frozen(node: ir.Node, s: Plan) -> None:
+def check_frozen(node: ir.Node, s: Removals) -> None:
     """Raises Refusal where a size that changes is computed with in a way that nobody follows.
 
     Sizes that are known numbers are frozen: their readers go on to see the old ones. Of a size that is no known number nothing can be frozen.
@@ -218,7 +213,7 @@ def check_frozen(node: ir.Node, s: Plan) -> None:
         todo += [out for reader in consumers(value) if reader.op_type not in ("Reshape", "Expand", "ConstantOfShape") for out in reader.outputs]
 
 
-def _chosen(s: Plan, source: tuple[Slot, int], result: tuple[Slot, int], chosen: Array, size: int) -> None:
+def _chosen(s: Removals, source: tuple[Slot, int], result: tuple[Slot, int], chosen: Array, size: int) -> None:
     """`result` holds the entries `chosen` of `source`."""
     whole = np.zeros(size, bool)
     for mask, where in ((s.mask(*source), np.arange(size)), (s.mask(*result), chosen)):
@@ -228,7 +223,7 @@ def _chosen(s: Plan, source: tuple[Slot, int], result: tuple[Slot, int], chosen:
     s.mark(*result, whole[chosen])
 
 
-def gather(node: ir.Node, s: Plan, final: bool) -> None:
+def gather(node: ir.Node, s: Removals, final: bool) -> None:
     x, ids, y = Slot(node, 0), Slot(node, 1), Slot(node, 0, True)
     axis = int(attr(node, "axis", 0)) % rank(x)
     extra = rank(ids)

@@ -9,14 +9,12 @@ import onnx_ir as ir
 
 from graphopt.core.contract import Array
 from graphopt.graph.questions import static_dim
-from graphopt.rewrite.slicing.plan import Plan, Refusal, Slot
+from graphopt.rewrite.slicing.plan import Refusal, Removals, Slot
 
 
 def slots(node: ir.Node) -> list[Slot]:
-    return [
-        *(Slot(node, k) for k, v in enumerate(node.inputs) if v is not None),
-        *(Slot(node, k, True) for k, v in enumerate(node.outputs) if v.name),
-    ]
+    every = (Slot(node, k, output) for output, values in ((False, node.inputs), (True, node.outputs)) for k in range(len(values)))
+    return [slot for slot in every if slot.there]
 
 
 def rank(slot: Slot) -> int:
@@ -26,7 +24,7 @@ def rank(slot: Slot) -> int:
     return len(value.shape)
 
 
-def same(s: Plan, places: Sequence[tuple[Slot, int]]) -> None:
+def same(s: Removals, places: Sequence[tuple[Slot, int]]) -> None:
     """These axes are one: what goes along one goes along all. Axes of size 1 broadcast, and stay."""
     wide = [(slot, axis) for slot, axis in places if static_dim(slot.value, axis) != 1]
     for slot, axis in wide:
@@ -36,7 +34,7 @@ def same(s: Plan, places: Sequence[tuple[Slot, int]]) -> None:
                 s.mark(other, other_axis, mask)
 
 
-def forbid(node: ir.Node, s: Plan, slot: Slot, axes: Sequence[int], why: str) -> None:
+def forbid(node: ir.Node, s: Removals, slot: Slot, axes: Sequence[int], why: str) -> None:
     for axis in axes:
         if s.mask(slot, axis) is not None:
             raise Refusal(f"{node.op_type} `{node.name}` {why}")
@@ -47,7 +45,7 @@ def integers(known: Sequence[object] | None) -> list[int] | None:
     return [n for n in known if isinstance(n, int)] if known is not None and all(isinstance(n, int) for n in known) else None
 
 
-def aligned(s: Plan, parts: Sequence[Slot]) -> None:
+def aligned(s: Removals, parts: Sequence[Slot]) -> None:
     """Axes aligned from the last one, as broadcasting does."""
     ranks = {slot: rank(slot) for slot in parts}
     for back in range(1, max(ranks.values(), default=0) + 1):

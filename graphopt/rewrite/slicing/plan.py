@@ -18,10 +18,10 @@ from graphopt.core.contract import Array
 from graphopt.core.errors import GraphoptError
 from graphopt.graph.questions import consumers, is_constant, static_dim
 
-Masks = dict[int, Array]  # axis -> mask
+AxisMasks = dict[int, Array]  # axis -> mask
 
 
-class Kind(enum.Enum):
+class Remedy(enum.Enum):
     """What a caller can do about a refusal."""
 
     FINAL = "nothing"
@@ -32,9 +32,9 @@ class Kind(enum.Enum):
 class Refusal(GraphoptError):
     """Why a removal is not possible: an operator without a rule, heads that would become ragged, an output that belongs to the user."""
 
-    def __init__(self, text: str, kind: Kind = Kind.FINAL) -> None:
+    def __init__(self, text: str, remedy: Remedy = Remedy.FINAL) -> None:
         super().__init__(text)
-        self.kind = kind
+        self.remedy = remedy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +47,16 @@ class Slot:
 
     @property
     def value(self) -> ir.Value | None:
-        if self.output:
-            return self.node.outputs[self.index] if self.index < len(self.node.outputs) else None
-        return self.node.inputs[self.index] if self.index < len(self.node.inputs) else None
+        values = self.node.outputs if self.output else self.node.inputs
+        return values[self.index] if self.index < len(values) else None
+
+    @property
+    def there(self) -> bool:
+        """An optional operand or result is there."""
+        return self.value is not None and bool(self.value.name)
 
 
-class Plan:
+class Removals:
     """The removals that are planned for one unchanged graph, and how rules read and mark them.
 
     Attributes:
@@ -64,12 +68,12 @@ class Plan:
     def __init__(self, model: ir.Model, *, resize: Collection[str] = ()) -> None:
         """`resize`: names of graph inputs and outputs that may change their size."""
         self.model = model
-        self.removed: dict[ir.Value, Masks] = {}
-        self.private: dict[Slot, Masks] = {}
+        self.removed: dict[ir.Value, AxisMasks] = {}
+        self.private: dict[Slot, AxisMasks] = {}
         self.notes: dict[tuple[str, str], None] = {}
         self.resize = frozenset(resize)
         self._inside: Collection[ir.Value] | None = None
-        self._asked: dict[ir.Value, dict[Slot, Masks]] = {}
+        self._asked: dict[ir.Value, dict[Slot, AxisMasks]] = {}
         self._entered: set[ir.Value] = set()  # operands from outside that change for all their readers,
         self._fresh: set[ir.Value] = set()  # those of them that the removal at hand was the first to change,
         self._apart: set[ir.Value] = set()  # and those that cannot, and are sliced for each reader
@@ -160,7 +164,7 @@ class Plan:
         if not (value.is_graph_output() or value.is_graph_input()) or value.name in self.resize:
             return
         what = "an output" if value.is_graph_output() else "an input"
-        raise Refusal(f"`{value.name}` is {what} of the model, and would change its size", Kind.PORT)
+        raise Refusal(f"`{value.name}` is {what} of the model, and would change its size", Remedy.PORT)
 
     def _keep_private(self, slot: Slot, axis: int, mask: Array) -> None:
         masks = self.private.setdefault(slot, {})
@@ -215,7 +219,7 @@ def _joined(a: Array, b: Array, value: ir.Value) -> Array:
     return either
 
 
-def equal(a: Masks, b: Masks) -> bool:
+def equal(a: AxisMasks, b: AxisMasks) -> bool:
     return set(a) == set(b) and all(np.array_equal(a[k], b[k]) for k in a)
 
 

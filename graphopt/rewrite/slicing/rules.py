@@ -15,12 +15,10 @@ from graphopt.graph.questions import attr, static_dim
 from graphopt.graph.shapes import contents
 from graphopt.rewrite.slicing import heads, moves
 from graphopt.rewrite.slicing.places import aligned, forbid, integers, rank, same, slots
-from graphopt.rewrite.slicing.plan import Plan, Refusal, Slot, is_ragged
-
-Rule = Callable[[ir.Node, Plan, bool], None]
+from graphopt.rewrite.slicing.plan import Refusal, Removals, Slot, is_ragged
 
 
-def link(node: ir.Node, s: Plan, final: bool = False) -> None:
+def link(node: ir.Node, s: Removals, final: bool = False) -> None:
     """Apply the rule of `node`.
 
     Raises:
@@ -32,11 +30,11 @@ def link(node: ir.Node, s: Plan, final: bool = False) -> None:
     rule(node, s, final)
 
 
-def _elementwise(node: ir.Node, s: Plan, final: bool) -> None:
+def _elementwise(node: ir.Node, s: Removals, final: bool) -> None:
     aligned(s, slots(node))
 
 
-def _cumulative(node: ir.Node, s: Plan, final: bool) -> None:
+def _cumulative(node: ir.Node, s: Removals, final: bool) -> None:
     x, y = Slot(node, 0), Slot(node, 0, True)
     axis = integers(contents(node.inputs[1]))
     for slot in (x, y):
@@ -44,7 +42,7 @@ def _cumulative(node: ir.Node, s: Plan, final: bool) -> None:
     aligned(s, [x, y])
 
 
-def _normalization(node: ir.Node, s: Plan, final: bool) -> None:
+def _normalization(node: ir.Node, s: Removals, final: bool) -> None:
     x, y = Slot(node, 0), Slot(node, 0, True)
     axis = int(attr(node, "axis", -1)) % rank(x)
     aligned(s, [x, y, *(Slot(node, k) for k in (1, 2) if Slot(node, k).value is not None)])
@@ -55,14 +53,14 @@ def _normalization(node: ir.Node, s: Plan, final: bool) -> None:
         s.note(node, "normalizes over the features that are left")
 
 
-def _lp(node: ir.Node, s: Plan, final: bool) -> None:
+def _lp(node: ir.Node, s: Removals, final: bool) -> None:
     axis = int(attr(node, "axis", -1)) % rank(Slot(node, 0))
     _elementwise(node, s, final)
     if s.mask(Slot(node, 0), axis) is not None:
         s.note(node, "normalizes over the features that are left")
 
 
-def _reduction(node: ir.Node, s: Plan, final: bool) -> None:
+def _reduction(node: ir.Node, s: Removals, final: bool) -> None:
     x, y = Slot(node, 0), Slot(node, 0, True)
     computed = Slot(node, 1).value
     given = integers(contents(computed)) if computed is not None else attr(node, "axes")
@@ -80,7 +78,7 @@ def _reduction(node: ir.Node, s: Plan, final: bool) -> None:
         s.note(node, "reduces over the features that are left")
 
 
-def _matmul(node: ir.Node, s: Plan, final: bool) -> None:
+def _matmul(node: ir.Node, s: Removals, final: bool) -> None:
     a, b, y = Slot(node, 0), Slot(node, 1), Slot(node, 0, True)
     ra, rb = rank(a), rank(b)
     if min(ra, rb) < 2:
@@ -93,7 +91,7 @@ def _matmul(node: ir.Node, s: Plan, final: bool) -> None:
         same(s, [(slot, rank(slot) - back) for slot in (a, b, y) if rank(slot) >= back])
 
 
-def _gemm(node: ir.Node, s: Plan, final: bool) -> None:
+def _gemm(node: ir.Node, s: Removals, final: bool) -> None:
     a, b, c, y = Slot(node, 0), Slot(node, 1), Slot(node, 2), Slot(node, 0, True)
     ta, tb = bool(attr(node, "transA", 0)), bool(attr(node, "transB", 0))
     same(s, [(a, 0 if ta else 1), (b, 1 if tb else 0)])
@@ -104,7 +102,7 @@ def _gemm(node: ir.Node, s: Plan, final: bool) -> None:
         aligned(s, [c, y])
 
 
-def _einsum(node: ir.Node, s: Plan, final: bool) -> None:
+def _einsum(node: ir.Node, s: Removals, final: bool) -> None:
     equation = str(attr(node, "equation", "")).replace(" ", "")
     left, _, right = equation.partition("->")
     terms = [*left.split(","), right]
@@ -118,25 +116,25 @@ def _einsum(node: ir.Node, s: Plan, final: bool) -> None:
             s.contract(node, places)
 
 
-def _expand(node: ir.Node, s: Plan, final: bool) -> None:
+def _expand(node: ir.Node, s: Removals, final: bool) -> None:
     if final:
         moves.check_target(node, s, 1)
     aligned(s, [Slot(node, 0), Slot(node, 0, True)])
 
 
-def _made(node: ir.Node, s: Plan, final: bool) -> None:
+def _made(node: ir.Node, s: Removals, final: bool) -> None:
     """ConstantOfShape: equal entries, as many as are left."""
     if final:
         moves.check_target(node, s, 0)
 
 
-def _nothing(node: ir.Node, s: Plan, final: bool) -> None:
+def _nothing(node: ir.Node, s: Removals, final: bool) -> None:
     """Shape: reads sizes only; what it tells about removed entries is frozen when the removal is carried out."""
     if final:
         moves.check_frozen(node, s)
 
 
-def _quantization(node: ir.Node, s: Plan, final: bool) -> None:
+def _quantization(node: ir.Node, s: Removals, final: bool) -> None:
     x, y = Slot(node, 0), Slot(node, 0, True)
     size = rank(x)
     for k in range(size):
@@ -149,7 +147,7 @@ def _quantization(node: ir.Node, s: Plan, final: bool) -> None:
             same(s, [(x, axis % size), (slot, 0)])
 
 
-def _blocks(node: ir.Node, s: Plan, x: Slot, scale: Slot, axis: int, block: int, final: bool) -> None:
+def _blocks(node: ir.Node, s: Removals, x: Slot, scale: Slot, axis: int, block: int, final: bool) -> None:
     for k in range(rank(x)):
         if k != axis:
             same(s, [(x, k), (scale, k)])
@@ -166,11 +164,11 @@ def _blocks(node: ir.Node, s: Plan, x: Slot, scale: Slot, axis: int, block: int,
         s.mark(scale, k, np.all(mask.reshape(count, block), axis=1))
 
 
-def _dynamic_quantization(node: ir.Node, s: Plan, final: bool) -> None:
+def _dynamic_quantization(node: ir.Node, s: Removals, final: bool) -> None:
     aligned(s, [Slot(node, 0), Slot(node, 0, True)])
 
 
-def _conv(node: ir.Node, s: Plan, final: bool) -> None:
+def _conv(node: ir.Node, s: Removals, final: bool) -> None:
     x, w, b, y = Slot(node, 0), Slot(node, 1), Slot(node, 2), Slot(node, 0, True)
     groups, channels = int(attr(node, "group", 1)), static_dim(x.value, 1)
     same(s, [(x, 0), (y, 0)])
@@ -186,7 +184,7 @@ def _conv(node: ir.Node, s: Plan, final: bool) -> None:
     same(s, [(y, 1), (w, 0), *([(b, 0)] if b.value is not None else [])])
 
 
-def _softmaxed(node: ir.Node, s: Plan, final: bool) -> None:
+def _softmaxed(node: ir.Node, s: Removals, final: bool) -> None:
     axis = int(attr(node, "axis", -1)) % rank(Slot(node, 0))
     for slot in slots(node):
         forbid(node, s, slot, [axis], "shares its sum among the entries that are to go")
@@ -199,7 +197,7 @@ _ELEMENTWISE = (
     "Min Mish Mod Mul Neg Not Or PRelu Pow Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Swish Tan Tanh "
     "ThresholdedRelu Where Xor"
 )
-RULES: dict[str, Rule] = {
+RULES: dict[str, Callable[[ir.Node, Removals, bool], None]] = {
     **dict.fromkeys(_ELEMENTWISE.split(), _elementwise),
     **dict.fromkeys(("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceSumSquare", "ReduceL1"), _reduction),
     **dict.fromkeys(("Reshape", "Squeeze", "Unsqueeze", "Flatten"), moves.regrouped),
