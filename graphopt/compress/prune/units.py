@@ -62,7 +62,8 @@ def prune(model: ir.Model, ctx: Context, kinds: Collection[str], s: Settings) ->
     rankings = _rankings(ctx, candidates, s)
     for c in candidates:
         if c not in rankings:
-            ctx.remarks.missed(c.name, f"not pruned: importance={s.importance} says nothing about its {c.kind}")
+            hidden = "" if c.shown(model) else ", which stand inside a subgraph, where samples do not show them"
+            ctx.remarks.missed(c.name, f"not pruned: importance={s.importance} says nothing about its {c.kind}{hidden}")
     if not rankings:
         ctx.remarks.missed("", f"found no {' or '.join(kinds)} that can be removed")
         return 0
