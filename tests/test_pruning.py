@@ -309,7 +309,9 @@ def test_a_block_inside_a_subgraph_does_not_stop_the_others(importance: str, oth
     if importance == "magnitude":  # which needs no samples
         assert (len(told), len(removed)) == (0, 1 + others)
         return
-    assert told == [f"not pruned: importance={importance} says nothing about its heads, which stand inside a subgraph, where samples do not show them"]
+    assert told == [
+        f"not pruned: importance={importance} says nothing about its heads, which stand inside a subgraph, where samples do not show them"
+    ]
     assert len(removed) == others
 
 
