@@ -76,7 +76,7 @@ class Activation:
         self.seen += len(rows)
         share = max(1, round(self.limit * len(rows) / self.seen))
         stay = min(len(self.rows), self.limit - min(share, len(rows)))
-        self.rows = np.concatenate([_spread(self.rows, stay), _spread(rows, share).astype(np.float32)])
+        self.rows = np.concatenate([evenly(self.rows, stay), evenly(rows, share).astype(np.float32)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ class LinearInputs(Observed[Mapping[ir.Value, Activation]]):
         return reducers, lambda: {value: seen for value, seen in found.items() if seen.seen}
 
 
-def _spread(rows: Array, count: int) -> Array:
+def evenly(rows: Array, count: int) -> Array:
     """`count` of the rows at most, evenly."""
     if len(rows) <= count:
         return rows

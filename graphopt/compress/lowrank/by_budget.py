@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -19,56 +18,51 @@ from graphopt.graph.size import flops, node_flops
 from graphopt.run.race import sizes_for
 
 
-class Options(Protocol):
-    """The options of factorize that count here."""
-
-    @property
-    def budget(self) -> float | None: ...
-    @property
-    def method(self) -> str: ...
-    @property
-    def multiple(self) -> int: ...
-    @property
-    def sensitivity(self) -> bool: ...
-
-
 def by_budget(
-    model: ir.Model, ctx: Context, options: Options, single: Sequence[Item], combined: Sequence[Item], moments: Mapping[ir.Value, Array]
-) -> tuple[list[Plan], list[Whole]]:
+    model: ir.Model,
+    ctx: Context,
+    single: Sequence[Item],
+    combined: Sequence[Item],
+    moments: Mapping[ir.Value, Array],
+    budget: float,
+    method: str,
+    multiple: int,
+    sensitivity: bool,
+) -> tuple[list[Plan], Whole]:
     """The plans that save `budget` of the operations of the whole model, and what stays whole.
 
     Args:
         single: every item by itself.
         combined: the same, some of them joint: each of those is cut jointly or one by one, whichever loses less.
+        budget, method, multiple, sensitivity: see Factorize.
     """
-    assert options.budget is not None
     sizes = bindings(model, ctx)
     total = max(flops(model, sizes).total, 1)
     cost = {x.node: node_flops(x.node, sizes) or 0 for item in single for x in item.linears}
     unknown = [x for item in single for x in item.linears if not cost[x.node]]
     own = {item.linears[0].node: item for item in single}
-    plans: dict[Item, Plan] = {item: plan(item, moments, options.method) for item in single}
+    plans: dict[Item, Plan] = {item: plan(item, moments, method) for item in single}
     counts = dict.fromkeys(single, 1.0)
-    if options.sensitivity and ctx.samples is not None:
+    if sensitivity and ctx.samples is not None:
         counts = sensitivities(ctx, list(plans.values()))
     for item in combined:
         if item.joint:
             parts = [counts[own[x.node]] for x in item.linears]
-            plans[item], counts[item] = plan(item, moments, options.method, parts), sum(parts)
-    menus = {item: _menu(item, p, sum(cost[x.node] for x in item.linears), counts[item], options.multiple) for item, p in plans.items()}
+            plans[item], counts[item] = plan(item, moments, method, parts), sum(parts)
+    menus = {item: _menu(item, p, sum(cost[x.node] for x in item.linears), counts[item], multiple) for item, p in plans.items()}
     whole = sum(float(menus[item].cost[0]) for item in single)
     groups = [either([menus[item], together([menus[own[x.node]] for x in item.linears])]) if item.joint else menus[item] for item in combined]
-    choice = solve(groups, cost=whole - options.budget * total)
+    choice = solve(groups, cost=whole - budget * total)
     if choice is None:
         least = sum(float(menus[item].cost[-1]) for item in single)
         reason = (
-            f"budget={options.budget:g} is out of reach: the weights that can be cut take {whole / total:.0%} of the operations, and "
-            f"{least / total:.0%} at rank {options.multiple}"
+            f"budget={budget:g} is out of reach: the weights that can be cut take {whole / total:.0%} of the operations, and "
+            f"{least / total:.0%} at rank {multiple}"
         )
-        return [], [Whole(x.node, reason) for item in single for x in item.linears]
+        return [], {x.node: reason for item in single for x in item.linears}
     chosen = [cut for group in choice.settings for cut in group]
-    kept = [Whole(x.node, "the budget is met with less error elsewhere") for item, rank in chosen if not rank for x in item.linears]
-    kept += [Whole(x.node, "how many operations it takes at the sizes of the samples is not known") for x in unknown]
+    kept = {x.node: "the budget is met with less error elsewhere" for item, rank in chosen if not rank for x in item.linears}
+    kept |= {x.node: "how many operations it takes at the sizes of the samples is not known" for x in unknown}
     return [dataclasses.replace(plans[item], rank=rank) for item, rank in chosen if rank], kept
 
 

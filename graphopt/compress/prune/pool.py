@@ -48,10 +48,7 @@ def pool(model: ir.Model, ctx: Context, kv_heads: int, *, rows: int, refits: boo
         told = {"layer": unit.index, "groups": listed, "before": unit.kv_heads, "after": kv_heads}
         ctx.remarks.applied(unit.node.name or "", f"layer {unit.index}: key and value heads {text} pooled", **told)
     editor.flush()
-    ported = sorted({str(v.name) for v in plan.removed if v.is_graph_input() or v.is_graph_output()})
-    carry_out(plan, ctx)
-    if ported:
-        ctx.remarks.warning("", f"{', '.join(f'`{n}`' for n in ported)} changed in size with the heads; feed back what the model gives")
+    carry_out(plan, ctx, caches=True)
     if refits:
         fit_behind(model, teacher, [str(p.unit.output.node.name) for p in todo if p.unit.output is not None], ctx, rows)
     return len(todo)

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Linear, Linears
+from graphopt.calibration.activations import evenly
 from graphopt.calibration.moments import input_moments
 from graphopt.compress.quantize.folding import fold
 from graphopt.compress.quantize.smoothing import Group, groups
@@ -74,7 +75,7 @@ def scale_inputs(model: ir.Model, ctx: Context, fits: Callable[[Linear], bool], 
 
 
 def _search(group: Group, moments: Array, rounded: Rounded) -> Scaling:
-    weights = [_some(np.ascontiguousarray(w.matrix().T, dtype=np.float32)) for w in group.readers]
+    weights = [evenly(np.ascontiguousarray(w.matrix().T, dtype=np.float32), _ROWS) for w in group.readers]
     plain, outputs = np.ones(len(moments), np.float32), sum(map(functools.partial(_energy, moments), weights))
     before = _error(weights, moments, plain, rounded, outputs)
     best = Scaling(plain, 0.0, before, before)
@@ -116,11 +117,3 @@ def _error(weights: Sequence[Array], moments: Array, scale: Array, rounded: Roun
 def _energy(moments: Array, rows: Array) -> float:
     """The mean of ||rows @ x||^2."""
     return max(float(np.einsum("rk,rk->", rows @ moments, rows, dtype=np.float64)), 0.0)
-
-
-def _some(rows: Array) -> Array:
-    """`_ROWS` of the rows at most, evenly."""
-    if len(rows) <= _ROWS:
-        return rows
-    picked: Array = rows[np.linspace(0, len(rows) - 1, _ROWS).astype(int)]
-    return picked
