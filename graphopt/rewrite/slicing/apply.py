@@ -139,15 +139,18 @@ class Applier:
             if value in seen:
                 continue
             seen.add(value)
-            known = known_integers(value)
+            known, sizes = known_integers(value), contents(value) or ()
             if known is not None and not value.is_graph_output():
                 value.replace_all_uses_with(self.op.const(known, f"{value.name}_before"))
-            elif value.dtype is not None and value.dtype.is_integer():
-                todo += [out for node in consumers(value) for out in node.outputs if node.op_type not in _TARGETS]
-                for node in consumers(value) if known is None and contents(value) else ():
-                    index = _TARGETS.get(node.op_type)
-                    if index is not None and node.inputs[index] is value and not self.s.removed.get(node.outputs[0]):
-                        self._replace_target(node, index, value, contents(value) or ())  # of another block, whose sizes were the same
+                continue
+            if value.dtype is None or not value.dtype.is_integer() or not any(isinstance(n, int) for n in sizes):
+                continue  # free of numbers: nothing of it changes
+            for node in consumers(value):
+                index = _TARGETS.get(node.op_type)
+                if index is None:
+                    todo += node.outputs
+                elif node.inputs[index] is value and not self.s.removed.get(node.outputs[0]):
+                    self._replace_target(node, index, value, sizes)  # of another block, whose sizes were the same
 
     def target(self, node: ir.Node, index: int) -> None:
         """Operand `index` holds the sizes of the result: write those after the removal."""
