@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -81,19 +81,9 @@ class PruneHeadDim(Pass):
             except Refusal as refusal:
                 ctx.remarks.missed(unit.node.name or "", f"{part.what} not narrowed: {refusal}")
                 continue
-            if part.turned:
-                part.turn(averages, editor)
-            stays, how = part.operand.dim - len(gone), "turned" if part.turned else "selected"
-            told: dict[str, Any] = {
-                "layer": unit.index,
-                "part": part.what,
-                "before": part.operand.dim,
-                "after": stays,
-                "lost": round(lost, 6),
-                "how": how,
-            }
-            told |= {} if part.turned else {"removed": gone.tolist()}
-            ctx.remarks.applied(unit.node.name or "", f"layer {unit.index}: {part.what} {part.operand.dim} -> {stays} features a head, {how}", **told)
+            if part.turning is not None:
+                part.turning(averages, editor)
+            self._tell(ctx, unit, part, gone, lost)
             changes += 1
             if unit.output is not None:
                 outputs[str(unit.output.node.name)] = None
@@ -104,6 +94,14 @@ class PruneHeadDim(Pass):
         if self.refit:
             fit_behind(model, teacher, list(outputs), ctx, self.rows)
         return changes
+
+    @staticmethod
+    def _tell(ctx: Context, unit: Heads, part: Part, gone: Array, lost: float) -> None:
+        before, how = part.operand.dim, "selected" if part.turning is None else "turned"
+        after = before - len(gone)
+        told = {"layer": unit.index, "part": part.what, "before": before, "after": after, "lost": round(lost, 6), "how": how}
+        told |= {"removed": gone.tolist()} if part.turning is None else {}
+        ctx.remarks.applied(unit.node.name or "", f"layer {unit.index}: {part.what} {before} -> {after} features a head, {how}", **told)
 
     def _stays(self, dim: int) -> int:
         if self.dim is not None:

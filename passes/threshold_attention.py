@@ -144,22 +144,19 @@ class _Found(Match):
         return self.told
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Cut(RewritePass[_Found]):
     """Cuts, with the given forms of heads; `probe` also compares the cut weights with all forms, and leaves the values that tell in `probes`."""
 
     exact: ClassVar[bool] = False
     anchors: ClassVar[frozenset[str]] = frozenset({"Softmax", "Attention"})
 
-    def __init__(
-        self,
-        limits: Mapping[ir.Node, Array | None],
-        relative: bool,
-        told: Mapping[ir.Node, Mapping[str, Any]],
-        forms: Mapping[ir.Node, Sequence[str | None]],
-        probe: bool = False,
-    ) -> None:
-        self.limits, self.relative, self.told, self.forms, self.probe = dict(limits), relative, told, forms, probe
-        self.probes: dict[ir.Node, ir.Value] = {}
+    limits: Mapping[ir.Node, Array | None]
+    relative: bool
+    told: Mapping[ir.Node, Mapping[str, Any]]
+    forms: Mapping[ir.Node, Sequence[str | None]]
+    probe: bool = False
+    probes: dict[ir.Node, ir.Value] = dataclasses.field(default_factory=dict, init=False)
 
     def match(self, node: ir.Node, ctx: Context) -> _Found | Miss | None:
         place, limit = place_of(node, ctx), self.limits.get(node)
@@ -169,7 +166,7 @@ class _Cut(RewritePass[_Found]):
             return Miss(node, f"not cut: {place}")
         if limit is None:
             return Miss(node, "not cut: samples do not show its weights; give threshold instead of sparsity")
-        return _Found(place.nodes, (place.nodes[0].outputs[0],), place, limit, self.told.get(node, {"threshold": float(limit.max())}))
+        return _Found((place.node,), (place.node.outputs[0],), place, limit, self.told.get(node, {"threshold": float(limit.max())}))
 
     def build(self, op: Builder, m: _Found) -> Sequence[ir.Value]:
         forms = self.forms.get(m.place.anchor, ())

@@ -10,10 +10,8 @@ import numpy as np
 from graphopt.analysis.heads import Heads
 from graphopt.analysis.projections import HeadOperand, Operands
 from graphopt.calibration.averages import Averages, centered, leading, moments, root, squares
-from graphopt.compress.weights import Editor, unfit
+from graphopt.compress.weights import Editor, known, unfit
 from graphopt.core.contract import Array
-
-Handle = Callable[[Averages], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +30,8 @@ class Part:
     operand: HeadOperand
     stays: int
     groups: Sequence[Array]
-    worth: Handle | None
+    worth: Callable[[Averages], Array] | None
     turning: Callable[[Averages, Editor | None], float] | None
-
-    @property
-    def turned(self) -> bool:
-        return self.turning is not None
-
-    def turn(self, averages: Averages, editor: Editor) -> None:
-        assert self.turning is not None
-        self.turning(averages, editor)
 
     def choose(self, averages: Averages) -> tuple[Array, float]:
         """The features that go, and the fraction of the sum of squares on the samples that goes with them."""
@@ -63,16 +53,10 @@ def keys_of(operands: Operands, stays: int, groups: Sequence[Array], turns: bool
     if not free:
         handles = [averages.ask(o.value, "squares", squares, o.by_head) for o in (q, k)]
         return Part("query and key", q, stays, groups, lambda a: _scores(a[handles[0]], a[handles[1]]), None)
-    assert q.linear is not None
-    assert k.linear is not None
-    query, key = (
-        averages.ask(o.linear.output, f"moments {o.columns[0, 0]}", moments(o.columns, means=o is k)) for o in (q, k) if o.linear is not None
-    )
+    query, key = (averages.ask(known(o.linear).output, f"moments {o.columns[0, 0]}", moments(o.columns, means=o is k)) for o in (q, k))
 
     def turning(a: Averages, editor: Editor | None) -> float:
         """q^T k = (K^1/2 q)^T (K^-1/2 k), K the covariance of k: the leading directions of K^1/2 E[q q^T] K^1/2 hold most of E(q^T k)^2."""
-        assert q.linear is not None
-        assert k.linear is not None
         lost = []
         for head, own in enumerate(np.split(np.arange(len(q.columns)), len(k.columns))):
             half, inverse = root(centered(a[key][head]))
@@ -81,8 +65,8 @@ def keys_of(operands: Operands, stays: int, groups: Sequence[Array], turns: bool
             if editor is None:
                 continue
             for h in own:
-                editor.columns(q.linear, q.columns[h], half @ basis, q.columns[h, :stays])
-            editor.columns(k.linear, k.columns[head], inverse @ basis, k.columns[head, :stays])
+                editor.columns(known(q.linear), q.columns[h], half @ basis, q.columns[h, :stays])
+            editor.columns(known(k.linear), k.columns[head], inverse @ basis, k.columns[head, :stays])
         return float(np.mean(lost))
 
     return Part("query and key", q, stays, groups, None, turning)
@@ -111,8 +95,6 @@ def values_of(unit: Heads, v: HeadOperand, stays: int, turns: bool, averages: Av
 
     def turning(a: Averages, editor: Editor | None) -> float:
         """C^1/2 W = U S V^T with C = E[c c^T]: U holds what the head adds; each head that shares the value is fitted to it."""
-        assert v.linear is not None
-        assert out is not None
         lost = []
         for head, own in enumerate(np.split(np.arange(unit.heads), len(v.columns))):
             half, inverse = root(a[moment][own].sum(0))
@@ -121,7 +103,7 @@ def values_of(unit: Heads, v: HeadOperand, stays: int, turns: bool, averages: Av
             if editor is None:
                 continue
             turn = inverse @ basis
-            editor.columns(v.linear, v.columns[head], turn, v.columns[head, :stays])
+            editor.columns(known(v.linear), v.columns[head], turn, v.columns[head, :stays])
             for h in own:
                 inner = turn.T @ a[moment][h]
                 editor.rows(out, places[h, :stays], np.linalg.lstsq(inner @ turn, inner @ weight[h], rcond=None)[0])

@@ -140,8 +140,9 @@ class Applier:
                 continue
             seen.add(value)
             known, sizes = known_integers(value), contents(value) or ()
-            if known is not None and not value.is_graph_output():
-                value.replace_all_uses_with(self.op.const(known, f"{value.name}_before"))
+            if known is not None:
+                if not value.is_graph_output():
+                    value.replace_all_uses_with(self.op.const(known, f"{value.name}_before"))
                 continue
             if value.dtype is None or not value.dtype.is_integer() or not any(isinstance(n, int) for n in sizes):
                 continue  # free of numbers: nothing of it changes
