@@ -11,7 +11,7 @@ import onnx_ir as ir
 from graphopt.analysis.linear import Embedding, Embeddings, Linear
 from graphopt.calibration.moments import input_moments
 from graphopt.compress.lowrank.by_budget import by_budget
-from graphopt.compress.lowrank.cut import Plan, plan
+from graphopt.compress.lowrank.cut import RankPlan, plan
 from graphopt.compress.lowrank.factorable import Item, Whole, items, joined, table_reason
 from graphopt.compress.lowrank.factors import PutFactors, TableCut
 from graphopt.compress.lowrank.faster import Stopwatch
@@ -122,7 +122,7 @@ class Factorize(Pass):
         values = dict.fromkeys(x.x for item in found for x in item.linears if _hidden(model, x) is None)
         return dict(input_moments(ctx, list(values))) if values else {}
 
-    def _plans(self, model: ir.Model, ctx: Context, single: Sequence[Item], moments: Mapping[ir.Value, Array]) -> tuple[list[Plan], Whole]:
+    def _plans(self, model: ir.Model, ctx: Context, single: Sequence[Item], moments: Mapping[ir.Value, Array]) -> tuple[list[RankPlan], Whole]:
         """What is cut, and how far."""
         together = joined(single) if self.joint else list(single)
         if self.budget is not None:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.compress.budget import Menu, either, solve, together
-from graphopt.compress.lowrank.cut import Plan, plan
+from graphopt.compress.lowrank.cut import RankPlan, plan
 from graphopt.compress.lowrank.factorable import Item, Whole
 from graphopt.compress.lowrank.sensitivity import sensitivities
 from graphopt.core.contract import Array, Context
@@ -28,7 +28,7 @@ def by_budget(
     method: str,
     multiple: int,
     sensitivity: bool,
-) -> tuple[list[Plan], Whole]:
+) -> tuple[list[RankPlan], Whole]:
     """The plans that save `budget` of the operations of the whole model, and what stays whole.
 
     Args:
@@ -41,7 +41,7 @@ def by_budget(
     cost = {x.node: node_flops(x.node, sizes) or 0 for item in single for x in item.linears}
     unknown = [x for item in single for x in item.linears if not cost[x.node]]
     own = {item.linears[0].node: item for item in single}
-    plans: dict[Item, Plan] = {item: plan(item, moments, method) for item in single}
+    plans: dict[Item, RankPlan] = {item: plan(item, moments, method) for item in single}
     counts = dict.fromkeys(single, 1.0)
     if sensitivity and ctx.samples is not None:
         counts = sensitivities(ctx, list(plans.values()))
@@ -82,7 +82,7 @@ def bindings(model: ir.Model, ctx: Context) -> Bindings:
     return found
 
 
-def _menu(item: Item, p: Plan, cost: int, count: float, multiple: int) -> Menu[tuple[tuple[Item, int], ...]]:
+def _menu(item: Item, p: RankPlan, cost: int, count: float, multiple: int) -> Menu[tuple[tuple[Item, int], ...]]:
     """The item with its rank: whole (0), then from the largest that saves something down to `multiple`; only whole where its cost is not known."""
     highest = item.largest // multiple * multiple
     ranks = range(highest, 0, -multiple) if cost else range(0)

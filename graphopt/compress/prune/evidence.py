@@ -34,13 +34,13 @@ def mask_gradients(candidates: Sequence[Candidate], asked: Question, of: Callabl
     Args:
         of: elementwise, such as `torch.abs`; is given float64 [sequences, groups].
     """
-    return _walked(candidates, asked, lambda group: _Masks(group, asked, of))
+    return _walked(candidates, asked, lambda group: _MaskGradients(group, asked, of))
 
 
 def second_moments(candidates: Sequence[Candidate], asked: Question) -> Iterator[tuple[Candidate, Array, Array]]:
     """For each candidate, of its output projection: E[x x^T] of the inputs, float64 [in, in], over its own rows; and the sum of g g^T of the
     gradients of the loss with respect to its result, float64 [out, out], in one unit for all candidates. Padding does not count."""
-    for c, (inputs, gradients) in _walked(candidates, asked, lambda group: _Moments(group, asked)):
+    for c, (inputs, gradients) in _walked(candidates, asked, lambda group: _SecondMoments(group, asked)):
         yield c, inputs, gradients
 
 
@@ -122,7 +122,7 @@ class _Collector(ABC, Generic[F]):
         self.rows += len(kept.rows(results[0], probes[results[0]]))
 
 
-class _Masks(_Collector[Array]):
+class _MaskGradients(_Collector[Array]):
     def __init__(self, candidates: Sequence[Candidate], asked: Question, of: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__(candidates, asked)
         self.of = of
@@ -140,7 +140,7 @@ class _Masks(_Collector[Array]):
         return np.asarray(np.sum([self.masks[k] for k in ks], axis=0) / self.rows)
 
 
-class _Moments(_Collector[tuple[Array, Array]]):
+class _SecondMoments(_Collector[tuple[Array, Array]]):
     def __init__(self, candidates: Sequence[Candidate], asked: Question) -> None:
         super().__init__(candidates, asked)
         self.inputs: list[Any] = [0.0] * len(self.linears)

@@ -15,7 +15,7 @@ from graphopt.core.contract import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class HeadPart:
     """Query and key, or value and output projection, of one attention.
 
     Attributes:
@@ -46,13 +46,13 @@ class Part:
         return chosen, float(worth[chosen].sum() / max(float(worth.sum()), 1e-300))
 
 
-def keys_of(operands: Operands, stays: int, groups: Sequence[Array], turns: bool, averages: Averages) -> Part:
+def keys_of(operands: Operands, stays: int, groups: Sequence[Array], turns: bool, averages: Averages) -> HeadPart:
     """Query and key: the scores q^T k."""
     q, k, _ = operands
     free = turns and all(len(g) == 1 for g in groups) and all(o.rotary is None and unfit(o.linear) is None for o in (q, k))
     if not free:
         handles = [averages.ask(o.value, "squares", squares, o.by_head) for o in (q, k)]
-        return Part("query and key", q, stays, groups, lambda a: _scores(a[handles[0]], a[handles[1]]), None)
+        return HeadPart("query and key", q, stays, groups, lambda a: _scores(a[handles[0]], a[handles[1]]), None)
     query, key = (averages.ask(known(o.linear).output, f"moments {o.columns[0, 0]}", moments(o.columns, means=o is k)) for o in (q, k))
 
     def turning(a: Averages, editor: Editor | None) -> float:
@@ -69,7 +69,7 @@ def keys_of(operands: Operands, stays: int, groups: Sequence[Array], turns: bool
             editor.columns(known(k.linear), k.columns[head], inverse @ basis, k.columns[head, :stays])
         return float(np.mean(lost))
 
-    return Part("query and key", q, stays, groups, None, turning)
+    return HeadPart("query and key", q, stays, groups, None, turning)
 
 
 def _scores(query: Array, key: Array) -> Array:
@@ -79,19 +79,19 @@ def _scores(query: Array, key: Array) -> Array:
     return np.asarray(query.sum(0) * key.sum(0))
 
 
-def values_of(unit: Heads, v: HeadOperand, stays: int, turns: bool, averages: Averages) -> Part:
+def values_of(unit: Heads, v: HeadOperand, stays: int, turns: bool, averages: Averages) -> HeadPart:
     """Value and output projection: what a head adds, c W with c the result of attention."""
     groups = [np.array([d]) for d in range(v.dim)]
     out = unit.output
     if out is None:
         handle = averages.ask(v.value, "squares", squares, v.by_head)
-        return Part("value", v, stays, groups, lambda a: a[handle].sum(0), None)
+        return HeadPart("value", v, stays, groups, lambda a: a[handle].sum(0), None)
     places = np.arange(unit.heads * v.dim).reshape(unit.heads, v.dim)
     moment = averages.ask(out.x, "moments", moments(places))
     weight = out.matrix().astype(np.float64).reshape(unit.heads, v.dim, -1)
     if not turns or unfit(v.linear) is not None or unfit(out) is not None:
         norms = np.square(weight).sum(2)
-        return Part("value", v, stays, groups, lambda a: (np.diagonal(a[moment], axis1=1, axis2=2) * norms).sum(0), None)
+        return HeadPart("value", v, stays, groups, lambda a: (np.diagonal(a[moment], axis1=1, axis2=2) * norms).sum(0), None)
 
     def turning(a: Averages, editor: Editor | None) -> float:
         """C^1/2 W = U S V^T with C = E[c c^T]: U holds what the head adds; each head that shares the value is fitted to it."""
@@ -109,4 +109,4 @@ def values_of(unit: Heads, v: HeadOperand, stays: int, turns: bool, averages: Av
                 editor.rows(out, places[h, :stays], np.linalg.lstsq(inner @ turn, inner @ weight[h], rcond=None)[0])
         return float(np.mean(lost))
 
-    return Part("value", v, stays, groups, None, turning)
+    return HeadPart("value", v, stays, groups, None, turning)

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.compress.quantize.codebooks import Lookup
+from graphopt.compress.quantize.codebooks import CodebookGrid
 from graphopt.compress.quantize.grids import Steps
 from graphopt.core.contract import Array
 from graphopt.rewrite.builder import Builder
@@ -119,7 +119,7 @@ def blocked(shape: tuple[int, ...], axis: int, rows: Array, grid: Steps, codes: 
     return Blocked(stored, where, block, {"axis": where, "block": block, **_worst(rows, grid.decode(codes))}, back(grid.scale, np.float32), zero)
 
 
-def tabled(shape: tuple[int, ...], axis: int, rows: Array, grid: Lookup, codes: Array) -> Tabled:
+def tabled(shape: tuple[int, ...], axis: int, rows: Array, grid: CodebookGrid, codes: Array) -> Tabled:
     """Codes [rows, in] of a codebook, likewise."""
     moved = (*shape[:axis], *shape[axis + 1 :])
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from graphopt.analysis.linear import Embedding, Linear, StoredOperands
 from graphopt.calibration.moments import input_moments
 from graphopt.compress.quantize.awq import scale_inputs
-from graphopt.compress.quantize.codebooks import Lookup, kmeans, nf4
+from graphopt.compress.quantize.codebooks import CodebookGrid, kmeans, nf4
 from graphopt.compress.quantize.forms import Form, blocked, tabled
 from graphopt.compress.quantize.gptq import Inputs, gptq
 from graphopt.compress.quantize.grids import Steps, steps
@@ -52,7 +52,7 @@ class WeightOnly(QuantizeStored):
         grid = self._grid(rows, moments)
         return grid.decode(grid.round(rows))
 
-    def _grid(self, rows: Array, moments: Array | None) -> Steps | Lookup:
+    def _grid(self, rows: Array, moments: Array | None) -> Steps | CodebookGrid:
         importance = None if moments is None else np.diag(moments)
         if self.codes == "nf4":
             return nf4(rows, self.block)
@@ -121,7 +121,7 @@ def _rows(array: Array, axis: int) -> Array:
     return np.ascontiguousarray(np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis]), dtype=np.float32)
 
 
-def _form(value: ir.Value, axis: int, rows: Array, grid: Steps | Lookup, codes: Array) -> Form:
+def _form(value: ir.Value, axis: int, rows: Array, grid: Steps | CodebookGrid, codes: Array) -> Form:
     assert value.const_value is not None
     shape = tuple(value.const_value.shape.numpy())
     return blocked(shape, axis, rows, grid, codes) if isinstance(grid, Steps) else tabled(shape, axis, rows, grid, codes)
