@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Embeddings, Linear
 from graphopt.calibration.moments import input_moments
-from graphopt.compress.lowrank.by_budget import by_budget
+from graphopt.compress.lowrank.by_budget import by_budget, plans_of
 from graphopt.compress.lowrank.cut import RankPlan, plan
 from graphopt.compress.lowrank.factorable import Item, Whole, items, joined, table_reason
 from graphopt.compress.lowrank.factors import PutFactors, TableCut
@@ -126,7 +126,8 @@ class Factorize(Pass):
         """What is cut, and how far."""
         together = joined(single) if self.joint else list(single)
         if self.budget is not None:
-            plans, kept = by_budget(model, ctx, single, together, moments, self.budget, self.method, self.multiple, self.sensitivity)
+            planned = plans_of(ctx, single, together, moments, self.method, self.sensitivity)
+            plans, kept = by_budget(ctx, planned, single, together, self.budget, self.multiple)
         else:
             plans, kept = [], {}
             for item in together:

@@ -17,39 +17,24 @@ from graphopt.graph.dims import Bindings, dim_at, fed_inputs
 from graphopt.graph.size import flops, node_flops
 from graphopt.run.race import sizes_for
 
+Planned = Mapping[Item, tuple[RankPlan, float]]  # in the order in which they were made
+
 
 def by_budget(
-    model: ir.Model,
-    ctx: Context,
-    single: Sequence[Item],
-    combined: Sequence[Item],
-    moments: Mapping[ir.Value, Array],
-    budget: float,
-    method: str,
-    multiple: int,
-    sensitivity: bool,
+    ctx: Context, planned: Planned, single: Sequence[Item], combined: Sequence[Item], budget: float, multiple: int
 ) -> tuple[list[RankPlan], Whole]:
     """The plans that save `budget` of the operations of the whole model, and what stays whole.
 
     Args:
-        single: every item by itself.
-        combined: the same, some of them joint: each of those is cut jointly or one by one, whichever loses less.
-        budget, method, multiple, sensitivity: see Factorize.
+        planned: what `plans_of` gives for `single` and `combined`.
+        multiple: see Factorize.
     """
-    sizes = bindings(model, ctx)
-    total = max(flops(model, sizes).total, 1)
+    sizes = bindings(ctx.model, ctx)
+    total = max(flops(ctx.model, sizes).total, 1)
     cost = {x.node: node_flops(x.node, sizes) or 0 for item in single for x in item.linears}
     unknown = [x for item in single for x in item.linears if not cost[x.node]]
     own = {item.linears[0].node: item for item in single}
-    plans: dict[Item, RankPlan] = {item: plan(item, moments, method) for item in single}
-    counts = dict.fromkeys(single, 1.0)
-    if sensitivity and ctx.samples is not None:
-        counts = sensitivities(ctx, list(plans.values()))
-    for item in combined:
-        if item.joint:
-            parts = [counts[own[x.node]] for x in item.linears]
-            plans[item], counts[item] = plan(item, moments, method, parts), sum(parts)
-    menus = {item: _menu(item, p, sum(cost[x.node] for x in item.linears), counts[item], multiple) for item, p in plans.items()}
+    menus = {item: _menu(item, p, sum(cost[x.node] for x in item.linears), count, multiple) for item, (p, count) in planned.items()}
     whole = sum(float(menus[item].cost[0]) for item in single)
     groups = [either([menus[item], together([menus[own[x.node]] for x in item.linears])]) if item.joint else menus[item] for item in combined]
     choice = solve(groups, cost=whole - budget * total)
@@ -63,7 +48,28 @@ def by_budget(
     chosen = [cut for group in choice.settings for cut in group]
     kept = {x.node: "the budget is met with less error elsewhere" for item, rank in chosen if not rank for x in item.linears}
     kept |= {x.node: "how many operations it takes at the sizes of the samples is not known" for x in unknown}
-    return [dataclasses.replace(plans[item], rank=rank) for item, rank in chosen if rank], kept
+    return [dataclasses.replace(planned[item][0], rank=rank) for item, rank in chosen if rank], kept
+
+
+def plans_of(
+    ctx: Context, single: Sequence[Item], combined: Sequence[Item], moments: Mapping[ir.Value, Array], method: str, sensitivity: bool
+) -> Planned:
+    """Plans without a rank, and how much their relative errors count, next to each other.
+
+    Args:
+        single: every item by itself.
+        combined: the same, some of them joint: each of those is cut jointly or one by one, whichever loses less.
+        method, sensitivity: see Factorize.
+    """
+    plans = {item: plan(item, moments, method) for item in single}
+    counts = sensitivities(ctx, list(plans.values())) if sensitivity and ctx.samples is not None else dict.fromkeys(single, 1.0)
+    own = {item.linears[0].node: item for item in single}
+    found = {item: (p, counts[item]) for item, p in plans.items()}
+    for item in combined:
+        if item.joint:
+            parts = [counts[own[x.node]] for x in item.linears]
+            found[item] = plan(item, moments, method, parts), sum(parts)
+    return found
 
 
 def bindings(model: ir.Model, ctx: Context) -> Bindings:
