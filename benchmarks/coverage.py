@@ -24,14 +24,14 @@ import _tools
 from _worker import Worker, reason, serve
 
 TOLERANCE = 1e-4
-Feeds = dict[str, tuple[dict[str, Any], dict[str, Any]]]
+Fed = dict[str, tuple[dict[str, Any], dict[str, Any]]]
 
 
-def load_feeds(path: Path) -> Feeds:
+def load_feeds(path: Path) -> Fed:
     """Case -> (inputs, what torch computes)."""
     import numpy as np
 
-    cases: Feeds = {}
+    cases: Fed = {}
     with np.load(path) as stored:
         for key in stored.files:
             case, part, name = key.split("/", 2)
@@ -39,7 +39,7 @@ def load_feeds(path: Path) -> Feeds:
     return cases
 
 
-def run(model: bytes, cases: Feeds, optimize: bool = True) -> dict[str, Any]:
+def run(model: bytes, cases: Fed, optimize: bool = True) -> dict[str, Any]:
     """Case -> outputs by name, or the reason why it does not run."""
     import onnxruntime
 
@@ -78,7 +78,7 @@ def distance(got: Any, wanted: Mapping[str, Any]) -> float | str:
     return worst
 
 
-def reference(path: Path, cases: Feeds, case: str) -> Any:
+def reference(path: Path, cases: Fed, case: str) -> Any:
     """One case by the evaluator of the ONNX project, which follows the standard to the letter."""
     import onnx
     from onnx.reference import ReferenceEvaluator
@@ -93,7 +93,7 @@ def reference(path: Path, cases: Feeds, case: str) -> Any:
 class Judge:
     """Who is to blame for a number that is off: the tool, or the file that it was given."""
 
-    def __init__(self, path: Path, cases: Feeds) -> None:
+    def __init__(self, path: Path, cases: Fed) -> None:
         self.path, self.cases = path, cases
         self.file = run(path.read_bytes(), cases, optimize=False)
         self.known: dict[str, float | str] = {}

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from graphopt.analysis.polynomial import Polynomial, close, polynomial, roots
+from graphopt.analysis.formulas.polynomial import Polynomial, close, polynomial, roots
 from graphopt.core.contract import Context
 from graphopt.graph.questions import consumers, enclosed, producer, scalar
 from graphopt.rewrite.builder import Builder

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.attention import AttentionFacts, Attentions, Choice
-from graphopt.analysis.masks import MaskReader, Masks
+from graphopt.analysis.formulas.masks import MaskReader, Masks
 from graphopt.analysis.scores import MaskTerm
 from graphopt.core.contract import Context
 from graphopt.graph import dims

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.rotary import RotaryFacts, rotary_of
+from graphopt.analysis.formulas.rotary import RotaryFacts, rotary_of
 from graphopt.core.contract import Context
 from graphopt.graph.dims import is_opaque
 from graphopt.graph.layout import Tracer, merged

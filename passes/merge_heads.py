@@ -23,7 +23,7 @@ from graphopt.core.options import exclusive, option
 from graphopt.core.strength import Dial
 from graphopt.rewrite.slicing.close import Slicing
 from graphopt.rewrite.slicing.plan import Refusal
-from graphopt.run.observe import limited, observable
+from graphopt.run.observe import Limited, observable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ class MergeHeads(Pass):
             return []
         samples = ctx.require_samples()
         averages.run(ctx, self.rows)
-        maps = map_distances(model, limited(samples, self.rows), {a.unit.node: a.unit.heads for a in asked}) if self.by == "maps" else {}
+        maps = map_distances(model, Limited(samples, self.rows), {a.unit.node: a.unit.heads for a in asked}) if self.by == "maps" else {}
         for a in asked:
             if self.by == "maps" and a.unit.node not in maps:
                 ctx.remarks.missed(a.unit.node.name or "", "not merged: its attention weights cannot be observed")

@@ -132,9 +132,10 @@ def _restore(model: ir.Model, result: ir.Model, hidden: dict[str, ir.TensorProto
     graph.inputs.clear()
     graph.inputs.extend(public)
     found.update({v.name: v for v in public})
-    for name in hidden.keys() & found.keys():
-        found[name].const_value = hidden[name]
-        graph.register_initializer(found[name])
+    for name, tensor in hidden.items():  # in the order of the input, which is the same in every process
+        if name in found:
+            found[name].const_value = tensor
+            graph.register_initializer(found[name])
     return None
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.masks import MaskFacts, MaskReader
+from graphopt.analysis.formulas.masks import MaskFacts, MaskReader
 from graphopt.core.contract import Context
 from graphopt.graph.attention_node import AttentionNode
 from graphopt.graph.questions import is_constant, producer, rank, same_dim, scalar
@@ -18,6 +18,7 @@ from graphopt.rewrite.match import Match, Miss
 from graphopt.rewrite.rules import RewritePass
 
 _LOW = -1e4  # a constant that masks: below any ordinary score
+_SHORT = 6  # operators: no short form takes fewer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class MaskMatch(Match):
 class SimplifyMasks(RewritePass[MaskMatch]):
     """Rewrite the chains of Range, GatherND and And that exporters emit for masks: padding, causal and sliding-window, and their sums.
 
-    Only a mask that `graphopt.analysis.masks` proves, and that takes fewer operators in the short form, is rewritten.
+    Only a mask that `graphopt.analysis.formulas.masks` proves, and that takes fewer operators in the short form, is rewritten.
     """
 
     anchors: ClassVar[frozenset[str]] = frozenset({"Where", "Attention"})
@@ -41,16 +42,14 @@ class SimplifyMasks(RewritePass[MaskMatch]):
     def match(self, node: ir.Node, ctx: Context) -> MaskMatch | Miss | None:
         keep = _mask_of(node)
         made = None if keep is None else keep.producer()
-        if keep is None or made is None or rank(keep) != 4 or keep.shape is None or keep.is_graph_output():
+        if keep is None or made is None:
             return None
         facts = ctx.get(MaskReader()).facts(keep)
-        if facts is None or not facts.padding or keep.shape[1] != 1:
-            return None
-        rows = facts.causal or facts.window is not None
-        if rows and not same_dim(keep.shape[2], keep.shape[3]):
-            return None
-        if any(not _covers(v, keep) for v in facts.padding) or _chain(keep) <= _cost(facts):
-            return None
+        if _chain(keep) <= max(_SHORT, 0 if facts is None else _cost(facts)):
+            return None  # it is as short as can be, perhaps since it was rewritten here
+        reason = _why_not(keep, facts)
+        if reason is not None or facts is None:
+            return Miss(node, f"the mask `{keep.name}` stays as it is: {reason}")
         return MaskMatch((made,), (keep,), facts)
 
     def build(self, op: Builder, m: MaskMatch) -> Sequence[ir.Value]:
@@ -82,6 +81,21 @@ def _mask_of(node: ir.Node) -> ir.Value | None:
         return a.mask if a is not None and a.mask is not None and a.mask.dtype == ir.DataType.BOOL else None
     low = scalar(node.inputs[2])
     return node.inputs[0] if scalar(node.inputs[1]) == 0.0 and low is not None and float(low) <= _LOW else None
+
+
+def _why_not(keep: ir.Value, facts: MaskFacts | None) -> str | None:
+    """Why a mask is not written in its short form."""
+    if facts is None:
+        return "its meaning is not proved"
+    if keep.is_graph_output():
+        return "it is an output of the model"
+    if rank(keep) != 4 or keep.shape is None or keep.shape[1] != 1:
+        return "it is not [batch, 1, rows, keys], the same for all heads"
+    if not facts.padding:
+        return "it has no padding mask to take the number of keys from"
+    if (facts.causal or facts.window is not None) and not same_dim(keep.shape[2], keep.shape[3]):
+        return "it is not proved to have as many rows as keys"
+    return None if all(_covers(v, keep) for v in facts.padding) else "its size does not follow from its padding mask"
 
 
 def _covers(padding: ir.Value, keep: ir.Value) -> bool:

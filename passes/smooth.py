@@ -9,7 +9,7 @@ import onnx_ir as ir
 from graphopt.analysis.linear import Linears
 from graphopt.calibration.activations import LinearInputs
 from graphopt.compress.quantize.folding import fold
-from graphopt.compress.quantize.smoothing import groups, scales
+from graphopt.compress.quantize.smoothing import Group, groups, scales
 from graphopt.core.contract import Context, Pass
 from graphopt.core.options import option_error
 from graphopt.rewrite.insert import Inserter
@@ -57,7 +57,7 @@ class Smooth(Pass):
             s, strength, before, after = scales(group, seen[group.x], self._strength(), self.rows)
             where = group.readers[0].node.name or ""
             if (s == 1).all():
-                ctx.remarks.missed(where, f"not smoothed: no strength lowers the output error of {before:.4f}")
+                ctx.remarks.missed(where, f"not smoothed: {self._even(group, before)}")
                 continue
             if not ctx.fuel.burn():
                 break
@@ -67,6 +67,14 @@ class Smooth(Pass):
             )
             changes += 1
         return changes
+
+    def _even(self, group: Group, before: float) -> str:
+        """Why every factor is 1."""
+        fixed = self._strength()
+        if fixed is not None and group.source is not None:
+            return f"at strength {fixed:g} every factor is 1, as its channels are even"
+        which = "no strength lowers" if fixed is None else f"strength {fixed:g} does not lower"
+        return f"{which} the output error of {before:.4f}" + ("" if group.source is not None else " by a tenth")
 
     def _strength(self) -> float | None:
         if self.strength == "search":

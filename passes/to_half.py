@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from graphopt.core.contract import Array, Context, Pass
 from graphopt.core.remarks import plural
+from graphopt.graph.interface import RETYPED
 from graphopt.graph.questions import all_nodes, constant
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.dead import remove_dead
@@ -46,14 +47,14 @@ class ToHalf(Pass):
 class _Conversion:
     def __init__(self, model: ir.Model, ctx: Context, plan: Precision, to: ir.DataType, keep_io: bool) -> None:
         self.model, self.ctx, self.plan, self.to, self.keep_io = model, ctx, plan, to, keep_io
-        self.inserter, self.half = Inserter(model), set[ir.Value]()
+        self.inserter, self.half = Inserter(model), dict[ir.Value, None]()
         self._twins: dict[tuple[ir.Value, ir.DataType, ir.Graph | None], ir.Value] = {}
-        self._public = {v for v in (*model.graph.inputs, *model.graph.outputs) if v.dtype == FLOAT}
+        self._public = {v: str(v.name) for v in (*model.graph.inputs, *model.graph.outputs) if v.dtype == FLOAT}
 
     def apply(self) -> int:
         nodes = list(all_nodes(self.model))
         fit = [n for n in nodes if self.plan.changes(n)]
-        if not fit:
+        if not fit and not self._tell():
             self.ctx.remarks.missed("", "nothing to convert: no float32 node takes the type")
         changed = [n for n in fit if self.ctx.fuel.burn()]
         self.plan.wide.update(dict.fromkeys(fit[len(changed) :], "the fuel is used up"))
@@ -62,9 +63,9 @@ class _Conversion:
         for node in changed:
             for name, attribute in list(tensor_attributes(node)):
                 node.attributes[name] = self._attribute(name, attribute)
-            self.half.update(v for i, v in enumerate(node.outputs) if v.dtype == FLOAT and self.plan.half_output(node, i))
+            self.half.update((v, None) for i, v in enumerate(node.outputs) if v.dtype == FLOAT and self.plan.half_output(node, i))
         if not self.keep_io:
-            self.half.update(v for v in self.model.graph.inputs if v.dtype == FLOAT)
+            self.half.update((v, None) for v in self.model.graph.inputs if v.dtype == FLOAT)
         for node in nodes:
             self._inputs(node)
         for value in self.half:
@@ -135,6 +136,8 @@ class _Conversion:
             out.meta.update(value.meta)
             out.metadata_props.update(value.metadata_props)
             graph.outputs[index] = out
+        if not self.keep_io:
+            graph.meta[RETYPED] = {**graph.meta.get(RETYPED, {}), **dict.fromkeys(self._public.values(), self.to.name.lower())}
 
     # ---- numbers --------------------------------------------------------------------------------------------------------------------------
 
@@ -167,13 +170,15 @@ class _Conversion:
                 node.graph.remove(node, safe=True)
         remove_dead(self.model)
 
-    def _tell(self) -> None:
+    def _tell(self) -> bool:
+        """What stays float32, and why; False: nothing does for a reason."""
         reasons: dict[str, list[str]] = {}
         for node, reason in self.plan.wide.items():
             reasons.setdefault(reason, []).append(node.name or "")
         reasons.pop("it is a border already", None)
         for reason, names in reasons.items():
             self.ctx.remarks.missed(names[0], f"{plural(len(names), 'node stays', 'nodes stay')} float32: {reason}", nodes=names)
+        return bool(reasons)
 
 
 def _number(op: Builder, number: float) -> ir.Value:

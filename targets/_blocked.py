@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Grid, Linear, StoredOperands
-from graphopt.core.contract import Analysis, Context
+from graphopt.core.contract import Analysis, Array, Context
 from graphopt.graph.questions import attr, constant, producer
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Match, Miss
@@ -27,8 +27,6 @@ _BITS = {ir.DataType.INT4: 4, ir.DataType.UINT4: 4, ir.DataType.INT8: 8, ir.Data
 _BLOCKS = (16, 32, 64, 128, 256)  # that the runtime's kernels have
 _WHOLE_ROWS = (64, 32, 16)  # in which a row of one scale is cut, its scale repeated
 PACKED = "graphopt.packed"  # value.meta of an initializer: (what it was packed from, the block); another spelling of the model finds it there
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,14 +96,13 @@ class SpellBlockedMatmul(RewritePass[BlockedMatch]):
     """MatMul or Gemm of float activations and a quantized weight -> MatMulNBits.
 
     Args:
-        accuracy_level: 4: the runtime rounds each block of the activations to 8 bits and multiplies integers; None: it multiplies floats.
         half: also activations of 16 bits, with scales of their type, which the CPU provider does not take.
         rows: also a weight with one scale for each row, and one whose last block is short; False: whole blocks only.
     """
 
-    accuracy_level: int | None = None
     half: bool = False
     rows: bool = True
+    accuracy_level: ClassVar[int | None] = None  # of the operator: it multiplies floats
     anchors: ClassVar[frozenset[str]] = frozenset({"MatMul", "Gemm"})
 
     def match(self, node: ir.Node, ctx: Context) -> BlockedMatch | Miss | None:
@@ -134,6 +131,17 @@ class SpellBlockedMatmul(RewritePass[BlockedMatch]):
         options = {"K": linear.in_features, "N": linear.out_features, "bits": m.source.bits, "block_size": m.source.block}
         out = op.node("MatMulNBits", inputs, _domain=VENDOR, accuracy_level=self.accuracy_level, **options)
         return [with_rest(op, linear, out)]
+
+
+@dataclasses.dataclass(frozen=True)
+class SpellInt8Blocks(SpellBlockedMatmul):
+    """Likewise, and the runtime rounds each block of the activations to 8 bits and multiplies integers: that is not exact."""
+
+    exact: ClassVar[bool] = False
+    accuracy_level: ClassVar[int | None] = 4
+
+    def weaker(self) -> SpellBlockedMatmul:  # type: ignore[override]
+        return SpellBlockedMatmul(self.half, self.rows)
 
 
 def weight_only(linear: Linear) -> bool:

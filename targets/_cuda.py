@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.polynomial import gate_of
+from graphopt.analysis.formulas.polynomial import gate_of
 from graphopt.core.contract import Context
 from graphopt.driver.lowering.decompose import AttentionMatch
 from graphopt.graph.attention_node import AttentionNode

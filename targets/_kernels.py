@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import onnx_ir as ir
@@ -13,13 +13,15 @@ from graphopt.core.contract import Context
 from graphopt.driver.lowering.decompose import AttentionMatch
 from graphopt.driver.lowering.extract import whole
 from graphopt.graph.attention_node import AttentionNode
-from graphopt.graph.questions import attr, is_constant, producer, rank, used_once
+from graphopt.graph.questions import attr, is_constant, producer, rank, same_dim, used_once
 from graphopt.rewrite.attention import may_hide_rows
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Match, Miss
 from graphopt.rewrite.rules import RewritePass
 
 from ._vendored import VENDOR
+
+_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)  # of the fused norms and of attention, all operands in one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,10 @@ class SpellSkipNorm(RewritePass[SkipMatch]):
             return Miss(node, "the residual is no sum of two values of one shape and a bias")
         if not _plain_norm(residual):
             return Miss(node, "the norm does not run over the last axis alone, or its statistics are read")
+        if not all(_runs_along(v, residual.total) for v in node.inputs[1:] if v is not None):
+            return Miss(node, "the kernel wants one number of scale and bias for each feature")
+        if not _one_type((*(t.value for t in residual.terms), *node.inputs[1:])):
+            return Miss(node, "the kernel wants all in one type of 32 or 16 bits")
         outputs = (residual.total, node.outputs[0]) if residual.shared else (node.outputs[0],)
         return SkipMatch((*residual.adds, node), outputs, node, terms[0].value, terms[1].value, bias[0] if bias else None)
 
@@ -70,7 +76,16 @@ def _plain_norm(r: Residual) -> bool:
     size = rank(r.total)
     axis = attr(r.norm, "axis", -1)
     read = any(v.uses() or v.is_graph_output() for v in r.norm.outputs[1:])
-    return size == 3 and axis in (-1, 2) and rank(r.norm.inputs[1]) == 1 and not read
+    return size == 3 and axis in (-1, 2) and not read
+
+
+def _runs_along(value: ir.Value, total: ir.Value) -> bool:
+    return total.shape is not None and value.shape is not None and len(value.shape) == 1 and same_dim(value.shape[0], total.shape[-1])
+
+
+def _one_type(values: Iterable[ir.Value | None]) -> bool:
+    types = {v.dtype for v in values if v is not None}
+    return len(types) == 1 and types <= set(_TYPES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +132,8 @@ class SpellMultiHead(RewritePass[AttentionMatch]):
             return Miss(node, "MultiHeadAttention reads packed heads, as many for keys as for queries")
         if a.cached or a.shown is not None:
             return Miss(node, "stays Attention: it has a cache, or its scores are read")
+        if not _one_type(a.operands):
+            return Miss(node, "stays Attention: the kernel wants queries, keys and values in one type of 32 or 16 bits")
         if not a.plain:
             return Miss(node, "stays Attention: it is causal or has a soft cap, or a window or a softmax type of its own")
         if a.mask is not None and (rank(a.mask) != 4 or a.mask.dtype != a.result.dtype or may_hide_rows(whole(a.mask))):

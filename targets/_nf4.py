@@ -73,7 +73,7 @@ class SpellNf4Table(RewritePass[Nf4Match]):
         pairs = op.Gather(shaped(packed, e.rows, e.width // 2), e.ids, axis=0)
         last = op.const(np.array([-1], np.int64), "axes")
         high, low = op.BitShift(pairs, number(4), direction="RIGHT"), op.BitwiseAnd(pairs, number(15))
-        codes = shaped(op.Concat(op.Unsqueeze(high, last), op.Unsqueeze(low, last), axis=-1), *keep, -1, m.block)
+        codes = shaped(op.Concat(op.Unsqueeze(high, last), op.Unsqueeze(low, last), axis=-1), *keep, e.width // m.block, m.block)
         scales = op.Unsqueeze(op.Gather(shaped(scale, e.rows, e.width // m.block), e.ids, axis=0), last)
         values = op.Mul(op.Gather(m.codebook.table, op.Cast(codes, to=ir.DataType.INT32), axis=0), scales)
         return [shaped(values, *keep, e.width)]

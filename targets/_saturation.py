@@ -28,7 +28,12 @@ def saturates(weight: ir.Value) -> bool:
     codes = constant(weight)
     if codes is None or not codes.size:
         return False
-    return int(np.abs(codes.astype(np.int16)).max()) > (_UNSIGNED if weight.dtype == ir.DataType.UINT8 else _SIGNED)
+    return int(np.abs(codes.astype(np.int16)).max()) > _most(weight)
+
+
+def _most(weight: ir.Value) -> int:
+    """The largest code that is safe."""
+    return _UNSIGNED if weight.dtype == ir.DataType.UINT8 else _SIGNED
 
 
 def exceeding(model: ir.Model, names: Iterable[str]) -> list[str]:
@@ -44,24 +49,30 @@ class RangeMatch(Match):
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        return {"weight": self.linear.weight.name}
+        return {"weight": self.linear.weight.name, "most": _most(self.linear.weight)}
 
 
 @dataclasses.dataclass(frozen=True)
 class GuardRange(RewritePass[RangeMatch]):
-    """An integer multiply whose weight is not safe without VNNI reads its float input again, and stays float (weight-only)."""
+    """An integer multiply whose weight is not safe without VNNI reads its float input again, and stays float (weight-only).
 
+    Not exact: the activation is no longer rounded. `vnni=false` asks for it, so that neither time nor loss takes it back.
+    """
+
+    exact: ClassVar[bool] = False
     anchors: ClassVar[frozenset[str]] = frozenset({"MatMul", "Gemm"})
+
+    @property
+    def binding(self) -> bool:
+        return True
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         mark = len(ctx.remarks)
         changes = super().run(model, ctx)
         for remark in ctx.remarks.since(mark):
             if remark.kind == "applied":
-                weight = remark.facts["weight"]
-                text = (
-                    f"`{weight}` has codes beyond {_SIGNED}, which clip without VNNI; it is multiplied as float (quantize it with reduce-range=true)"
-                )
+                weight, most = remark.facts["weight"], remark.facts["most"]
+                text = f"`{weight}` has codes beyond {most}, which clip without VNNI; it is multiplied as float (quantize it with reduce-range=true)"
                 ctx.remarks.warning(remark.node, text, **remark.facts)
         return changes
 

@@ -15,7 +15,7 @@ from graphopt.core import registry
 from graphopt.core.contract import Pass, Spelling
 from graphopt.driver.lowering.decompose import DecomposeAttention
 
-from ._blocked import SpellBlockedMatmul, SpellBlockedTable
+from ._blocked import SpellBlockedMatmul, SpellBlockedTable, SpellInt8Blocks
 from ._integer import SpellIntegerMatmul, SpellQuantizedTable
 from ._kernels import SpellBiasGelu, SpellMultiHead, SpellSkipNorm
 from ._nf4 import SpellNf4Matmul, SpellNf4Table
@@ -45,7 +45,7 @@ def cpu_table(*, vendor: bool, int8_blocks: bool = False) -> tuple[Spelling, ...
         Spelling(ResidualNorm(), "skip-norm", (SpellSkipNorm(),)),
         Spelling(Activation(), "bias-gelu", (SpellBiasGelu(),)),
     )
-    rounded = (Spelling(BlockedMatmul(), "int8-blocks", (SpellBlockedMatmul(accuracy_level=4),)),) if int8_blocks else ()
+    rounded = (Spelling(BlockedMatmul(), "int8-blocks", (SpellInt8Blocks(),)),) if int8_blocks else ()
     table = shared + own + rounded if vendor else shared
     kinds = list(dict.fromkeys(s.kind for s in table))
     return tuple(sorted(table, key=lambda s: kinds.index(s.kind)))

@@ -18,7 +18,7 @@ instead of two default sizes for every symbol), `ort-broken` (the runtime's own 
 unoptimized numbers are compared), `ir` and `opset` (of the graph before), `samples` (so many seeded batches for passes that ask for samples; the
 first ones are those on which numbers are compared), `target` (`cpu{tune=off}`: the passes of its lowerings and spellings may be named, too, and
 it is in the context), `loss` (see below), `resizes` (names of outputs that get another size on purpose; their numbers are not
-compared). A weight that is declared without values gets seeded random ones, the same for the same name.
+compared), `retypes` (names of inputs and outputs that get another type on purpose). A weight that is declared without values gets seeded random ones, the same for the same name.
 
 What is checked for every case: the ONNX checker and the normal form after the pipeline; pipeline text round-trips; the count of changes of
 every pass is honest; a second run of the pipeline changes nothing, if its passes are exact; inputs and outputs are the same; and the numbers are
@@ -50,7 +50,7 @@ from graphopt.core.pipeline import PassManager, PassRecord, parse, render
 from graphopt.core.registry import passes, targets
 from graphopt.core.remarks import Remark, Remarks
 from graphopt.graph.dims import symbols
-from graphopt.graph.interface import RESIZED, interface
+from graphopt.graph.interface import RESIZED, RETYPED, interface
 from graphopt.graph.questions import all_nodes
 from graphopt.graph.text import diff, graph_text
 from graphopt.graph.verify import verify
@@ -83,6 +83,7 @@ class Case:
     target: str = ""
     loss: float | None = None
     resizes: tuple[str, ...] = ()
+    retypes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +166,7 @@ def check(
     target: str = "",
     loss: float | None = None,
     resizes: Sequence[str] = (),
+    retypes: Sequence[str] = (),
 ) -> Outcome:
     """Run a pipeline over a model and check all that holds in every case.
 
@@ -176,6 +178,7 @@ def check(
         target: its lowerings and spellings may stand in the pipeline, too.
         loss: the bound of the relative L2 distance, instead of rounding.
         resizes: outputs that change their size; their numbers are not compared.
+        retypes: inputs and outputs that change their type.
     """
     original = source.SerializeToString() if isinstance(source, onnx.ModelProto) else None
     model, remarks = _load(source)
@@ -193,6 +196,8 @@ def check(
     verify(model, interface=public)
     resized, exact = model.graph.meta.get(RESIZED, ()), all(step.exact for step in parse(pipeline, known))
     assert sorted(resized) == sorted(resizes), f"outputs of another size: {sorted(resized)}, expected {sorted(resizes)}"
+    retyped = model.graph.meta.get(RETYPED, ())
+    assert sorted(retyped) == sorted(retypes), f"inputs and outputs of another type: {sorted(retyped)}, expected {sorted(retypes)}"
     assert loss is None or not exact, "every pass is exact: no loss is allowed"
     compare(source, model, batches, broken=broken, loss=loss, without=resizes)
     if again and exact:
@@ -259,7 +264,8 @@ def compare(
 def check_case(case: Case) -> Outcome:
     """Everything that a `.test` case asks for; of a case that ends in an error there is no outcome but the graph before."""
     proto = build(case.before, ir_version=case.ir_version, opset=case.opset)
-    options = {"broken": case.broken, "samples": case.samples, "target": case.target, "loss": case.loss, "resizes": case.resizes}
+    options = {"broken": case.broken, "samples": case.samples, "target": case.target, "loss": case.loss}
+    options |= {"resizes": case.resizes, "retypes": case.retypes}
     if case.expect == "error":
         return _check_error(case, proto, options)
     outcome = check(proto, case.pipeline, sizes=case.sizes, **options)
@@ -318,7 +324,7 @@ def read_cases(path: Path) -> Iterator[Case]:
 def _case(name: str, head: str, before: str, expect: str, expected: str) -> Case:
     options = [tuple(part.strip() for part in line.split(":", 1)) for line in head.splitlines() if line.strip()]
     keys = [o[0] for o in options]
-    known = {"pipeline", "why", "sizes", "ort-broken", "ir", "opset", "samples", "target", "loss", "resizes", *_KINDS}
+    known = {"pipeline", "why", "sizes", "ort-broken", "ir", "opset", "samples", "target", "loss", "resizes", "retypes", *_KINDS}
     if unknown := set(keys) - known:
         raise ValueError(f"{name}: unknown option {sorted(unknown)}; there are {sorted(known)}")
     single = {o[0]: o[-1] for o in options if o[0] not in _KINDS}
@@ -333,4 +339,5 @@ def _case(name: str, head: str, before: str, expect: str, expected: str) -> Case
     return Case(
         name, before, expect, expected, single["pipeline"], remarks, sizes, "ort-broken" in single, **numbers,
         samples=int(single.get("samples", 0)), target=single.get("target", ""), loss=loss, resizes=tuple(single.get("resizes", "").split()),
+        retypes=tuple(single.get("retypes", "").split()),
     )  # fmt: skip

@@ -108,16 +108,14 @@ def optimized(
 def result_parts(result: Any) -> Parts:
     told = {k: v for k, v in result.report.as_dict().items() if k not in ("graphopt", "passes", "latency", "speed_up", "changes")}
     remarks = [{"pass": r.pass_name, **r.as_dict()} for record in result.report.passes for r in record.remarks]
-    # simplify registers its weights in the order of a set of names (passes/simplify.py, _restore), another one in every process
-    ordered = all(record.name.split("{")[0] != "simplify" for record in result.report.passes)
     parts = {
         "remarks": "\n".join(plain(remark) for remark in remarks),
         "changes": "\n".join(f"{record.name}: {record.changes}" for record in result.report.passes),
         "report": plain(told, indent=1),
     }
     for name, graph in (("graph", result.graph), ("lowered", result.model)):
-        parts |= {name: "\n".join(lines(graph, ordered)), f"{name} weights": "\n".join(weights(graph, ordered))}
-    return parts | guarded(lambda: {"file": saved(result)} if ordered else {})
+        parts |= {name: "\n".join(lines(graph)), f"{name} weights": "\n".join(weights(graph))}
+    return parts | guarded(lambda: {"file": saved(result)})
 
 
 def saved(result: Any) -> str:

@@ -49,19 +49,18 @@ def tensor_text(tensor: Any) -> str:
     return f"{kind} #{digest(tensor.tobytes())}{small}"
 
 
-def lines(model: ir.Model, ordered: bool = True) -> Iterator[str]:
-    """The graph without its weights: header, functions, and one node a line. `ordered`: the order of the initializers counts."""
+def lines(model: ir.Model) -> Iterator[str]:
+    """The graph without its weights: header, functions, and one node a line."""
     yield f"ir {model.ir_version} opsets {sorted(model.opset_imports.items())} by {model.producer_name} {model.producer_version}"
     yield from (f"metadata {key}: {text}" for key, text in sorted(model.metadata_props.items()))
-    yield from graph_lines(model.graph, "", ordered)
+    yield from graph_lines(model.graph, "")
     for function in model.functions.values():
         yield from graph_lines(function, "")
 
 
-def graph_lines(graph: Any, indent: str, ordered: bool = True) -> Iterator[str]:
+def graph_lines(graph: Any, indent: str) -> Iterator[str]:
     yield f"{indent}{graph.name} ({', '.join(map(typed, graph.inputs))}) => ({', '.join(map(typed, graph.outputs))}){noted(graph)}"
-    stored = [f"{indent}  {typed(value)}" for value in getattr(graph, "initializers", {}).values()]
-    yield from stored if ordered else sorted(stored)
+    yield from (f"{indent}  {typed(value)}" for value in getattr(graph, "initializers", {}).values())
     for node in graph:
         own = dict(sorted(node.attributes.items()))
         inner = [g for attr in own.values() for g in _graphs(attr)]
@@ -70,7 +69,7 @@ def graph_lines(graph: Any, indent: str, ordered: bool = True) -> Iterator[str]:
         op = ".".join(filter(None, (node.domain, node.op_type, node.overload)))
         yield f"{indent}  {node.name}: {', '.join(map(typed, node.outputs))} = {op}<{words}>({reads}){noted(node)}"
         for graph_of in inner:
-            yield from graph_lines(graph_of, indent + "    ", ordered)
+            yield from graph_lines(graph_of, indent + "    ")
 
 
 def _graphs(attr: Any) -> list[Any]:
@@ -95,9 +94,8 @@ def noted(thing: Any) -> str:
     return "" if found == '[[], ""]' else f" !{digest(found.encode())}"
 
 
-def weights(model: ir.Model, ordered: bool = True) -> list[str]:
-    found = weights_of(model.graph)
-    return list(found) if ordered else sorted(found)
+def weights(model: ir.Model) -> list[str]:
+    return list(weights_of(model.graph))
 
 
 def weights_of(graph: Any) -> Iterator[str]:

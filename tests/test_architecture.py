@@ -27,6 +27,7 @@ ROOMS = {
     "analysis": "core graph",
     "io": "core graph rewrite analysis",
     "calibration": "core graph run analysis",
+    "metrics": "core graph run",
     "compress": "core graph rewrite run io analysis calibration",
     "report": "core graph run io analysis calibration",
     "driver": "core graph rewrite run io analysis calibration report",

@@ -447,13 +447,16 @@ class _Clocked:
 class _Target:
     """Where the product of two is `factor` times as slow as one."""
 
-    name, tune, shapes = "test", "on", ("1x4",)
+    name, tune, shapes, processor = "test", "on", ("1x4",), None
 
     def __init__(self, factor: float) -> None:
         self.factor = factor
 
     def machine(self) -> Machine:
         return Machine("none", "none", "none", 1, in_process=False)
+
+    def runs_here(self) -> bool:
+        return True
 
     def session(self, model: ir.Model) -> _Clocked:
         return _Clocked(1e-3 * (self.factor if len(list(model.graph)) > 1 else 1.0))

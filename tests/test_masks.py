@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_attention import build, fuse
 
-from graphopt.analysis.masks import MaskFacts, Masks
+from graphopt.analysis.formulas.masks import MaskFacts, Masks
 from graphopt.run.ort import session
 
 INDICES = """  n = Shape <start = 1, end = 2> (m)

@@ -15,7 +15,7 @@ import pytest
 from graphopt.core.errors import LoadError
 from graphopt.graph import questions, shapes, size
 from graphopt.run import clock as measure
-from graphopt.run.distance import Distance, compare_outputs, distance, relative_l2
+from graphopt.run.distance import Running, compare_outputs, relative_l2
 
 Array = np.ndarray[Any, Any]
 
@@ -118,20 +118,29 @@ def test_flops_name_the_nodes_that_they_cannot_count() -> None:
     assert size.flops(model, {}) == size.Flops(0, ("project",))
 
 
+def distance(base: Array, other: Array) -> Running:
+    found = Running()
+    found.add(base, other)
+    return found
+
+
 def test_distance() -> None:
     base = np.array([[3.0, 4.0], [1.0, 0.0]], np.float32)
     other = np.array([[3.0, 4.5], [1.0, 0.0]], np.float32)
     found = distance(base, other)
     assert found.max_abs == 0.5
-    assert found.relative == pytest.approx(0.1)
     assert found.l2 == pytest.approx(0.5 / math.sqrt(26))
     assert found.cosine_min == pytest.approx((9 + 18) / (5 * math.hypot(3, 4.5)))
     assert found.cosine == pytest.approx((1 + found.cosine_min) / 2)
-    assert distance(base, base) == Distance(0.0, 0.0, 0.0, 1.0, 1.0)
-    assert distance(base, base.astype(np.float64)).max_abs == math.inf
-    assert distance(base, base[:1]).relative == math.inf
+    same = distance(base, base)
+    assert (same.max_abs, same.l2, same.cosine, same.cosine_min) == (0.0, 0.0, 1.0, 1.0)
     assert distance(np.array(2.0), np.array(3.0)).max_abs == 1.0
-    assert distance(np.array(["a"], object), np.array(["b"], object)).max_abs == math.inf
+    texts = np.array(["a"], object), np.array(["b"], object)
+    assert distance(*texts).max_abs == 1.0
+    for a, b in ((base, base.astype(np.float64)), (base, base[:1]), texts):
+        difference = compare_outputs({"y": a}, {"y": b})
+        assert difference is not None
+        assert difference.error == math.inf
 
 
 def test_nan_equals_nan_only_where_the_baseline_has_it() -> None:

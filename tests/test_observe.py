@@ -5,13 +5,23 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from harness import build  # type: ignore[import-not-found]
 
 import graphopt
 from graphopt.calibration.moments import input_moments
 from graphopt.core.contract import Context
 from graphopt.core.errors import GraphoptError, SampleError
-from graphopt.run.observe import limited, shown
+from graphopt.core.pipeline import PassManager, parse
+from graphopt.core.registry import passes
+from graphopt.run.observe import Limited, observable, shown
 
+LOOP = """<ir_version: 10, opset_import: ["": 23]>
+g (float[B,8] x) => (float[B,8] y) <float[8,8] v, float[8,8] w, int64 three = {3}, bool yes = {1}> {
+  s = MatMul(x, v)
+  y = Loop(three, yes, s) <body = b (int64 i, bool c, float[B,8] state) => (bool d, float[B,8] next) {
+    d = Identity(c)  t = MatMul(state, w)  next = Tanh(t)
+  }>
+}"""
 TEXT = """<ir_version: 10, opset_import: ["": 23]>
 g (float[B,4] x, bool c) => (float[B,4] y) <float[4,4] w> {
   h = MatMul(x, w)
@@ -69,7 +79,7 @@ def test_inputs_alone_can_be_observed() -> None:
 
 def test_limited_batches_start_anew_for_every_group_of_values() -> None:
     graph, batches = graphopt.load(model()), feeds(4)
-    few = limited(batches, 6)  # 1 + 2 + 3 rows
+    few = Limited(batches, 6)  # 1 + 2 + 3 rows
     assert [len(list(few)) for _ in range(2)] == [3, 3]
     values = [graph.graph.inputs[0], next(iter(graph.graph)).outputs[0]]
     together, apart = (list(input_moments(Context(graph, samples=batches), values, rows=6, limit=limit)) for limit in (2**20, 1))
@@ -78,3 +88,17 @@ def test_limited_batches_start_anew_for_every_group_of_values() -> None:
         np.testing.assert_allclose(a, b, rtol=1e-6)
     x = np.concatenate([feed["x"] for feed in batches[:3]])
     np.testing.assert_allclose(apart[0][1], x.T @ x / len(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "step",
+    ["quantize{mode=static}", "quantize{bias-correction=true}", "quantize{rows=auto}", "quantize{mode=weight-only bits=4 method=gptq block=0}",
+     "quantize{mode=weight-only bits=4 method=awq block=0}", "smooth", "factorize{rank=2}"],
+)  # fmt: skip
+def test_what_a_loop_carries_is_not_observed(step: str) -> None:
+    """Neither computed in the body nor an input of the model: calibrations leave it out, and none ends in an error."""
+    graph, rng = graphopt.load(build(LOOP)), np.random.default_rng(0)
+    (loop,) = (n for n in graph.graph if n.op_type == "Loop")
+    assert not observable(graph, loop.attributes["body"].value.inputs[2])
+    given = Context(graph, samples=[{"x": rng.standard_normal((4, 8)).astype(np.float32)}])
+    PassManager(parse(step, passes())).run(graph, given)

@@ -148,6 +148,21 @@ def test_a_compression_pass_and_a_criterion_of_a_package(installed: Path, tmp_pa
     assert "one of attention, entropy" in command(installed, *run, "--pipeline", "zero-units{importance=speak}", code=1).stderr
 
 
+def test_a_metric_of_a_package(installed: Path, tmp_path: Path) -> None:
+    """`--metric NAME` judges, and what it takes stands in its text."""
+    source, samples = ffn(tmp_path)
+    feeds = samples[0]
+    np.savez(tmp_path / "x.npz", **feeds)
+    np.savez(tmp_path / "seen.npz", **feeds, y=graphopt.optimize(source, "").session().run(feeds)["y"])
+    run = ("optimize", source, "-o", tmp_path / "out.onnx", "--no-measure", "--json", "--samples", tmp_path / "x.npz", "--max-loss", "0.02")
+    step = ("--pipeline", "zero-units{ratio=0.9}", "--metric")
+    report = json.loads(command(installed, *run, *step, f"same-sign{{data={tmp_path / 'seen.npz'}}}").stdout)
+    assert report["loss"]["how"] == "relative fall of the metric"
+    assert 0 < report["loss"]["value"] <= 0.02
+    assert len(zeros(tmp_path / "out.onnx")) > 5
+    assert "did you mean `same-sign`?" in command(installed, *run, *step, "same-signs", code=1).stderr
+
+
 def test_a_criterion_in_one_file(tmp_path: Path) -> None:
     source, samples = ffn(tmp_path)
     plugin = tmp_path / "mine.py"

@@ -55,6 +55,17 @@ def test_f01_f02_the_interface_survives() -> None:
     assert outcome.said("applied", "onnxsim")
 
 
+def test_weights_stay_in_the_order_of_the_input() -> None:
+    """Not in that of a set of their names, which is another one in every process."""
+    names = [f"w{k}" for k in (3, 1, 4, 15, 9, 2, 6, 5, 35, 8)]
+    steps = "\n".join(f"  h{k + 1} = MatMul(h{k}, {name})" for k, name in enumerate(names))
+    text = f"(float[B,40] h0) => (float[B,40] y) <{', '.join(f'float[40,40] {name}' for name in names)}> {{\n{steps}\n  i = Identity(h10)\n  y = Relu(i)\n}}"
+    model = graphopt.load(build(text))
+    order = list(model.graph.initializers)
+    run(model, "simplify")
+    assert (sorted(order), list(model.graph.initializers)) == (sorted(names), order)
+
+
 def test_nothing_to_do_is_no_change() -> None:
     model = graphopt.load(build(NOTHING))
     before = graph_text(model)

@@ -24,6 +24,7 @@ from graphopt.core.errors import PassError, PipelineError
 from graphopt.core.pipeline import PassManager, parse
 from graphopt.core.registry import passes, targets
 from graphopt.core.remarks import Remark
+from graphopt.driver.transaction import TransactionManager
 from graphopt.graph.interface import interface
 from graphopt.graph.verify import verify
 from graphopt.run.ort import session
@@ -294,6 +295,17 @@ def made_table() -> Sequence[Any]:
     table: Sequence[Any] = parse("cpu", targets(), "target")[0].spellings()
     assert not any(s.name == "int8-blocks" for s in table)
     return table
+
+
+def test_rounded_activations_are_judged_by_their_loss() -> None:
+    """Over the budget the multiply stays in blocks, of floats."""
+    model = graphopt.load(proto(*LAYOUTS["MatMul"][:2]))
+    parse("quantize{mode=weight-only block=32}", passes())[0].run(model, Context(model))
+    spelling = next(s for s in parse("cpu{int8-blocks=true}", targets(), "target")[0].spellings() if s.name == "int8-blocks")
+    made = TransactionManager(spelling.passes, loss=lambda m: float(any("accuracy_level" in n.attributes for n in m.graph)), max_loss=0.5)
+    (record,) = made.run(model, Context(model))
+    assert (record.name, record.changes) == ("spell-blocked-matmul", 1)
+    assert [n.op_type for n in model.graph] == ["MatMulNBits"]
 
 
 def test_eight_bit_activations_are_called_integers() -> None:

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.codebook import Codebook, read_codebook
-from graphopt.core.contract import Analysis, Context
+from graphopt.core.contract import Analysis, Array, Context
 from graphopt.graph.questions import all_nodes, attr, constant, is_constant, producer, static_dim, used_once
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclasses.dataclass(frozen=True)

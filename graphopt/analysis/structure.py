@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 
+from graphopt.analysis.formulas.masks import MaskReader, Masks
 from graphopt.analysis.linear import Embeddings, Linear, Linears
-from graphopt.analysis.masks import MaskReader, Masks
 from graphopt.analysis.projections import Made, ahead, behind, made_by
 from graphopt.core.contract import Analysis, Context
 from graphopt.graph.attention_node import AttentionNode

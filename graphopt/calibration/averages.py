@@ -10,7 +10,7 @@ import onnx_ir as ir
 from graphopt.calibration.observe import Reducer, observe
 from graphopt.calibration.padding import Layout, Paddings
 from graphopt.core.contract import Array, Context
-from graphopt.run.observe import limited
+from graphopt.run.observe import Limited
 
 Handle = tuple[ir.Value, str]
 Total = Callable[[Array], Array]  # rows [rows, ..] -> the sum over them
@@ -38,7 +38,7 @@ class Averages:
         """Raises SampleError if there was no sample."""
         if self._asked:
             reducers = [Reducer((value,), mean, mean.by) for (value, _), mean in self._asked.items()]
-            observe(ctx.model, limited(ctx.require_samples(), rows), ctx.get(Paddings()), reducers)
+            observe(ctx.model, Limited(ctx.require_samples(), rows), ctx.get(Paddings()), reducers)
 
     def __getitem__(self, handle: Handle) -> Array:
         mean = self._asked[handle]

@@ -12,7 +12,7 @@ from graphopt.calibration.observe import Reducer, observe
 from graphopt.calibration.padding import Paddings
 from graphopt.core.contract import Array, Context
 from graphopt.graph.questions import static_dim
-from graphopt.run.observe import limited
+from graphopt.run.observe import Limited
 
 T = TypeVar("T")
 BYTES = 512 * 2**20  # of sums that are held at a time; more means another run over the samples
@@ -62,7 +62,7 @@ class _Moment:
 
 def _observed(ctx: Context, group: Sequence[ir.Value], rows: int | None) -> Iterator[tuple[ir.Value, Array]]:
     sums, samples = {value: _Moment(_width(value)) for value in group}, ctx.require_samples()
-    taken = samples if rows is None else limited(samples, rows)
+    taken = samples if rows is None else Limited(samples, rows)
     observe(ctx.model, taken, ctx.get(Paddings()), [Reducer((value,), moment) for value, moment in sums.items()])
     for value, moment in sums.items():
         yield value, moment.total / np.float32(max(moment.count, 1))

@@ -16,7 +16,7 @@ from graphopt.core.contract import Array
 from graphopt.core.errors import SampleError
 from graphopt.graph.questions import consumers, is_constant, same_shape
 from graphopt.run import Feeds
-from graphopt.run.observe import limited
+from graphopt.run.observe import Limited
 from graphopt.run.segments import State, Walk
 
 
@@ -47,7 +47,7 @@ class Pair:
     """
 
     def __init__(self, pupil: ir.Model, teacher: ir.Model, samples: Iterable[Feeds], linears: Iterable[Linear], rows: int | None = None) -> None:
-        taken = samples if rows is None else limited(samples, rows)
+        taken = samples if rows is None else Limited(samples, rows)
         padding = Padding(teacher).about(str(x.x.name) for x in linears)
         self._kept = [padding.kept(feed) for feed in taken]
         if not self._kept:

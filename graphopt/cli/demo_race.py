@@ -12,7 +12,7 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ import numpy as np
 
 from graphopt.core.contract import Array
 from graphopt.core.errors import GraphoptError
-from graphopt.core.remarks import plural
+from graphopt.core.remarks import Progress, plural
 from graphopt.driver.optimize import optimize
 from graphopt.graph import size
 from graphopt.report.document import Document
@@ -30,7 +30,6 @@ from graphopt.report.words import head
 from graphopt.run import race as bench
 from graphopt.run.clock import steady_clock
 
-Progress = Callable[[str, float], None]
 SHAPES = (*bench.SHAPES, (32, 128))
 FAST_SHAPES = ((1, 16), (2, 32))
 _MAX_TOKENS, _BATCH = 128, 10

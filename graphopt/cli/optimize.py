@@ -27,7 +27,7 @@ def optimize(
     target: Annotated[str, typer.Option(metavar="T", help="Where the model will run, such as cpu{threads=2}.")] = "cpu",
     samples: Annotated[str | None, typer.Option(metavar="DATA", help="Inputs to judge by: .npz, a folder of .npz, or a text file.")] = None,
     tokenizer: Tokenizer = None,
-    metric: Annotated[str | None, typer.Option(metavar="FILE.py:FUNCTION", help="From a session to a number, larger is better.")] = None,
+    metric: Annotated[str | None, typer.Option(metavar="NAME|FILE.py:FUNCTION", help="A number that is larger for better models.")] = None,
     max_loss: Annotated[float | None, typer.Option(min=0.0, metavar="X", help="What lossy passes may cost together; 0.01 is 1 %.")] = None,
     report: Annotated[Path | None, typer.Option(metavar=REPORTS, help="Write the report.")] = None,
     plugin: Plugins = None,
@@ -56,7 +56,7 @@ def optimize(
 
     writes = [] if report is None else [checked(report)]  # a run of minutes must not end at a report of an unknown kind
     shaped = dict(bind_shapes.parse_shape(text) for text in input_shape or ())
-    judge = None if metric is None else registry.load_metric(metric)
+    judge = None if metric is None else registry.load_metric(metric, tuple(plugin or ()))
     with progress() as tell:
         result = api.optimize(
             model, pipeline, level=1 if level is None else level, target=target, samples=samples, tokenizer=tokenizer, metric=judge,

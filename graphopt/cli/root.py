@@ -6,6 +6,7 @@ everything else to stderr.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
@@ -15,15 +16,17 @@ from typing import Annotated
 import typer
 
 from graphopt.cli import tune
-from graphopt.cli.bench import bench
-from graphopt.cli.compare import compare
-from graphopt.cli.demo import demo
-from graphopt.cli.inspect import inspect
-from graphopt.cli.lists import passes, targets
-from graphopt.cli.optimize import optimize
 from graphopt.cli.shell import INTERRUPTED, one_line_errors
 
-COMMANDS = (optimize, inspect, bench, passes, targets, demo, compare)  # in the order of --help
+COMMANDS = (  # file and function, which have one name in most; in the order of --help
+    "optimize",
+    "inspect",
+    "bench",
+    "lists.passes",
+    "lists.targets",
+    "demo",
+    "compare",
+)
 
 app = typer.Typer(
     name="graphopt",
@@ -60,8 +63,8 @@ def root(version: Annotated[bool, typer.Option("--version", callback=show_versio
     """A compiler for trained Transformer models: export, fuse, quantize and measure, for the machine at hand."""
 
 
-for _command in COMMANDS:
-    app.command()(one_line_errors(_command))
+for _file, _, _function in (_command.partition(".") for _command in COMMANDS):
+    app.command()(one_line_errors(getattr(importlib.import_module(f"graphopt.cli.{_file}"), _function or _file)))
 for _name, _part in tune.COMMANDS.items():
     tune.app.command(_name)(one_line_errors(_part))
 app.add_typer(tune.app, name="tune")

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec, TypeVar
 import typer
 
 from graphopt.core.errors import GraphoptError
+from graphopt.core.remarks import Progress
 
 if TYPE_CHECKING:
     from graphopt.report.document import Document
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Progress = Callable[[str, float], None]
 INTERRUPTED = 130  # the exit code of shells after SIGINT
 REPORTS = "FILE.json|FILE.html|FILE.md"  # as in report/document.py, which is too much for a start
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="An .onnx file, or a Hugging Face model folder.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Plugins = Annotated[list[str] | None, typer.Option("--plugin", metavar="FILE|MODULE", help="Bring passes or targets from here; repeatable.")]
+Plugins = Annotated[list[str] | None, typer.Option("--plugin", metavar="FILE|MODULE", help="Bring passes, targets or metrics from here; repeatable.")]
 Task = Annotated[str | None, typer.Option(metavar="T", help="What to load from a Hugging Face folder, such as text-classification.")]
 WithPast = Annotated[bool, typer.Option("--with-past", help="Export a decoder with its key/value cache.")]
 Shapes = Annotated[str | None, typer.Option(metavar="1x16,8x64", help="BATCHxSEQUENCE sizes to time.")]
@@ -83,13 +83,14 @@ def show(found: Document | str, as_json: bool = False) -> None:
 @contextmanager
 def progress() -> Iterator[Progress]:
     """A bar on stderr while the body runs; silent where stderr is no terminal."""
+    from rich import progress as bar
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda text, done: None
         return
-    with Progress(TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), console=console, transient=True) as bars:
+    columns = bar.TextColumn("{task.description}", markup=False), bar.BarColumn(), bar.TimeElapsedColumn()
+    with bar.Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task("", total=1.0)
         yield lambda text, done: bars.update(task, description=text, completed=done)

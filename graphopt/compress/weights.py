@@ -52,8 +52,11 @@ def unfit(linear: Linear | None) -> str | None:
     """Why the columns or rows of a projection cannot be rewritten."""
     if linear is None:
         return "there is no projection"
-    if linear.quantized or linear.weight.dtype != ir.DataType.FLOAT or linear.x.dtype != ir.DataType.FLOAT:
-        return f"`{linear.node.name}` has no float32 weight; do this before quantizing"
+    if linear.quantized:
+        return f"the weight of `{linear.node.name}` is quantized; do this before quantizing"
+    for what, value in (("weight", linear.weight), ("input", linear.x)):
+        if value.dtype != ir.DataType.FLOAT:
+            return f"the {what} of `{linear.node.name}` is {value.dtype and value.dtype.name.lower()}, and only float32 is rewritten"
     if linear.batch or linear.trans_x or linear.alpha != 1 or linear.beta != 1 or linear.addend is not None:
         return f"`{linear.node.name}` is not x @ W + b"
     if linear.bias is not None and linear.bias.const_value is not None and linear.bias.const_value.size != linear.out_features:

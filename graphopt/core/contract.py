@@ -44,7 +44,7 @@ class Pass(Configurable, ABC):
 
     @property
     def binding(self) -> bool:
-        """True if a limit of the user asks for it (`opset=17`): it is never taken back for being slow."""
+        """True if a limit of the user asks for it (`opset=17`, `vnni=false`): it is never taken back, neither for being slow nor for its loss."""
         return False
 
     def check(self, known: Mapping[str, type[Pass]]) -> None:
@@ -279,4 +279,12 @@ def kind_name(kind: Kind) -> str:
     return kebab(type(kind).__name__)
 
 
-Metric = Callable[[Session], float]
+Metric = Callable[[Session], float]  # larger for better models
+
+
+class NamedMetric(Configurable, ABC):
+    """A metric that has a name and options as text, as `accuracy{data=dev.npz}`: a frozen dataclass whose fields are its options."""
+
+    @abstractmethod
+    def __call__(self, session: Session) -> float:
+        """How good the model is."""

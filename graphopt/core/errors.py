@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class GraphoptError(Exception):
     """Base of all errors that graphopt raises on purpose; the command line prints it as one line."""
@@ -9,6 +12,15 @@ class GraphoptError(Exception):
 
 class LoadError(GraphoptError):
     """The source could not be turned into a graph."""
+
+
+@contextlib.contextmanager
+def about(name: str) -> Iterator[None]:
+    """A LoadError says of which model it is."""
+    try:
+        yield
+    except LoadError as error:
+        raise LoadError(f"{name}: {error}") from error.__cause__
 
 
 class SaveError(GraphoptError):

@@ -28,8 +28,8 @@ def near(word: str, known: Iterable[str]) -> str:
 
 def option_error(name: str, key: str, expected: object, found: object) -> PipelineError:
     """The error of a pass or target `name` whose option `key` (of its text, or the field) has a value that it cannot have."""
-    key = key.replace("_", "-")
-    return PipelineError(f"{name}: option `{key}` expects {expected}, found `{found}`", key)
+    key, told = key.replace("_", "-"), found if isinstance(found, str) else _print(found)
+    return PipelineError(f"{name}: option `{key}` expects {expected}, found `{told}`", key)
 
 
 @dataclasses.dataclass(frozen=True)

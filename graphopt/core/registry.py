@@ -1,4 +1,4 @@
-"""Finds passes and targets. An entry point names a *package*; each public module in it is one pass (or one target).
+"""Finds passes, targets and metrics. An entry point names a *package*; each public module in it is one pass (or one target, or one metric).
 
 Listing names imports nothing; a class is imported when it is asked for.
 """
@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
@@ -17,11 +18,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from graphopt.core.errors import GraphoptError, PipelineError
+from graphopt.core.options import kebab, near
 
 if TYPE_CHECKING:
-    from graphopt.core.contract import Metric
+    from graphopt.core.contract import Metric, NamedMetric
 
-PASSES, TARGETS = "graphopt.passes", "graphopt.targets"
+PASSES, TARGETS, METRICS = "graphopt.passes", "graphopt.targets", "graphopt.metrics"
+_BY_NAME = re.compile(r"([\w-]+)\s*(\{.*\})?", re.S)  # NAME or NAME{options}
 
 
 class Registry(Mapping[str, type[Any]]):
@@ -93,7 +96,7 @@ class Registry(Mapping[str, type[Any]]):
         for cls in vars(module).values():
             if self._is_member(cls) and cls.name == name:
                 return cls
-        kind = self.base().__name__.lower()
+        kind = kebab(self.base().__name__).replace("-", " ")
         raise PipelineError(f"{module.__name__} must define the {kind} class of its file name (`{name}`), and does not")
 
 
@@ -113,6 +116,15 @@ def targets(plugins: tuple[str, ...] = ()) -> Registry:
         return Target
 
     return Registry(TARGETS, base, plugins)
+
+
+def metrics(plugins: tuple[str, ...] = ()) -> Registry:
+    def base() -> type:
+        from graphopt.core.contract import NamedMetric
+
+        return NamedMetric
+
+    return Registry(METRICS, base, plugins, builtin=METRICS)
 
 
 def load_plugin(plugin: str) -> ModuleType:
@@ -140,18 +152,39 @@ def load_plugin(plugin: str) -> ModuleType:
     return module
 
 
-def load_metric(text: str) -> Metric:
-    """A metric from `FILE.py:function` or `module:function`.
+def load_metric(text: str, plugins: tuple[str, ...] = ()) -> Metric:
+    """A metric from its name (`accuracy{data=dev.npz}`), or from `FILE.py:function` or `module:function`.
+
+    Raises:
+        GraphoptError: there is no such metric or function.
+        PipelineError: it has no such option.
+    """
+    named = _BY_NAME.fullmatch(text.strip())
+    if named is None:
+        return load_function(text, "metric")
+    from graphopt.core.pipeline import parse
+
+    known = metrics(plugins)
+    if named[1] not in known:
+        forms = f"A metric is NAME{{options}} ({', '.join(known)}), FILE.py:FUNCTION or MODULE:FUNCTION"
+        raise GraphoptError(f"there is no metric `{named[1]}`{near(named[1], known) or '.'} {forms}")
+    found: list[NamedMetric] = parse(text.strip(), known, "metric")
+    if len(found) != 1:
+        raise GraphoptError(f"expected one metric such as accuracy{{data=dev.npz}}, found `{text}`")
+    return found[0]
+
+
+def load_function(text: str, what: str) -> Callable[..., Any]:
+    """A function of the user from `FILE.py:function` or `module:function`; `what` it is for, in the words of an error.
 
     Raises:
         GraphoptError: there is no such function.
     """
     place, _, name = text.rpartition(":")
     if not place or not name:
-        raise GraphoptError(f"a metric is FILE.py:FUNCTION or MODULE:FUNCTION, found `{text}`")
-
+        raise GraphoptError(f"a {what} is FILE.py:FUNCTION or MODULE:FUNCTION, found `{text}`")
     found = getattr(load_plugin(place), name, None)
     if not callable(found):
         raise GraphoptError(f"{place} has no function `{name}`")
-    metric: Metric = found
-    return metric
+    function: Callable[..., Any] = found
+    return function

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 Kind = Literal["applied", "missed", "warning"]
+Progress = Callable[[str, float], None]  # called with what is done now, and the fraction of all work
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import onnx_ir as ir
 
 from graphopt.core.contract import Context, Pass
+from graphopt.core.remarks import Progress
 from graphopt.driver.instruments import Observer
-
-Progress = Callable[[str, float], None]
 
 
 class History(Observer):

@@ -19,9 +19,9 @@ from graphopt.core.fuel import Fuel
 from graphopt.core.options import near
 from graphopt.core.pipeline import Instrument, PassManager, PassRecord, parse, render
 from graphopt.core.places import check_places
-from graphopt.core.remarks import Remarks
+from graphopt.core.remarks import Progress, Remarks
 from graphopt.driver import promise as promises
-from graphopt.driver.history import History, Progress
+from graphopt.driver.history import History
 from graphopt.driver.instruments import Dump
 from graphopt.driver.loss import NO_SAMPLES, Loss
 from graphopt.driver.promise import Outcome
@@ -29,7 +29,7 @@ from graphopt.driver.result import Result, report_of
 from graphopt.driver.transaction import TransactionManager
 from graphopt.graph.interface import interface
 from graphopt.graph.verify import verify
-from graphopt.io.load import LoadOptions, check_options, load_both
+from graphopt.io.load import LoadOptions, check_options, keeps_bytes, load_both
 from graphopt.io.save import sources_of
 from graphopt.report.words import called
 from graphopt.run.race import parse_shapes
@@ -130,7 +130,7 @@ class Job:
         fed = _samples(samples, tokenizer, model, given)
         return cls(
             where, tuple(passes), lowerings, tuple(require), original, model, called(source), loaded,
-            given if given is not None and given.is_file() and not options.get("input_shapes") else None,
+            given if given is not None and keeps_bytes(given) and not options.get("input_shapes") else None,
             fed, Loss(where, original, fed, metric), max_loss, known, tuple(watchers), fuel, _promised(promise, pipeline, level, fuel),
             parse_shapes(shapes) if shapes else (), tell,
         )  # fmt: skip
@@ -152,7 +152,7 @@ class Job:
         Raises:
             SampleError: there is a budget and nothing to judge by.
         """
-        lossy = [step for step in steps if not step.exact]
+        lossy = [step for step in steps if not (step.exact or step.binding)]
         if self.max_loss is None or not lossy:
             return PassManager(steps, watchers)
         if not self.loss.known:

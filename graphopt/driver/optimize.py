@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from graphopt.core.contract import Metric, Target
+from graphopt.core.remarks import Progress
 from graphopt.driver import instruments
-from graphopt.driver.history import Progress
 from graphopt.driver.job import Job
 from graphopt.driver.result import Result
 from graphopt.io.load import LoadOptions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from graphopt.io import save
 from graphopt.report.report import Measured, Report, Timing
 from graphopt.report.words import megabytes
 from graphopt.run import race
-from graphopt.run.clock import Timings
+from graphopt.run.clock import Done, Timings
 from graphopt.run.samples import Samples
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Result:
         """Run the artifact by its target."""
         return self.target.session(self.model)
 
-    def measure(self, shapes: str | None = None, *, quick: bool = False, progress: Callable[[float], None] | None = None) -> Report:
+    def measure(self, shapes: str | None = None, *, quick: bool = False, progress: Done | None = None) -> Report:
         """Time input and output side by side and put the result into the report; a target that cannot run here leaves the reason.
 
         Args:

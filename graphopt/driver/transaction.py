@@ -33,7 +33,7 @@ class TransactionManager(PassManager):
 
     def _step(self, step: Pass, position: int, model: ir.Model, ctx: Context) -> PassRecord:
         """Milder and milder settings until one is within the budget, then some between it and the mildest that was not."""
-        if step.exact:
+        if step.exact or step.binding:
             return super()._step(step, position, model, ctx)
         before, fuel = model.clone(), ctx.fuel.burned
         over: Pass | None = None

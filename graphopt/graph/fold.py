@@ -104,24 +104,27 @@ def _bytes(value: ir.Value) -> int | None:
 
 
 def evaluate(node: ir.Node, opset: int) -> list[Array] | None:
-    """Run one node on its constant inputs by the ONNX reference; None where the reference cannot, or disagrees with the inferred type."""
+    """The outputs of a node whose inputs are constant; None where `outputs_at` gives none, or they disagree with the inferred type."""
+    arrays = outputs_at(node, opset, list(map(constant, node.inputs)))
+    return arrays if arrays is not None and all(map(_fits, arrays, node.outputs)) else None
+
+
+def outputs_at(node: ir.Node, opset: int, inputs: Sequence[Array | None]) -> list[Array] | None:
+    """Run one node by the ONNX reference; None where the reference cannot. An input that the node leaves out is None."""
     from onnx.reference import ReferenceEvaluator
 
     proto = ir.to_proto(node)
-    feeds: dict[str, Array | None] = {}
     for index, value in enumerate(node.inputs):
         proto.input[index] = "" if value is None else f"i{index}"
-        if value is not None:
-            feeds[f"i{index}"] = constant(value)
     for index in range(len(node.outputs)):
         proto.output[index] = f"o{index}"
+    feeds = {f"i{index}": array for index, array in enumerate(inputs) if node.inputs[index] is not None}
     try:
         with np.errstate(all="ignore"):
             results = ReferenceEvaluator(proto, opsets={"": opset}).run(None, feeds)
     except Exception:  # noqa: BLE001 -- the reference lacks ops and types, and raises anything; the node then stays as it is
         return None
-    arrays = [np.asarray(r) for r in results]
-    return arrays if all(map(_fits, arrays, node.outputs)) else None
+    return [np.asarray(r) for r in results]
 
 
 def _fits(array: Array, value: ir.Value) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import onnx_ir as ir
 
@@ -12,6 +12,7 @@ from graphopt.graph.dims import is_opaque
 from graphopt.graph.shapes import declared_shape
 
 RESIZED = "graphopt.resized"  # graph.meta: names of inputs and outputs that the user let a pass make smaller (caches, a vocabulary)
+RETYPED = "graphopt.retyped"  # graph.meta: name -> type of inputs and outputs that the user had a pass give another one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,19 +53,19 @@ def check_interface(before: Interface, model: ir.Model) -> None:
     Raises:
         VerifyError: names the first input or output that changed.
     """
-    now, resized = interface(model), model.graph.meta.get(RESIZED, frozenset())
-    _same("input", before.inputs, now.inputs, resized)
-    _same("output", before.outputs, now.outputs, resized)
+    now, resized, retyped = interface(model), model.graph.meta.get(RESIZED, frozenset()), model.graph.meta.get(RETYPED, {})
+    _same("input", before.inputs, now.inputs, resized, retyped)
+    _same("output", before.outputs, now.outputs, resized, retyped)
     if before.overridable != now.overridable:
         raise VerifyError(f"interface: the overridable inputs were {_list(before.overridable)}, and are now {_list(now.overridable)}")
 
 
-def _same(what: str, before: tuple[Port, ...], now: tuple[Port, ...], resized: Collection[str]) -> None:
+def _same(what: str, before: tuple[Port, ...], now: tuple[Port, ...], resized: Collection[str], retyped: Mapping[str, str]) -> None:
     names, found = [p.name for p in before], [p.name for p in now]
     if names != found:
         raise VerifyError(f"interface: the {what}s were {_list(names)}, and are now {_list(found)}")
     for old, new in zip(before, now, strict=True):
-        if old.dtype != new.dtype or not (_kept(old.dims, new.dims) or old.name in resized):
+        if new.dtype not in (old.dtype, retyped.get(old.name)) or not (_kept(old.dims, new.dims) or old.name in resized):
             raise VerifyError(f"interface: {what} `{old}` has become `{new}`")
 
 

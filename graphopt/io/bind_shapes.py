@@ -5,14 +5,11 @@ from __future__ import annotations
 import keyword
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx_ir as ir
 
 from graphopt.core.errors import LoadError
-
-if TYPE_CHECKING:
-    pass
 
 
 def parse_shape(text: str) -> tuple[str, list[int | str]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.core.contract import Array
 from graphopt.core.errors import LoadError
-from graphopt.graph.fold import is_pure
+from graphopt.graph.fold import is_pure, outputs_at
 from graphopt.graph.opset.node_form import WORKING
 from graphopt.graph.questions import ORIGINS, all_nodes, bodies, constant, is_constant, origins
 from graphopt.graph.shapes import contents
@@ -16,7 +15,6 @@ from graphopt.rewrite.dead import detach
 
 _SMALL = 64  # elements of a value that is worth evaluating
 _DEEP = 100  # nodes on the way to a condition
-Array = np.ndarray[Any, Any]
 
 
 # ---- functions ----------------------------------------------------------------------------------------------------------------------------
@@ -153,25 +151,8 @@ def evaluate(value: ir.Value, depth: int = 0) -> Array | None:
     node = value.producer()
     if node is None or depth > _DEEP or not is_pure(node) or len(node.outputs) != 1:
         return None
-    feeds: list[Array | None] = []
-    for item in node.inputs:
-        feeds.append(None if item is None else evaluate(item, depth + 1))
-        if item is not None and feeds[-1] is None:
-            return None
-    return _run(node, feeds)
-
-
-def _run(node: ir.Node, feeds: list[Array | None]) -> Array | None:
-    from onnx.reference import ReferenceEvaluator
-
-    proto = ir.to_proto(node)
-    del proto.input[:], proto.output[:]
-    proto.input.extend("" if item is None else f"i{index}" for index, item in enumerate(feeds))
-    proto.output.append("o")
-    given = {f"i{index}": item for index, item in enumerate(feeds) if item is not None}
-    try:
-        outputs: Any = ReferenceEvaluator(proto, opsets={"": WORKING}).run(None, given)
-    except Exception:  # noqa: BLE001 -- the reference lacks ops and types, and raises anything; the condition then stays undecided
+    inputs = [None if item is None else evaluate(item, depth + 1) for item in node.inputs]
+    if any(item is not None and array is None for item, array in zip(node.inputs, inputs, strict=True)):
         return None
-    result: Array = np.asarray(outputs[0])
-    return result if result.size <= _SMALL else None
+    made = outputs_at(node, WORKING, inputs)
+    return made[0] if made is not None and made[0].size <= _SMALL else None

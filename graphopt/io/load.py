@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,13 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack
 import onnx
 import onnx_ir as ir
 
-from graphopt.core.errors import LoadError
+from graphopt.core.errors import LoadError, about
 from graphopt.core.options import near
 from graphopt.core.remarks import Remarks
 from graphopt.graph.opset import versions as opset
 from graphopt.graph.opset.node_form import WORKING
-from graphopt.io import onnx_file as reading
 from graphopt.io.bind_shapes import override_shapes
+from graphopt.io.formats.format import Format, Loaded, described
+from graphopt.io.formats.onnx_file import from_model
 from graphopt.io.normal_form import normalize
 from graphopt.io.save import SOURCE_FILES
 
@@ -75,7 +77,7 @@ def load_both(source: Source, *, remarks: Remarks, **options: Unpack[LoadOptions
     """The input as it came (with `input_shapes` bound), and its normal form; arguments as for `load`."""
     with _silent("onnx_ir", "onnx_shape_inference"):
         original, name = _open(source, options, remarks)
-        model, _, _ = reading.from_model(original)
+        model, _, _ = from_model(original)
         return original, _normal(model, name, remarks)
 
 
@@ -92,7 +94,7 @@ def _open(source: Source, options: LoadOptions, remarks: Remarks) -> tuple[ir.Mo
     shapes = options.get("input_shapes")
     model, name, files = read(source, options, remarks)
     remember(model, name, files)
-    with _named(name):
+    with about(name):
         check_outputs(model)
         if shapes:
             override_shapes(model, shapes)
@@ -100,18 +102,9 @@ def _open(source: Source, options: LoadOptions, remarks: Remarks) -> tuple[ir.Mo
 
 
 def _normal(model: ir.Model, name: str, remarks: Remarks) -> ir.Model:
-    with _named(name):
+    with about(name):
         normalize(model, remarks)
     return model
-
-
-@contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
-    """An error says of which model it is."""
-    try:
-        yield
-    except LoadError as error:
-        raise LoadError(f"{name}: {error}") from None
 
 
 @contextlib.contextmanager
@@ -127,43 +120,46 @@ def _silent(*names: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-def read(source: Any, options: LoadOptions, remarks: Remarks) -> tuple[ir.Model, str, list[str]]:
+# ---- formats --------------------------------------------------------------------------------------------------------------------------
+
+
+FORMATS = (  # file and class in io/formats/: the first that recognizes a source reads it
+    "huggingface.HuggingFaceFolder",
+    "onnx_file.OnnxFile",
+    "onnx_file.OnnxProto",
+    "onnx_file.OnnxModel",
+    "torch_module.TorchProgram",
+    "torch_module.TorchModule",
+)
+
+
+def formats() -> tuple[Format, ...]:
+    places = (name.split(".") for name in FORMATS)
+    return tuple(getattr(importlib.import_module(f"graphopt.io.formats.{file}"), cls)() for file, cls in places)
+
+
+def format_of(source: Any) -> Format | None:
+    """The first format that recognizes a source; None = nothing that can be loaded."""
+    return next((one for one in formats() if one.recognizes(source)), None)
+
+
+def keeps_bytes(path: Path) -> bool:
+    """Whether it is an ONNX file, which can be written again as the bytes that it has."""
+    found = format_of(path)
+    return found is not None and found.onnx_file and path.is_file()
+
+
+def read(source: Any, options: LoadOptions, remarks: Remarks) -> Loaded:
     """The model, not yet in normal form; its name in messages; its files."""
-    folder = isinstance(source, str | os.PathLike) and os.path.isdir(source)
-    task, with_past = options.get("task"), options.get("with_past", False)
-    if (task is not None or with_past) and not folder:
-        raise LoadError(f"task and with_past are for Hugging Face folders, and {_describe(source)} is none")
-    example_inputs, example_kwargs = options.get("example_inputs"), options.get("example_kwargs")
-    kinds = {c.__module__.partition(".")[0] + "." + c.__name__ for c in type(source).__mro__}
-    if (example_inputs is not None or example_kwargs is not None) and "torch.Module" not in kinds:
-        raise LoadError(f"example inputs are for a torch.nn.Module, and {_describe(source)} is none")
-    if folder:
-        from graphopt.io import huggingface
-
-        return huggingface.export_folder(Path(source), task, with_past, remarks), str(source), _files_under(Path(source))
-    if isinstance(source, str | os.PathLike):
-        return reading.from_file(Path(source))
-    if isinstance(source, onnx.ModelProto):
-        return reading.from_proto(source)
-    if isinstance(source, ir.Model):
-        return reading.from_model(source)
-    if "torch.ExportedProgram" in kinds:
-        from graphopt.io import torch_module as export
-
-        return export.export_program(source, remarks), "the ExportedProgram", []
-    if "torch.Module" in kinds:
-        from graphopt.io import torch_module as export
-
-        return export.export_module(source, example_inputs, example_kwargs, options.get("dynamic_shapes"), remarks), _describe(source), []
-    raise LoadError(f"cannot load {_describe(source)}: give a path, an onnx.ModelProto, an onnx_ir.Model, a torch.nn.Module or an ExportedProgram")
-
-
-def _describe(source: Any) -> str:
-    return str(source) if isinstance(source, str | os.PathLike) else f"an object of type {type(source).__module__}.{type(source).__qualname__}"
-
-
-def _files_under(folder: Path) -> list[str]:
-    return [str(p.absolute()) for p in folder.rglob("*") if p.is_file()]
+    found = format_of(source)
+    for other in formats():
+        given = (options.get(name) for name in other.own)
+        if type(other) is not type(found) and any(value is not None and value is not False for value in given):
+            raise LoadError(f"{other.owned}, and {described(source)} is none")
+    if found is None:
+        *kinds, last = dict.fromkeys(one.given for one in formats())
+        raise LoadError(f"cannot load {described(source)}: give {', '.join(kinds)} or {last}")
+    return found.read(source, options, remarks)
 
 
 # ---- what is remembered, and overridden -----------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from graphopt.graph.opset.versions import Rise
 from graphopt.graph.questions import all_nodes, graphs
 from graphopt.graph.serialize import fits, read, to_bytes
 from graphopt.graph.shapes import declared_shape
+from graphopt.io.advisories import input_symbols
 
 SOURCE_FILES = "graphopt.files"  # graph.meta: the files of the input, which no output may overwrite
 STATES_SHAPES = "graphopt.states_shapes"  # graph.meta: whether the input has value_info
@@ -75,7 +76,7 @@ def save_as_is(model: ir.Model, path: str | os.PathLike[str], source: Path | Non
     """
     if source is None or not source.is_file():
         return save(model, path)
-    from graphopt.io.onnx_file import from_file
+    from graphopt.io.formats.onnx_file import from_file
 
     original, _, files = from_file(source)
     outside = len(files) > 1
@@ -189,7 +190,7 @@ def _scrub(model: ir.Model) -> None:
     A model whose input file states no inner shapes gets none: they would only make it larger.
     """
     public = frozenset((*model.graph.inputs, *model.graph.outputs))
-    symbols = {str(d) for v in model.graph.inputs if v.shape is not None for d in v.shape if not isinstance(d, int)}
+    symbols = input_symbols(model)
     keep = model.graph.meta.get(STATES_SHAPES, True)
     for value in model.graph.outputs:
         value.shape = _public_shape(value, symbols)
@@ -206,15 +207,15 @@ def _scrub(model: ir.Model) -> None:
                 value.type = value.shape = None
 
 
-def _sound(shape: ir.Shape | None, symbols: set[str]) -> bool:
+def _sound(shape: ir.Shape | None, symbols: frozenset[str]) -> bool:
     return shape is not None and all(_sound_dim(d, symbols) for d in shape)
 
 
-def _sound_dim(dim: Any, symbols: set[str]) -> bool:
+def _sound_dim(dim: Any, symbols: frozenset[str]) -> bool:
     return isinstance(dim, int) or (dim.value is not None and str(dim) in symbols)
 
 
-def _public_shape(value: ir.Value, symbols: set[str]) -> ir.Shape | None:
+def _public_shape(value: ir.Value, symbols: frozenset[str]) -> ir.Shape | None:
     """The declared shape of a graph output. Where it says nothing, or is contradicted, what follows from the inputs."""
     declared, known = declared_shape(value), value.shape
     if known is None or (declared is not None and len(declared) == len(known) and not _contradicts(declared, known)):

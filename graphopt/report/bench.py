@@ -12,8 +12,8 @@ from graphopt.io.load import load
 from graphopt.report.document import Document
 from graphopt.report.elements import Table
 from graphopt.report.words import head
-from graphopt.run.clock import Timings, steady_clock
-from graphopt.run.race import QUOTE, SHAPES, Picky, Progress, feeds_for, parse_shapes, race
+from graphopt.run.clock import Done, Timings, steady_clock
+from graphopt.run.race import QUOTE, SHAPES, Picky, feeds_for, parse_shapes, race
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Bench(Document):
         return [head(threads=self.threads), Table(columns, rows, "median latency in ms", "l" + "r" * (len(columns) - 1))]
 
 
-def bench(paths: Sequence[Path], shapes: str | None = None, *, threads: int = 1, progress: Progress | None = None) -> Bench:
+def bench(paths: Sequence[Path], shapes: str | None = None, *, threads: int = 1, progress: Done | None = None) -> Bench:
     """Time .onnx files side by side on ONNX Runtime; the first is the baseline.
 
     Args:

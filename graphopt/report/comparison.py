@@ -155,7 +155,7 @@ def compare(
     given = runnable_samples(graph, sessions[0]) if samples is None else Samples.load(samples, graph, tokenizer=tokenizer)
     outputs: dict[str, Running] = {str(v.name): Running() for v in first.graph.outputs}
     ends, note = block_ends(graph, other, first, second, tuple(plugins))
-    padding = Padding(first).about(v for values in ends.values() for v in values)
+    padding = Padding(first)
     for feed in given:
         left, right = (s.run(feed) for s in sessions)
         for name in outputs:

@@ -59,9 +59,9 @@ def weights(op: Builder, a: AttentionNode) -> ir.Value:
 
 
 def _weights(op: Builder, a: AttentionNode, q: ir.Value, k: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-    """Scores, weights, and which rows see a key (None: all do)."""
+    """Raw scores, weights, and which rows see a key (None: all do)."""
     scores = _scores(op, a, q, k)
-    masked = _masked(op, a, scores, q, k)
+    masked = _masked(op, a, _capped(op, a, scores), q, k)
     probabilities = _softmax(op, a, masked)
     if not may_hide_rows(a.mask):
         return scores, probabilities, None
@@ -104,11 +104,14 @@ def _scores(op: Builder, a: AttentionNode, q: ir.Value, k: ir.Value) -> ir.Value
     scale = op.const(np.array(a.scale, dtype.numpy()), "scale")
     keys = op.Transpose(k, perm=[0, 1, 3, 2])
     narrow = dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-    scores = op.MatMul(op.Mul(q, scale), keys) if narrow else op.Mul(op.MatMul(q, keys), scale)
-    if a.softcap:
-        limit = op.const(np.array(a.softcap, dtype.numpy()), "softcap")
-        scores = op.Mul(op.Tanh(op.Div(scores, limit)), limit)
-    return scores  # type: ignore[no-any-return]
+    return op.MatMul(op.Mul(q, scale), keys) if narrow else op.Mul(op.MatMul(q, keys), scale)  # type: ignore[no-any-return]
+
+
+def _capped(op: Builder, a: AttentionNode, scores: ir.Value) -> ir.Value:
+    if not a.softcap:
+        return scores
+    limit = op.const(np.array(a.softcap, _dtype(a).numpy()), "softcap")
+    return op.Mul(op.Tanh(op.Div(scores, limit)), limit)  # type: ignore[no-any-return]
 
 
 def _masked(op: Builder, a: AttentionNode, scores: ir.Value, q: ir.Value, k: ir.Value) -> ir.Value:

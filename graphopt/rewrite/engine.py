@@ -15,6 +15,7 @@ import onnx_ir as ir
 from graphopt.core.contract import Context
 from graphopt.core.remarks import plural
 from graphopt.graph import dims, shapes
+from graphopt.graph.opset.node_form import WORKING, Spelling, misfit
 from graphopt.graph.questions import all_nodes, graphs, is_constant, shape_text
 from graphopt.rewrite.builder import _SMALL, Builder
 from graphopt.rewrite.dead import remove_dead
@@ -75,7 +76,7 @@ class Driver(Inserter):
             the new nodes; a Miss if the guard refuses; None if out of fuel. In the last two cases nothing changed.
         """
         shapes.infer_nodes(self.model, op.nodes)
-        complaint = _mismatch(match.outputs, new) or _reads_itself(op, match)
+        complaint = self._illegal(op) or _mismatch(match.outputs, new) or _reads_itself(op, match)
         if complaint is not None:
             _discard(op)
             return Miss(anchor, complaint)
@@ -113,6 +114,12 @@ class Driver(Inserter):
         assert last.graph is not None
         last.graph.insert_after(last, keep.nodes)
         return same
+
+    def _illegal(self, op: Builder) -> str | None:
+        """A standard node that its schema does not take so: RotaryEmbedding of doubles, say."""
+        version = self.model.opset_imports.get("", WORKING)
+        reasons = (misfit(Spelling.of(node), version) for node in op.nodes if node.domain in ("", "ai.onnx"))
+        return next((f"its replacement is not legal: {reason}" for reason in reasons if reason is not None), None)
 
     def clean(self) -> None:
         """Dead nodes and weights out, topological order back. What the memo holds may be dead now."""

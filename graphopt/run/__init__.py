@@ -6,16 +6,18 @@ This file holds what they share. Each engine is imported by name, so that none c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
+import onnx_ir as ir
 
 from graphopt.core.contract import Array
 from graphopt.core.errors import TargetError
 
 Feeds = Mapping[str, Array]
-Dim = int | str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,55 @@ class Port:
 
     name: str
     dtype: np.dtype[Any] | None
-    shape: tuple[Dim, ...]
+    shape: tuple[int | str | None, ...]
+
+    @classmethod
+    def of(cls, value: ir.Value) -> Port:
+        """That of an input or output of a graph."""
+        dims = () if value.shape is None else tuple(d if isinstance(d, int) else d.value for d in value.shape)
+        try:
+            dtype = value.dtype.numpy() if isinstance(value.type, ir.TensorType) and value.dtype is not None else None
+        except TypeError:
+            dtype = None
+        return cls(str(value.name), dtype, dims)
+
+
+class Runner(ABC):
+    """A loaded model. `inputs` are what `run` must be fed; an overridable initializer may be fed as well."""
+
+    engine: ClassVar[str]  # its name in errors
+
+    def __init__(self, inputs: Iterable[Port], outputs: Iterable[Port], defaults: Iterable[Port]) -> None:
+        self.inputs, self.outputs, self._defaults = tuple(inputs), tuple(outputs), tuple(defaults)
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """The outputs by name, in order.
+
+        Raises:
+            TargetError: an input is missing or unknown, or the engine failed; one line.
+        """
+        defaults = {port.name for port in self._defaults}
+        check_feeds({k: v for k, v in feeds.items() if k not in defaults}, self.inputs)
+        names = [port.name for port in self.outputs]
+        try:
+            arrays = self._call(names, in_width(feeds, (*self.inputs, *self._defaults)))
+        except Exception as error:
+            raise TargetError(f"{self.engine} failed to run the model: {one_line(error)}") from error
+        return dict(zip(names, arrays, strict=True))
+
+    @abstractmethod
+    def _call(self, outputs: list[str], feeds: dict[str, Array]) -> Sequence[Array]: ...
+
+
+def saved(path: str | os.PathLike[str]) -> str:
+    """The path of a saved model.
+
+    Raises:
+        TargetError: there is no such file.
+    """
+    if not os.path.isfile(path):
+        raise TargetError(f"{os.fspath(path)} is not a file; give a saved .onnx model")
+    return os.fspath(path)
 
 
 def one_line(error: BaseException) -> str:
@@ -44,3 +94,13 @@ def check_feeds(feeds: Feeds, inputs: tuple[Port, ...]) -> None:
         raise TargetError(f"input {', '.join(missing)} missing; the model needs {', '.join(p.name for p in inputs)}")
     if extra:
         raise TargetError(f"the model has no input {', '.join(extra)}; it needs {', '.join(p.name for p in inputs) or 'none'}")
+
+
+def in_width(feeds: Feeds, inputs: Iterable[Port]) -> dict[str, Array]:
+    """The feeds with floats in the width of the inputs: a pass may have made an input narrower than the user's data (to-half{keep-io=false})."""
+    fed = dict(feeds)
+    for port in inputs:
+        array = fed.get(port.name)
+        if array is not None and port.dtype is not None and array.dtype != port.dtype and array.dtype.kind == port.dtype.kind == "f":
+            fed[port.name] = array.astype(port.dtype)
+    return fed

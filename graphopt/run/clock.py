@@ -11,6 +11,8 @@ from typing import Any
 
 from graphopt.core.contract import Array, Session
 
+Clock = Callable[[], float]  # gives seconds
+Done = Callable[[float], None]  # called with the fraction done
 NOISE = 1.03  # what is not faster by more than this factor is not faster
 _MEAN, _WORST = 0.98, 0.95  # "not slower": geometric mean over the shapes, and every single shape
 _CLOCK = 5e-6  # seconds: a difference below this is that of two calls, not of two models
@@ -85,8 +87,8 @@ def latency(
     *,
     rounds: int = 5,
     block: int = 4,
-    progress: Callable[[float], None] | None = None,
-    clock: Callable[[], float] | None = None,
+    progress: Done | None = None,
+    clock: Clock | None = None,
 ) -> dict[str, tuple[float, ...]]:
     """Time models side by side at one feed, in interleaved warm blocks: for each model its median of every round, in seconds.
 
@@ -109,7 +111,7 @@ def latency(
     return {name: tuple(found) for name, found in medians.items()}
 
 
-def steady_clock(threads: int | None) -> Callable[[], float]:
+def steady_clock(threads: int | None) -> Clock:
     """The clock for a runtime that computes in `threads` threads of this process (None: elsewhere, or not known).
 
     For one thread it is the processor time of this process, which is the wall clock of an idle machine: what other processes take does not
@@ -118,7 +120,7 @@ def steady_clock(threads: int | None) -> Callable[[], float]:
     return time.process_time if threads == 1 else time.perf_counter
 
 
-def _block(session: Session, feed: Mapping[str, Array], runs: int, clock: Callable[[], float]) -> list[float]:
+def _block(session: Session, feed: Mapping[str, Array], runs: int, clock: Clock) -> list[float]:
     session.run(feed)
     times = []
     for _ in range(runs):

@@ -16,24 +16,6 @@ _FILL = 1e3  # so many times larger than (1 +) the smaller elements: a fill such
 
 
 @dataclasses.dataclass(frozen=True)
-class Distance:
-    """Between a baseline and another array.
-
-    Attributes:
-        max_abs: max |d|, in units of the output.
-        relative: max |d| / (1 + max |baseline|).
-        l2: ||d|| / ||baseline||.
-        cosine: mean cosine of the rows (last axis); `cosine_min`: the smallest.
-    """
-
-    max_abs: float
-    relative: float
-    l2: float
-    cosine: float
-    cosine_min: float
-
-
-@dataclasses.dataclass(frozen=True)
 class Difference:
     """The worst element of the first output that differs by more than its bound; `reason` instead, where arrays cannot be compared."""
 
@@ -50,23 +32,6 @@ class Difference:
             return f"output `{self.output}` {self.reason}"
         place = f" at {list(self.index)}" if self.index else ""
         return f"output `{self.output}`{place} is {self.found}, expected {self.expected}: off by {self.error:.3g}, allowed {self.bound:.3g}"
-
-
-def distance(base: Array, other: Array) -> Distance:
-    """The distance of `other` from the baseline `base`."""
-    base, other = np.asarray(base), np.asarray(other)
-    if base.shape != other.shape or base.dtype != other.dtype:
-        return Distance(math.inf, math.inf, math.inf, -1.0, -1.0)
-    errors = _errors(base, other)
-    if base.size == 0 or base.dtype.kind in "OUS":
-        worst = float(errors.max(initial=0.0))
-        return Distance(worst, worst, worst, 1.0 - bool(worst), 1.0 - bool(worst))
-    numbers = _finite(base)
-    worst = float(errors.max())
-    cosines = _cosines(numbers, _finite(other))
-    return Distance(
-        worst, worst / (1 + float(np.abs(numbers).max())), _ratio(_norm(errors), _norm(numbers)), float(cosines.mean()), float(cosines.min())
-    )
 
 
 def relative_l2(base: Iterable[Mapping[str, Array]], other: Iterable[Mapping[str, Array]]) -> float:
@@ -155,6 +120,11 @@ class Running:
     """The distance of two values over many batches, each batch seen once: memory does not grow with their number.
 
     The last axis runs along the channels. The same infinity on both sides is no difference; strings count as 1 where they differ.
+
+    Attributes:
+        max_abs: max |d|, in units of the output.
+        l2: ||d|| / ||baseline||.
+        cosine: mean cosine of the rows (last axis); `cosine_min`: the smallest.
     """
 
     def __init__(self) -> None:

@@ -13,9 +13,10 @@ from graphopt.run import Feeds
 
 
 def observable(model: ir.Model, value: ir.Value) -> bool:
-    """True for what `observe` can show: a value of the main graph, not one that is computed inside a subgraph."""
+    """True for what `shown` can show: a value of the main graph, not one that a subgraph computes, or is handed (the state of a loop)."""
     node = value.producer()
-    return value.is_graph_input() or (node is not None and node.graph is model.graph)
+    home = value.graph if value.is_graph_input() else None if node is None else node.graph
+    return home is model.graph
 
 
 def shown(
@@ -39,20 +40,18 @@ def shown(
     hidden = [name for value, name in names.items() if not observable(model, value)]
     if hidden:
         raise GraphoptError(f"`{hidden[0]}` is computed inside a subgraph, where it cannot be observed")
-    inputs, none = {str(v.name) for v in model.graph.inputs}, True
-    session = (
-        None if inputs >= set(names.values()) else ort.session(exposed(model, names.values()), optimize=optimize)
-    )  # one without outputs does not run
+    inside, none = exposed(model, names.values()), True
+    session = ort.session(inside, optimize=optimize) if inside.graph.outputs else None  # one without outputs does not run
     for feed in samples:
-        outputs, none = {} if session is None else session.run(feed), False
-        yield feed, {value: feed[name] if name in inputs else outputs[name] for value, name in names.items()}
+        found, none = {**feed, **({} if session is None else session.run(feed))}, False
+        yield feed, {value: found[name] for value, name in names.items()}
     if none:
         raise SampleError("calibration gave 0 samples: the source is empty, or a generator that was used before")
 
 
 @dataclasses.dataclass(frozen=True)
 class Limited:
-    """The first batches of `samples`, as often as they can be iterated; see `limited`."""
+    """Batches until they hold so many rows: the elements of the largest integer input, else batch entries. They start anew at each iteration."""
 
     samples: Iterable[Feeds]
     rows: int
@@ -64,11 +63,6 @@ class Limited:
             seen += max((a.size for a in feed.values() if a.dtype.kind in "iu"), default=max((len(a) for a in feed.values() if a.ndim), default=1))
             if seen >= self.rows:
                 return
-
-
-def limited(samples: Iterable[Feeds], rows: int) -> Limited:
-    """Batches until they hold so many rows: the elements of the largest integer input, else batch entries. They start anew at each iteration."""
-    return Limited(samples, rows)
 
 
 def exposed(model: ir.Model, names: Iterable[str]) -> ir.Model:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from graphopt.core.contract import Array
 from graphopt.core.errors import TargetError
 from graphopt.graph.serialize import fits, proto_limit, to_bytes, write
-from graphopt.run import Dim, Feeds, Port, check_feeds, one_line
+from graphopt.run import Port, Runner, one_line, saved
 
 if TYPE_CHECKING:
     import onnx
@@ -27,29 +27,16 @@ _DTYPES = {
 _SILENT = 4  # only fatal messages: every error comes back as an exception, and is one line there
 
 
-class OrtSession:
-    """A loaded model. `inputs` are what `run` must be fed; an overridable initializer may be fed as well."""
+class OrtSession(Runner):
+    engine = "onnxruntime"
 
     def __init__(self, inference: Any, keep: object = None) -> None:
+        super().__init__(*(map(_port, get()) for get in (inference.get_inputs, inference.get_outputs, inference.get_overridable_initializers)))
         self._inference, self._keep = inference, keep
-        self.inputs = tuple(_port(x) for x in inference.get_inputs())
-        self.outputs = tuple(_port(x) for x in inference.get_outputs())
-        self._overridable = tuple(_port(x) for x in inference.get_overridable_initializers())
 
-    def run(self, feeds: Feeds) -> dict[str, Array]:
-        """The outputs by name, in order.
-
-        Raises:
-            TargetError: an input is missing or unknown, or the runtime failed; one line.
-        """
-        defaults = {p.name for p in self._overridable}
-        check_feeds({k: v for k, v in feeds.items() if k not in defaults}, self.inputs)
-        names = [port.name for port in self.outputs]
-        try:
-            arrays = self._inference.run(names, dict(feeds))
-        except Exception as error:
-            raise TargetError(f"onnxruntime failed to run the model: {one_line(error)}") from error
-        return dict(zip(names, arrays, strict=True))
+    def _call(self, outputs: list[str], feeds: dict[str, Array]) -> Sequence[Array]:
+        arrays: list[Array] = self._inference.run(outputs, feeds)
+        return arrays
 
 
 def session(
@@ -99,10 +86,7 @@ def loadable(model: Any) -> tuple[str | bytes, object]:
     if isinstance(model, bytes):
         return model, None
     if isinstance(model, (str, os.PathLike)):
-        path = Path(model)
-        if not path.is_file():
-            raise TargetError(f"{path} is not a file; give a saved .onnx model")
-        return str(path), None
+        return saved(model), None
     if not isinstance(model, ir.Model):
         if model.ByteSize() <= proto_limit():
             return model.SerializeToString(), None
@@ -118,5 +102,4 @@ def loadable(model: Any) -> tuple[str | bytes, object]:
 def _port(described: Any) -> Port:
     kind = str(described.type)
     inner = kind[len("tensor(") : -1] if kind.startswith("tensor(") else ""
-    dims: tuple[Dim, ...] = tuple(described.shape or ())
-    return Port(described.name, np.dtype(_DTYPES[inner]) if inner in _DTYPES else None, dims)
+    return Port(described.name, np.dtype(_DTYPES[inner]) if inner in _DTYPES else None, tuple(described.shape or ()))

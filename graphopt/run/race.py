@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -13,11 +13,9 @@ from graphopt.core.contract import Array, Session, Target
 from graphopt.core.errors import GraphoptError, SampleError
 from graphopt.graph.dims import limits, symbols
 from graphopt.run import Feeds, Port
-from graphopt.run.clock import Timings, latency, steady_clock
+from graphopt.run.clock import Clock, Done, Timings, latency, steady_clock
 from graphopt.run.samples import random_samples
 
-Progress = Callable[[float], None]
-Clock = Callable[[], float]
 SHAPES = ((1, 16), (1, 128), (8, 64))  # batch, length: where nothing else is asked for
 QUICK, CHOICE, VERDICT, QUOTE = 0.2, 0.7, 1.0, 2.0  # efforts: for a smoke test, between kernels, about an artifact, for a number to quote
 # Up to so many seconds a run: rounds (at an effort of 1; two at least), and counted runs of a block.
@@ -35,7 +33,7 @@ def race(
     *,
     clock: Clock | None = None,
     effort: float = VERDICT,
-    progress: Progress | None = None,
+    progress: Done | None = None,
 ) -> Timings:
     """Interleaved timing; short runs get more rounds than long ones. The first session is the baseline.
 
@@ -104,7 +102,7 @@ def _seconds(once: float, models: int) -> float:
     return once * rounds * (block + 1) * models
 
 
-def _share(progress: Progress, done: int, total: int) -> Progress:
+def _share(progress: Done, done: int, total: int) -> Done:
     return lambda fraction: progress((done + fraction) / total)
 
 

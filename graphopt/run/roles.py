@@ -17,8 +17,6 @@ from graphopt.core.contract import Array
 from graphopt.graph.dims import Bindings, fed_inputs, shape_at, size_of
 from graphopt.graph.questions import constant
 
-Kind = Literal["index", "mask", "additive", "flag", "count", "integer", "float", "text"]
-
 # fmt: off
 # Op -> inputs whose elements come out again, unchanged.
 _SAME = {
@@ -44,7 +42,7 @@ _STEPS = 10_000
 class Role:
     """What an input is for. `low` and `high` (inclusive) bound an index, a count or an integer."""
 
-    kind: Kind
+    kind: Literal["index", "mask", "additive", "flag", "count", "integer", "float", "text"]
     low: int = 0
     high: int = 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import onnx
 import onnx_ir as ir
@@ -100,8 +100,7 @@ class Segments:
             runner = self._session(piece, state, inside)
             if not inside or key is not None:
                 self._sessions[piece, key if inside else None] = runner
-        made = runner.run({port.name: state[port.name] for port in runner.inputs})
-        return {name: array for name, array in {**state, **made}.items() if self._last.get(name, -1) > piece}
+        return _stepped(runner, state, lambda name: self._last.get(name, -1) > piece)
 
     def finish(self, piece: int, state: State, change: Change | None = None, key: object = None) -> dict[str, Array]:
         """The outputs of the model, from the state before a piece on."""
@@ -132,17 +131,12 @@ class Walk:
 
     def until(self, node: ir.Node) -> Sequence[State]:
         """The values in front of a node of the main graph that something behind still reads, for every batch."""
-        todo = []
-        for other in self._model.graph:
-            if other is node:
-                break
-            if other not in self._done:
-                todo.append(other)
+        todo = [other for other in itertools.takewhile(lambda other: other is not node, self._model.graph) if other not in self._done]
         self._done.update(todo)
         alive = {name for other in self._model.graph if other not in self._done for name in _reads(other)}
         if any(v.name in alive for other in todo for v in other.outputs):
-            runner = _session(self._model, todo, self.states[0], lambda name: name in alive, {})
-            self.states = _kept((_stepped(runner, state, alive) for state in self.states), self._held)
+            runner = _session(self._model, todo, self.states[0], alive.__contains__, {})
+            self.states = _kept((_stepped(runner, state, alive.__contains__) for state in self.states), self._held)
         return self.states
 
 
@@ -152,9 +146,9 @@ def _given(model: ir.Model, feed: Feeds) -> State:
     return {**defaults, **feed}
 
 
-def _stepped(runner: ort.OrtSession, state: State, alive: Container[str]) -> State:
+def _stepped(runner: ort.OrtSession, state: State, wanted: Callable[[str], bool]) -> State:
     made = runner.run({port.name: state[port.name] for port in runner.inputs})
-    return {name: array for name, array in {**state, **made}.items() if name in alive}
+    return {name: array for name, array in {**state, **made}.items() if wanted(name)}
 
 
 def _kept(states: Iterator[State], held: int) -> Sequence[State]:

@@ -191,6 +191,15 @@ def test_c11_weights_of_eight_bits_are_not_multiplied_as_integers_without_vnni()
     assert np.linalg.norm(base - got) <= 0.01 * np.linalg.norm(base)
 
 
+def test_c11_what_vnni_false_asks_for_is_not_undone_for_its_loss() -> None:
+    """The other passes of a pipeline without samples are exact, and this one is no reason to ask for samples."""
+    source, feeds = near_the_top()
+    stored, _ = quantized(source)
+    for given in ({}, {"samples": [feeds]}):
+        got = graphopt.optimize(ir.to_proto(stored), "", target="quantized{tune=off vnni=false}", max_loss=1e-9, **given)
+        assert {p.name.partition("{")[0]: p.changes for p in got.report.passes}["guard-range"] == 1
+
+
 def test_c11_stored_ranges_of_activations_are_guarded_too() -> None:
     w = np.full((64, 16), 100, np.int8)
     coded = "w = DequantizeLinear<axis = 1>(q, s)  y = MatMul(d, w)"

@@ -84,7 +84,7 @@ def joined(
     pieces: dict[str, HeadGroups] = {}
     for name, block in blocks.items():
         own = {group: given.get((name, group), "") for group in range(block.kv_heads)}
-        order = sorted(set(own.values()), key=lambda label: -max(size.get(((name, group), label), 0) for group in own))
+        order = sorted(dict.fromkeys(own.values()), key=lambda label: -max(size.get(((name, group), label), 0) for group in own))
         if len(order) == 1:
             given.update(dict.fromkeys((str(x.node.outputs[0].name) for x, _ in shares(block)), order[0]))
             continue

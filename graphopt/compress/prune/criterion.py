@@ -19,7 +19,7 @@ from graphopt.core.contract import Array, Context
 from graphopt.core.options import Configurable, option_error
 from graphopt.core.registry import Registry
 from graphopt.run import Feeds
-from graphopt.run.observe import limited
+from graphopt.run.observe import Limited
 
 Loss = Callable[[Mapping[str, Any], Mapping[str, Any]], Any]  # (outputs, feeds), torch tensors by name -> one number
 
@@ -61,7 +61,7 @@ class Question:
         Raises:
             SampleError: there are none.
         """
-        return limited(self.ctx.require_samples(), self.rows)
+        return Limited(self.ctx.require_samples(), self.rows)
 
     def steps(self, c: Candidate) -> list[int]:
         """How many groups are gone after each step; what stays is a multiple of `multiple` neurons, and never nothing."""

@@ -102,9 +102,9 @@ def prune(model: ir.Model, ctx: Context, s: Pruning, way: str) -> int:
 def _rankings(ctx: Context, candidates: Sequence[Candidate], s: Pruning) -> dict[Candidate, Ranking]:
     loss: Any = s.loss
     if ":" in s.loss:
-        from graphopt.core.registry import load_metric
+        from graphopt.core.registry import load_function
 
-        loss = load_metric(s.loss)
+        loss = load_function(s.loss, "loss")
     found: Mapping[Candidate, Ranking] = ctx.get(Importance(s.importance, loss, s.rows, getattr(s, "multiple", 1), s.seed, s.resizable))
     return {c: found[c] for c in candidates if c in found}
 

@@ -23,7 +23,6 @@ from graphopt.rewrite.match import M, Match, Miss
 from graphopt.rewrite.rules import RewritePass
 
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-_STASH = 1  # the value of stash_type that means float32
 
 
 def portable(opset: int | None, without: str = "") -> list[Pass]:
@@ -119,7 +118,7 @@ def _ints(op: Builder, *values: int) -> ir.Value:
 
 @dataclasses.dataclass(frozen=True)
 class _DecomposeNorm(Decompose[Match]):
-    """A norm over the last axes, computed in float32 as the operator does (stash_type 1)."""
+    """A norm over the last axes, computed in the type that the runtime computes it in."""
 
     def match(self, node: ir.Node, ctx: Context) -> Match | Miss | None:
         size = rank(node.inputs[0])
@@ -129,20 +128,28 @@ class _DecomposeNorm(Decompose[Match]):
             return Miss(node, f"stays {node.op_type}: its mean or deviation is read as well")
         return Match((node,), (node.outputs[0],))
 
-    def _wide(self, op: Builder, node: ir.Node) -> tuple[ir.Value, ir.DataType, ir.Value]:
-        """x in the type that is computed in, its own type, and the axes."""
+    def _computed(self, node: ir.Node) -> ir.DataType:
+        """The kernels take no notice of stash_type: float32 for what is narrower, else x's own type."""
+        own = _own(node)
+        return ir.DataType.FLOAT if own in _HALF else own
+
+    def _wide(self, op: Builder, node: ir.Node) -> tuple[ir.Value, ir.Value]:
+        """x in the type that is computed in, and the axes."""
         x = node.inputs[0]
         assert x is not None
-        assert x.dtype is not None
-        size, axis = rank(x) or 0, attr(node, "axis", -1)
+        size, axis, to = rank(x) or 0, attr(node, "axis", -1), self._computed(node)
         axes = _ints(op, *range(axis % size - size, 0))
-        wide = attr(node, "stash_type", _STASH) == _STASH and x.dtype in _HALF
-        return (op.Cast(x, to=ir.DataType.FLOAT) if wide else x), x.dtype, axes
+        return (x if to == _own(node) else op.Cast(x, to=to)), axes
+
+    def _narrow(self, op: Builder, value: ir.Value, node: ir.Node, to: ir.DataType) -> ir.Value:
+        """From the type that is computed in to `to`."""
+        narrowed: ir.Value = value if to == self._computed(node) else op.Cast(value, to=to)
+        return narrowed
 
     def _quotient(self, op: Builder, x: ir.Value, axes: ir.Value, node: ir.Node) -> ir.Value:
         """x / sqrt(mean(x^2) + epsilon), in the spelling that runtimes fuse again."""
-        dtype = x.dtype or ir.DataType.FLOAT  # of a Cast: float32
-        two, epsilon = (op.const(np.array(c, dtype.numpy()), name) for c, name in ((2, "two"), (attr(node, "epsilon", 1e-5), "epsilon")))
+        kind = self._computed(node).numpy()
+        two, epsilon = (op.const(np.array(c, kind), name) for c, name in ((2, "two"), (attr(node, "epsilon", 1e-5), "epsilon")))
         root = op.Sqrt(op.Add(op.ReduceMean(op.Pow(x, two), axes, keepdims=1), epsilon))
         value: ir.Value = op.Div(x, root)
         return value
@@ -156,10 +163,10 @@ class DecomposeRms(_DecomposeNorm):
 
     def build(self, op: Builder, m: Match) -> Sequence[ir.Value]:
         (node,) = m.nodes
-        x, dtype, axes = self._wide(op, node)
+        x, axes = self._wide(op, node)
         out, scale = self._quotient(op, x, axes, node), node.inputs[1]
         assert scale is not None
-        return [op.Mul(_narrow(op, out, dtype, scale.dtype), scale)]
+        return [op.Mul(self._narrow(op, out, node, scale.dtype or _own(node)), scale)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,8 +177,8 @@ class DecomposeLayerNorm(_DecomposeNorm):
 
     def build(self, op: Builder, m: Match) -> Sequence[ir.Value]:
         (node,) = m.nodes
-        x, dtype, axes = self._wide(op, node)
-        out = _narrow(op, self._quotient(op, op.Sub(x, op.ReduceMean(x, axes, keepdims=1)), axes, node), dtype, dtype)
+        x, axes = self._wide(op, node)
+        out = self._narrow(op, self._quotient(op, op.Sub(x, op.ReduceMean(x, axes, keepdims=1)), axes, node), node, _own(node))
         out = op.Mul(out, node.inputs[1])
         beta = node.inputs[2] if len(node.inputs) > 2 else None
         return [out if beta is None else op.Add(out, beta)]
@@ -183,22 +190,24 @@ class DecomposeGroupNorm(_DecomposeNorm):
 
     anchors: ClassVar[frozenset[str]] = frozenset({"GroupNormalization"})
 
+    def _computed(self, node: ir.Node) -> ir.DataType:
+        """It has no kernel: its definition is run, which casts to stash_type."""
+        return ir.DataType(attr(node, "stash_type", 1))
+
     def build(self, op: Builder, m: Match) -> Sequence[ir.Value]:
         (node,) = m.nodes
-        whole, dtype, _ = self._wide(op, node)
+        whole, _ = self._wide(op, node)
         x, last = op.Reshape(whole, _ints(op, 0, attr(node, "num_groups"), -1)), _ints(op, -1)
         out = self._quotient(op, op.Sub(x, op.ReduceMean(x, last, keepdims=1)), last, node)
-        out = _narrow(op, op.Reshape(out, op.Shape(whole)), dtype, dtype)
+        out = self._narrow(op, op.Reshape(out, op.Shape(whole)), node, _own(node))
         beside = _ints(op, *range(1, (rank(node.inputs[0]) or 0) - 1))  # scale and bias are per channel
         return [op.Add(op.Mul(out, op.Unsqueeze(node.inputs[1], beside)), op.Unsqueeze(node.inputs[2], beside))]
 
 
-def _narrow(op: Builder, value: ir.Value, was: ir.DataType, to: ir.DataType | None) -> ir.Value:
-    """Back to the type of the scale, where the norm was computed in a wider one."""
-    if was not in _HALF and (to is None or to == was):
-        return value
-    narrowed: ir.Value = op.Cast(value, to=to or was)
-    return narrowed
+def _own(node: ir.Node) -> ir.DataType:
+    """Asked of the operand: the values that a Builder made have no dtype yet."""
+    x = node.inputs[0]
+    return ir.DataType.FLOAT if x is None or x.dtype is None else x.dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +223,7 @@ class DecomposeGelu(Decompose[Match]):
         (node,) = m.nodes
         x = node.inputs[0]
         assert x is not None
-        kind = (x.dtype or ir.DataType.FLOAT).numpy()
+        kind = _own(node).numpy()
 
         def number(value: float, name: str) -> ir.Value:
             return op.const(np.array(value, kind), name)

@@ -75,7 +75,15 @@ def accepts(spelling: Spelling, version: int, home: int = WORKING) -> str | None
             return f"`{spelling.op_type}` means something else {'before' if version < since else 'from'} opset {since}"
     if spelling.op_type == "Split" and version >= 18 and "num_outputs" not in spelling.attributes and len(spelling.inputs) < 2:
         return "`Split` needs sizes or num_outputs from opset 18"  # a rule that is in its shape inference only
-    return _structure(spelling.op_type, there.since_version, tuple(spelling.attributes), _kinds(spelling.inputs), _kinds(spelling.outputs))
+    return misfit(spelling, version)
+
+
+def misfit(spelling: Spelling, version: int) -> str | None:
+    """Why the schema at opset `version` takes no such attributes, number of operands or types; None if it does, or there is no schema."""
+    found = schema(spelling.op_type, version)
+    if found is None:
+        return None
+    return _structure(spelling.op_type, found.since_version, tuple(spelling.attributes), _kinds(spelling.inputs), _kinds(spelling.outputs))
 
 
 @functools.lru_cache(maxsize=65536)

@@ -13,7 +13,7 @@ import torch
 from graphopt.core.contract import Array
 from graphopt.core.errors import GraphoptError, TargetError
 from graphopt.graph.questions import all_nodes
-from graphopt.run import Feeds, Port, check_feeds
+from graphopt.run import Feeds, Port, check_feeds, saved
 from graphopt.run.torch.program import Program
 from graphopt.run.torch.table import Function
 from graphopt.run.torch.types import Tensor, to_array, to_tensor
@@ -59,8 +59,8 @@ class TorchModel(torch.nn.Module):  # type: ignore[misc]
         if loose:
             raise TargetError(f"the graph reads `{loose[0]}` before it is made; load the model by graphopt.load, which sorts it")
         defaults = {str(v.name) for v in model.graph.inputs if v.is_initializer()}
-        self.inputs = tuple(_port(v) for v in model.graph.inputs if v.name not in defaults)
-        self.outputs = tuple(_port(v) for v in model.graph.outputs)
+        self.inputs = tuple(Port.of(v) for v in model.graph.inputs if v.name not in defaults)
+        self.outputs = tuple(Port.of(v) for v in model.graph.outputs)
         self._kinds = [v.dtype for v in model.graph.outputs]
         self._defaults = frozenset(defaults)
         self._feedable = {str(v.name): place for v, place in zip(model.graph.inputs, self._program.input_places, strict=True)}
@@ -229,9 +229,7 @@ def _graph(model: Any) -> ir.Model:
     if isinstance(model, ir.Model):
         return model
     if isinstance(model, (str, os.PathLike)):
-        if not os.path.isfile(model):
-            raise TargetError(f"{os.fspath(model)} is not a file; give a saved .onnx model")
-        return ir.load(model)
+        return ir.load(saved(model))
     if isinstance(model, bytes):
         import onnx
 
@@ -247,12 +245,3 @@ def _tensors(array: Any, device: torch.device | None) -> Any:
 
 def _arrays(value: Any, kind: ir.DataType | None) -> Any:
     return [_arrays(part, kind) for part in value] if isinstance(value, list) else to_array(value, kind)
-
-
-def _port(value: ir.Value) -> Port:
-    try:
-        dtype = None if value.dtype is None else np.dtype(value.dtype.numpy())
-    except TypeError:
-        dtype = None
-    dims = () if value.shape is None else tuple(d if isinstance(d, int) else d.value for d in value.shape)
-    return Port(str(value.name), dtype, dims)

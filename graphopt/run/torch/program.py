@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -51,7 +52,8 @@ class Program:
         function = function_of(node, version, self._extra, self._dtype)
         reads = [self._read(v) for v in node.inputs]
         if bodies(node):
-            inner = {a.name: Program(a.as_graph(), self._opsets, self._extra, self._dtype) for a in node.attributes.values() if _is_graph(a)}
+            held = [a for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+            inner = {a.name: Program(a.as_graph(), self._opsets, self._extra, self._dtype) for a in held}
             function = _Control(function, len(reads), inner)
             reads += [self._read(v) for program in inner.values() for v in program.captured]
         return function, reads, [self._new(v) for v in node.outputs]
@@ -82,7 +84,7 @@ class Program:
         except Exception as error:
             raise TargetError(f"the torch executor failed at node {self._labels[index]}: {one_line(error)}") from error
 
-    def call(self, inputs: Sequence[Any], captured: Sequence[Any]) -> list[Any]:
+    def call(self, captured: Sequence[Any], *inputs: Any) -> list[Any]:
         """The outputs of a subgraph."""
         frame: list[Any] = [None] * self.size
         for place, value in zip(self.input_places, inputs, strict=True):
@@ -103,21 +105,9 @@ class _Control:
         start, ready = self.count, {}
         for name, program in self.inner.items():
             end = start + len(program.captured_places)
-            ready[name] = _Body(program, values[start:end])
+            ready[name] = functools.partial(program.call, values[start:end])
             start = end
         return self.function(*values[: self.count], **ready)
-
-
-class _Body:
-    def __init__(self, program: Program, captured: Sequence[Any]) -> None:
-        self.program, self.captured = program, captured
-
-    def __call__(self, *inputs: Any) -> list[Any]:
-        return self.program.call(inputs, self.captured)
-
-
-def _is_graph(attribute: ir.Attr) -> bool:
-    return attribute.type == ir.AttributeType.GRAPH
 
 
 def _with_ends(prepared: Sequence[tuple[Function, list[int], list[int]]], kept: set[int]) -> list[tuple[Function, list[int], list[int], list[int]]]:

@@ -17,7 +17,7 @@ import torch
 
 from graphopt.core.errors import TargetError
 from graphopt.graph.opset.node_form import schema
-from graphopt.run.torch.types import DTYPES, to_tensor
+from graphopt.run.torch.types import kind_of, to_tensor
 
 Function = Callable[..., Any]
 F = TypeVar("F", bound=Function)
@@ -43,12 +43,18 @@ class MissingOp(TargetError):
 def op(*names: str, since: int | None = None) -> Callable[[F], F]:
     """Enter a function for standard operators, from the version `since` of the operator on; by default the one of opset 18, or the first."""
 
-    def enter(function: F) -> F:
+    def entered(function: F) -> F:
         for name in names:
             TABLE.setdefault(name, {})[_first(name) if since is None else since] = function
         return function
 
-    return enter
+    return entered
+
+
+def enter(functions: Mapping[str, Function]) -> None:
+    """Enter functions for operators that one expression of torch computes."""
+    for name, function in functions.items():
+        op(name)(function)
 
 
 def _first(name: str) -> int:
@@ -93,7 +99,7 @@ def _retyped(node: ir.Node, name: str, value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(dtype) if value.dtype == torch.float32 else value
     names_a_type = name in ("to", "dtype", "output_dtype", "stash_type", "softmax_precision", "_dtype")
-    return next(k for k, v in DTYPES.items() if v == dtype) if names_a_type and value == ir.DataType.FLOAT else value
+    return kind_of(dtype) if names_a_type and value == ir.DataType.FLOAT else value
 
 
 def _standard(node: ir.Node, version: int | None) -> Function:

@@ -56,6 +56,11 @@ def dtype_of(kind: int | ir.DataType | None) -> torch.dtype:
     return known
 
 
+def kind_of(dtype: torch.dtype) -> ir.DataType:
+    """The ONNX element type of a torch type; of int8 and uint8 the type of 8 bits."""
+    return next(kind for kind, own in DTYPES.items() if own == dtype)
+
+
 def to_tensor(array: Array) -> Tensor:
     """An array as a tensor; the memory is shared where numpy lets it be written to and torch knows the type."""
     name = array.dtype.name
@@ -77,13 +82,18 @@ def to_array(tensor: Tensor, kind: ir.DataType | None = None) -> Array:
     """A tensor as an array, of the ONNX element type `kind` where it is given (a quantized value may be floats, see `quantized`)."""
     tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16 or tensor.dtype in FLOAT8:
-        own = next(k for k, v in DTYPES.items() if v == tensor.dtype)
+        own = kind_of(tensor.dtype)
         array: Array = tensor.contiguous().view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.uint8).numpy().view(own.numpy())
     else:
         array = tensor.numpy()
     if kind is None or kind == ir.DataType.STRING or array.dtype == kind.numpy():
         return array
     return array.astype(kind.numpy())
+
+
+def along(vector: Tensor, axis: int, rank: int) -> Tensor:
+    """A vector that lies on one axis, beside tensors with `rank` axes."""
+    return vector.reshape([-1 if d == axis % rank else 1 for d in range(rank)])
 
 
 def integers(tensor: Tensor) -> list[int]:

@@ -49,12 +49,10 @@ def attention(
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     factor = scale or 1 / math.sqrt(q.shape[-1])
     bias, visible = _bias(q, k, mask, lengths, 0 if past_key is None else past_key.shape[2], is_causal, left_window_size, right_window_size)
-    scores = None
     if softcap or softmax_precision is not None or _outputs > 3:
         y, scores = _explicit(q, k, v, bias, visible, factor, softcap, softmax_precision, qk_matmul_output_mode)
     else:
-        y = functional.scaled_dot_product_attention(q, k, v, bias, scale=factor)
-        y = y if visible is None else torch.where(visible, y, torch.zeros_like(y))
+        y, scores = _shown(functional.scaled_dot_product_attention(q, k, v, bias, scale=factor), visible), None
     y = y.transpose(1, 2).flatten(2) if packed else y
     return y if _outputs == 1 else (y, *present, scores)
 
@@ -105,6 +103,11 @@ def _hidden(q: Tensor, rows: int, keys: int, lengths: Tensor | None, past: int, 
     return hidden
 
 
+def _shown(rows: Tensor, visible: Tensor | None, other: float = 0) -> Tensor:
+    """`other` in the place of rows that see no key."""
+    return rows if visible is None else torch.where(visible, rows, torch.full_like(rows, other))
+
+
 def _explicit(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, visible: Tensor | None, factor: float, cap: float, precision: int | None, mode: int
 ) -> tuple[Tensor, Tensor]:
@@ -119,11 +122,9 @@ def _explicit(
     if bias is not None:
         scores = scores + bias
     if mode == _BIASED:
-        shown = scores if visible is None else torch.where(visible, scores, torch.full_like(scores, -math.inf))
+        shown = _shown(scores, visible, -math.inf)
     wide = scores if precision is None else scores.to(dtype_of(precision))
-    probabilities = torch.softmax(wide, -1).to(q.dtype)
-    if visible is not None:
-        probabilities = torch.where(visible, probabilities, torch.zeros_like(probabilities))
+    probabilities = _shown(torch.softmax(wide, -1).to(q.dtype), visible)
     return torch.matmul(probabilities, v), probabilities if mode == _PROBABILITIES else shown
 
 

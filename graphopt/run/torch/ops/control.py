@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from graphopt.core.errors import TargetError
-from graphopt.run.torch.table import op
+from graphopt.run.torch.table import enter, op
 from graphopt.run.torch.types import Tensor, integers
 
 Body = Callable[..., list[Tensor]]
@@ -63,24 +63,15 @@ def scan(
 # ---- sequences of tensors: Python lists ---------------------------------------------------------------------------------------------------
 
 
-@op("SequenceConstruct")
-def sequence_construct(*parts: Tensor) -> list[Tensor]:
-    return list(parts)
-
-
-@op("SequenceEmpty")
-def sequence_empty(*, dtype: int = 1) -> list[Tensor]:
-    return []
-
-
-@op("SequenceAt")
-def sequence_at(sequence: list[Tensor], position: Tensor) -> Tensor:
-    return sequence[int(position)]
-
-
-@op("SequenceLength")
-def sequence_length(sequence: list[Tensor]) -> Tensor:
-    return torch.tensor(len(sequence), dtype=torch.int64)
+enter(
+    {
+        "SequenceConstruct": lambda *parts: list(parts),
+        "SequenceEmpty": lambda *, dtype=1: [],
+        "SequenceAt": lambda sequence, position: sequence[int(position)],
+        "SequenceLength": lambda sequence: torch.tensor(len(sequence), dtype=torch.int64),
+        "ConcatFromSequence": lambda sequence, *, axis, new_axis=0: torch.stack(sequence, axis) if new_axis else torch.cat(sequence, axis),
+    }
+)
 
 
 @op("SequenceInsert")
@@ -101,8 +92,3 @@ def split_to_sequence(x: Tensor, sizes: Tensor | None = None, *, axis: int = 0, 
         parts = torch.split(x, 1, axis)
         return list(parts) if keepdims else [part.squeeze(axis) for part in parts]
     return list(torch.split(x, integers(sizes) if sizes.dim() else int(sizes), axis))
-
-
-@op("ConcatFromSequence")
-def concat_from_sequence(sequence: list[Tensor], *, axis: int, new_axis: int = 0) -> Tensor:
-    return torch.stack(sequence, axis) if new_axis else torch.cat(sequence, axis)

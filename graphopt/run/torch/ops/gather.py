@@ -7,8 +7,8 @@ import math
 import torch
 from torch.nn import functional
 
-from graphopt.run.torch.table import op
-from graphopt.run.torch.types import Tensor
+from graphopt.run.torch.table import enter, op
+from graphopt.run.torch.types import Tensor, along
 
 
 @op("Gather")
@@ -27,25 +27,18 @@ def _wrapped(indices: Tensor, size: int) -> Tensor:
     return torch.where(indices < 0, indices + size, indices)
 
 
-@op("GatherElements")
-def gather_elements(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
-    return torch.gather(x, axis, _wrapped(indices, x.shape[axis]))
-
-
-@op("GatherND")
-def gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
-    return x[_coordinates(x, indices, batch_dims)]
+enter({
+    "GatherElements": lambda x, indices, *, axis=0: torch.gather(x, axis, _wrapped(indices, x.shape[axis])),
+    "GatherND": lambda x, indices, *, batch_dims=0: x[_coordinates(x, indices, batch_dims)],
+})  # fmt: skip
 
 
 def _coordinates(x: Tensor, indices: Tensor, batch_dims: int) -> tuple[Tensor, ...]:
     """Rows of indices as one index tensor an axis, the batch axes first."""
     rows = tuple(_wrapped(part, x.shape[batch_dims + d]) for d, part in enumerate(indices.unbind(-1)))
     rank = indices.dim() - 1
-    batch = tuple(
-        torch.arange(x.shape[d], device=x.device).reshape([-1 if e == d else 1 for e in range(rank)]).expand(indices.shape[:-1])
-        for d in range(batch_dims)
-    )
-    return batch + rows
+    batch = (along(torch.arange(x.shape[d], device=x.device), d, rank).expand(indices.shape[:-1]) for d in range(batch_dims))
+    return (*batch, *rows)
 
 
 _SCATTER = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
@@ -76,11 +69,8 @@ def scatter_nd(x: Tensor, indices: Tensor, updates: Tensor, *, reduction: str = 
 @op("TensorScatter")
 def tensor_scatter(past: Tensor, update: Tensor, write: Tensor | None = None, *, axis: int = -2, mode: str = "linear") -> Tensor:
     """A key/value cache with the new rows written at a place of its own for each row of the batch."""
-    axis = axis % past.dim()
     start = torch.zeros(past.shape[0], dtype=torch.int64, device=past.device) if write is None else write
-    places = start.reshape([-1] + [1] * (past.dim() - 1)) + torch.arange(update.shape[axis], device=past.device).reshape(
-        [-1 if d == axis else 1 for d in range(past.dim())]
-    )
+    places = along(start, 0, past.dim()) + along(torch.arange(update.shape[axis], device=past.device), axis, past.dim())
     places = places % past.shape[axis] if mode == "circular" else places
     return past.scatter(axis, places.expand(update.shape), update)
 

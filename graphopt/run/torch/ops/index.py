@@ -9,13 +9,8 @@ import torch
 from torch.nn import functional
 
 from graphopt.core.errors import TargetError
-from graphopt.run.torch.table import op
-from graphopt.run.torch.types import FLOAT8, Tensor, dtype_of, integers
-
-
-@op("Identity")
-def identity(x: Tensor) -> Tensor:
-    return x
+from graphopt.run.torch.table import enter, op
+from graphopt.run.torch.types import FLOAT8, Tensor, along, dtype_of, integers, kind_of
 
 
 @op("Constant")
@@ -35,13 +30,10 @@ def constant(
     return torch.tensor(value_int if value_int is not None else list(value_ints or ()), dtype=torch.int64)
 
 
-_SUB_BYTE = {ir.DataType.INT4: 4, ir.DataType.UINT4: 4, ir.DataType.INT2: 2, ir.DataType.UINT2: 2}
-
-
 @op("Cast")
 def cast(x: Tensor, *, to: int, saturate: int = 1, round_mode: str = "up") -> Tensor:
     kind, wanted = ir.DataType(to), dtype_of(to)
-    if kind in _SUB_BYTE:
+    if kind.is_integer() and kind.bitwidth < 8:
         return _cut(x, kind)
     if wanted in FLOAT8 and x.dtype not in FLOAT8:
         return to_float8(x, wanted, saturate)
@@ -60,34 +52,32 @@ def to_float8(x: Tensor, wanted: torch.dtype, saturate: int) -> Tensor:
 
 def _cut(x: Tensor, kind: ir.DataType) -> Tensor:
     """The lowest bits of the whole number."""
-    bits, signed = _SUB_BYTE[kind], kind in (ir.DataType.INT4, ir.DataType.INT2)
+    bits = kind.bitwidth
     low = torch.trunc(x.float()).to(torch.int32) & ((1 << bits) - 1)
-    return (low - ((low >> (bits - 1)) << bits)).to(torch.int8) if signed else low.to(torch.uint8)
+    return (low - ((low >> (bits - 1)) << bits)).to(torch.int8) if kind.is_signed() else low.to(torch.uint8)
 
 
 @op("CastLike")
 def cast_like(x: Tensor, like: Tensor, *, saturate: int = 1, round_mode: str = "up", _dtype: ir.DataType | None = None) -> Tensor:
-    own = next(k for k in _kinds(like) if _dtype in (None, k) or _dtype not in _SUB_BYTE)
-    return cast(x, to=int(_dtype) if _dtype is not None else int(own), saturate=saturate, round_mode=round_mode)
-
-
-def _kinds(x: Tensor) -> list[ir.DataType]:
-    from graphopt.run.torch.types import DTYPES
-
-    return [kind for kind, own in DTYPES.items() if own == x.dtype]
+    return cast(x, to=int(kind_of(like.dtype) if _dtype is None else _dtype), saturate=saturate)
 
 
 # ---- sizes --------------------------------------------------------------------------------------------------------------------------------
 
 
-@op("Shape")
-def shape(x: Tensor, *, start: int = 0, end: int | None = None) -> Tensor:
-    return torch.tensor(x.shape[start:end], dtype=torch.int64, device=x.device)
-
-
-@op("Size")
-def size(x: Tensor) -> Tensor:
-    return torch.tensor(x.numel(), dtype=torch.int64, device=x.device)
+enter(
+    {
+        "Identity": lambda x: x,
+        "Shape": lambda x, *, start=0, end=None: torch.tensor(x.shape[start:end], dtype=torch.int64, device=x.device),
+        "Size": lambda x: torch.tensor(x.numel(), dtype=torch.int64, device=x.device),
+        "Squeeze": lambda x, axes=None: x.squeeze() if axes is None else x.squeeze(tuple(integers(axes))),
+        "Transpose": lambda x, *, perm=None: x.permute(list(reversed(range(x.dim()))) if perm is None else list(perm)),
+        "Expand": lambda x, wanted: x.expand(torch.broadcast_shapes(x.shape, integers(wanted))),
+        "Tile": lambda x, repeats: x.repeat(integers(repeats)) if x.dim() else x.clone(),
+        "Concat": lambda *parts, axis: torch.cat(parts, axis),
+        "NonZero": lambda x: torch.nonzero(x).t() if x.dim() else torch.nonzero(x.reshape(1)).t()[:0],
+    }
+)
 
 
 @op("Reshape")
@@ -105,11 +95,6 @@ def flatten(x: Tensor, *, axis: int = 1) -> Tensor:
     return x.reshape(rows, math.prod(x.shape[axis:]))
 
 
-@op("Squeeze")
-def squeeze(x: Tensor, axes: Tensor | None = None) -> Tensor:
-    return x.squeeze() if axes is None else x.squeeze(tuple(integers(axes)))
-
-
 @op("Unsqueeze")
 def unsqueeze(x: Tensor, axes: Tensor) -> Tensor:
     wanted = integers(axes)
@@ -117,26 +102,6 @@ def unsqueeze(x: Tensor, axes: Tensor) -> Tensor:
     for axis in sorted(a % final for a in wanted):
         x = x.unsqueeze(axis)
     return x
-
-
-@op("Transpose")
-def transpose(x: Tensor, *, perm: list[int] | None = None) -> Tensor:
-    return x.permute(list(reversed(range(x.dim()))) if perm is None else list(perm))
-
-
-@op("Expand")
-def expand(x: Tensor, wanted: Tensor) -> Tensor:
-    return x.expand(torch.broadcast_shapes(x.shape, integers(wanted)))
-
-
-@op("Tile")
-def tile(x: Tensor, repeats: Tensor) -> Tensor:
-    return x.repeat(integers(repeats)) if x.dim() else x.clone()
-
-
-@op("Concat")
-def concat(*parts: Tensor, axis: int) -> Tensor:
-    return torch.cat(parts, axis)
 
 
 @op("Split")
@@ -155,16 +120,12 @@ def slice_(x: Tensor, starts: Tensor, ends: Tensor, axes: Tensor | None = None, 
     strides = [1] * len(first) if steps is None else integers(steps)
     for start, end, dim, stride in zip(first, last, dims, strides, strict=True):
         if stride > 0:
-            cut = range(x.shape[dim])[start:end]
-            x = x.narrow(dim, cut.start, len(cut)) if stride == 1 else x.narrow(dim, cut.start, len(cut))[_at(x, dim, stride)]
+            cut = range(x.shape[dim])[start:end:stride]
+            x = x[(*[slice(None)] * (dim % x.dim()), slice(cut.start, cut.stop, stride))]
         else:
             picked = range(x.shape[dim])[_reverse(start, end, stride, x.shape[dim])]
             x = x.index_select(dim, torch.tensor(list(picked), dtype=torch.int64, device=x.device))
     return x
-
-
-def _at(x: Tensor, dim: int, stride: int) -> tuple[slice, ...]:
-    return (*[slice(None)] * (dim % x.dim()), slice(None, None, stride))
 
 
 def _reverse(start: int, end: int, stride: int, size: int) -> slice:
@@ -227,14 +188,8 @@ def one_hot(indices: Tensor, depth: Tensor, values: Tensor, *, axis: int = -1) -
     count = int(depth.reshape(()))
     places = indices.to(torch.int64).unsqueeze(axis)
     valid = (places >= -count) & (places < count)
-    axis = axis % places.dim()
-    steps = torch.arange(count, device=indices.device).reshape([-1 if d == axis else 1 for d in range(places.dim())])
+    steps = along(torch.arange(count, device=indices.device), axis, places.dim())
     return torch.where((places % count == steps) & valid, values[1], values[0])
-
-
-@op("NonZero")
-def non_zero(x: Tensor) -> Tensor:
-    return torch.nonzero(x).t() if x.dim() else torch.nonzero(x.reshape(1)).t()[:0]
 
 
 @op("TopK")

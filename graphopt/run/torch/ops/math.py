@@ -9,31 +9,29 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from graphopt.run.torch.table import op
+from graphopt.run.torch.table import enter, op
 from graphopt.run.torch.types import Tensor, integers
 
-_DIRECT: dict[str, Callable[..., Tensor]] = {
+enter({
     "Abs": torch.abs, "Acos": torch.acos, "Acosh": torch.acosh, "Asin": torch.asin, "Asinh": torch.asinh, "Atan": torch.atan, "Atanh": torch.atanh,
     "BitwiseNot": torch.bitwise_not, "Ceil": torch.ceil, "Cos": torch.cos, "Cosh": torch.cosh, "Erf": torch.erf, "Exp": torch.exp,
     "Floor": torch.floor, "IsNaN": torch.isnan, "Log": torch.log, "Neg": torch.neg, "Not": torch.logical_not, "Reciprocal": torch.reciprocal,
     "Round": torch.round, "Sign": torch.sign, "Sin": torch.sin, "Sinh": torch.sinh, "Sqrt": torch.sqrt, "Tan": torch.tan, "Tanh": torch.tanh,
-    "Det": torch.det, "Relu": torch.relu, "Sigmoid": torch.sigmoid, "Mish": functional.mish, "Softsign": functional.softsign,
+    "Det": torch.det,
     "Add": torch.add, "And": torch.logical_and, "BitwiseAnd": torch.bitwise_and, "BitwiseOr": torch.bitwise_or, "BitwiseXor": torch.bitwise_xor,
     "Equal": torch.eq, "Greater": torch.gt, "GreaterOrEqual": torch.ge, "Less": torch.lt, "LessOrEqual": torch.le, "Mul": torch.mul,
     "Or": torch.logical_or, "Sub": torch.sub, "Xor": torch.logical_xor, "MatMul": torch.matmul, "Where": torch.where,
-}  # fmt: skip
-for _name, _function in _DIRECT.items():
-    op(_name)(_function)
-
-
-@op("Div")
-def div(a: Tensor, b: Tensor) -> Tensor:
-    return torch.div(a, b) if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
-
-
-@op("Mod")
-def mod(a: Tensor, b: Tensor, *, fmod: int = 0) -> Tensor:
-    return torch.fmod(a, b) if fmod else torch.remainder(a, b)
+    "Div": lambda a, b: torch.div(a, b) if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc"),
+    "Mod": lambda a, b, *, fmod=0: torch.fmod(a, b) if fmod else torch.remainder(a, b),
+    "BitShift": lambda a, b, *, direction: torch.bitwise_left_shift(a, b) if direction == "LEFT" else torch.bitwise_right_shift(a, b),
+    "Sum": lambda *terms: functools.reduce(torch.add, terms),
+    "Mean": lambda *terms: functools.reduce(torch.add, terms) / len(terms),
+    "Max": lambda *terms: functools.reduce(torch.maximum, terms),
+    "Min": lambda *terms: functools.reduce(torch.minimum, terms),
+    "Clip": lambda x, low=None, high=None: x if low is None and high is None else torch.clamp(x, low, high),
+    "Trilu": lambda x, k=None, *, upper=1: (torch.triu if upper else torch.tril)(x, 0 if k is None else int(k)),
+    "Einsum": lambda *terms, equation: torch.einsum(equation, *terms),
+})  # fmt: skip
 
 
 @op("Pow")
@@ -53,31 +51,6 @@ def bit_shift(a: Tensor, b: Tensor, *, direction: str) -> Tensor:
     return torch.bitwise_left_shift(a, b) if direction == "LEFT" else torch.bitwise_right_shift(a, b)
 
 
-@op("Sum")
-def add_up(*terms: Tensor) -> Tensor:
-    return functools.reduce(torch.add, terms)
-
-
-@op("Mean")
-def mean(*terms: Tensor) -> Tensor:
-    return functools.reduce(torch.add, terms) / len(terms)
-
-
-@op("Max")
-def maximum(*terms: Tensor) -> Tensor:
-    return functools.reduce(torch.maximum, terms)
-
-
-@op("Min")
-def minimum(*terms: Tensor) -> Tensor:
-    return functools.reduce(torch.minimum, terms)
-
-
-@op("Clip")
-def clip(x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
-    return x if low is None and high is None else torch.clamp(x, low, high)
-
-
 @op("IsInf")
 def is_inf(x: Tensor, *, detect_negative: int = 1, detect_positive: int = 1) -> Tensor:
     if detect_negative and detect_positive:
@@ -87,48 +60,37 @@ def is_inf(x: Tensor, *, detect_negative: int = 1, detect_positive: int = 1) -> 
     return torch.isposinf(x) if detect_positive else torch.zeros_like(x, dtype=torch.bool)
 
 
-@op("Trilu")
-def trilu(x: Tensor, k: Tensor | None = None, *, upper: int = 1) -> Tensor:
-    diagonal = 0 if k is None else int(k)
-    return torch.triu(x, diagonal) if upper else torch.tril(x, diagonal)
+def _cumulate(function: Callable[..., Tensor], start: int, x: Tensor, axis: Tensor, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
+    """`exclusive`: one place later (earlier, if reversed), beginning with `start`."""
+    dim = int(axis)
+    total = function(x.flip(dim), dim, dtype=x.dtype).flip(dim) if reverse else function(x, dim, dtype=x.dtype)
+    if not exclusive or not x.numel():
+        return total
+    first = torch.full_like(total.narrow(dim, 0, 1), start)
+    kept = total.narrow(dim, 1 if reverse else 0, x.shape[dim] - 1)
+    return torch.cat([kept, first] if reverse else [first, kept], dim)
 
 
-@op("CumSum")
-def cumulative_sum(x: Tensor, axis: Tensor, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
-    total = _cumulate(lambda t, dim: torch.cumsum(t, dim, dtype=t.dtype), x, int(axis), reverse)
-    return total - x if exclusive and not x.is_floating_point() else _shifted(total, int(axis), reverse, 0) if exclusive else total
-
-
-@op("CumProd")
-def cumulative_product(x: Tensor, axis: Tensor, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
-    total = _cumulate(lambda t, dim: torch.cumprod(t, dim, dtype=t.dtype), x, int(axis), reverse)
-    return _shifted(total, int(axis), reverse, 1) if exclusive else total
-
-
-def _cumulate(function: Callable[[Tensor, int], Tensor], x: Tensor, axis: int, reverse: int) -> Tensor:
-    return function(x.flip(axis), axis).flip(axis) if reverse else function(x, axis)
-
-
-def _shifted(x: Tensor, axis: int, reverse: int, start: int) -> Tensor:
-    """One place later (earlier, if reversed), beginning with `start`."""
-    first = torch.full_like(x.narrow(axis, 0, 1), start)
-    kept = x.narrow(axis, 1 if reverse else 0, x.shape[axis] - 1)
-    return torch.cat([kept, first] if reverse else [first, kept], axis)
+enter({"CumSum": functools.partial(_cumulate, torch.cumsum, 0), "CumProd": functools.partial(_cumulate, torch.cumprod, 1)})
 
 
 # ---- reductions ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _reduction(name: str, function: Callable[[Tensor, list[int], bool], Tensor], single: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+def _reduce(
+    function: Callable[[Tensor, list[int], bool], Tensor],
+    single: Callable[[Tensor], Tensor],
+    x: Tensor,
+    axes: Tensor | None = None,
+    *,
+    keepdims: int = 1,
+    noop_with_empty_axes: int = 0,
+) -> Tensor:
     """`single`: what the operator makes of one element, where no axis is reduced."""
-
-    def reduce(x: Tensor, axes: Tensor | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Tensor:
-        dims = [] if axes is None else integers(axes)
-        if not dims and (noop_with_empty_axes or not x.dim()):
-            return single(x)
-        return function(x, dims or list(range(x.dim())), bool(keepdims))
-
-    op(name)(reduce)
+    dims = [] if axes is None else integers(axes)
+    if not dims and (noop_with_empty_axes or not x.dim()):
+        return single(x)
+    return function(x, dims or list(range(x.dim())), bool(keepdims))
 
 
 def _sum(x: Tensor, dims: list[int], keep: bool) -> Tensor:
@@ -141,15 +103,7 @@ def _mean(x: Tensor, dims: list[int], keep: bool) -> Tensor:
     return torch.div(_sum(x, dims, keep), math.prod(x.shape[d] for d in dims), rounding_mode="trunc").to(x.dtype)
 
 
-def _largest(x: Tensor, dims: list[int], keep: bool) -> Tensor:
-    return _extreme(x, dims, keep, torch.amax, highest=False)
-
-
-def _least(x: Tensor, dims: list[int], keep: bool) -> Tensor:
-    return _extreme(x, dims, keep, torch.amin, highest=True)
-
-
-def _extreme(x: Tensor, dims: list[int], keep: bool, function: Callable[..., Tensor], highest: bool) -> Tensor:
+def _extreme(function: Callable[..., Tensor], highest: bool, x: Tensor, dims: list[int], keep: bool) -> Tensor:
     """Of an empty set: the end of the type's range."""
     if all(x.shape[d] for d in dims):
         return function(x, dims, keep)
@@ -168,36 +122,38 @@ def _product(x: Tensor, dims: list[int], keep: bool) -> Tensor:
     return x
 
 
-_reduction("ReduceSum", _sum)
-_reduction("ReduceMean", _mean)
-_reduction("ReduceMax", _largest)
-_reduction("ReduceMin", _least)
-_reduction("ReduceProd", _product)
-_reduction("ReduceL1", lambda x, dims, keep: _sum(x.abs(), dims, keep), torch.abs)
-_reduction("ReduceL2", lambda x, dims, keep: torch.linalg.vector_norm(x, 2, dims, keep) if x.is_floating_point() else _root(x, dims, keep), torch.abs)
-_reduction("ReduceSumSquare", lambda x, dims, keep: _sum(x * x, dims, keep), torch.square)
-_reduction("ReduceLogSum", lambda x, dims, keep: torch.log(_sum(x, dims, keep)), torch.log)
-_reduction("ReduceLogSumExp", lambda x, dims, keep: torch.logsumexp(x, dims, keep))
-
-
 def _root(x: Tensor, dims: list[int], keep: bool) -> Tensor:
+    if x.is_floating_point():
+        return torch.linalg.vector_norm(x, 2, dims, keep)
     return torch.sqrt(_sum(x.double() ** 2, dims, keep)).to(x.dtype)
 
 
-@op("ArgMax")
-def arg_max(x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Tensor:
-    return _where_extreme(torch.argmax, x, axis, keepdims, select_last_index)
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
-@op("ArgMin")
-def arg_min(x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Tensor:
-    return _where_extreme(torch.argmin, x, axis, keepdims, select_last_index)
+_REDUCTIONS: dict[str, tuple[Callable[[Tensor, list[int], bool], Tensor], Callable[[Tensor], Tensor]]] = {
+    "ReduceSum": (_sum, _itself),
+    "ReduceMean": (_mean, _itself),
+    "ReduceMax": (functools.partial(_extreme, torch.amax, False), _itself),
+    "ReduceMin": (functools.partial(_extreme, torch.amin, True), _itself),
+    "ReduceProd": (_product, _itself),
+    "ReduceL1": (lambda x, dims, keep: _sum(x.abs(), dims, keep), torch.abs),
+    "ReduceL2": (_root, torch.abs),
+    "ReduceSumSquare": (lambda x, dims, keep: _sum(x * x, dims, keep), torch.square),
+    "ReduceLogSum": (lambda x, dims, keep: torch.log(_sum(x, dims, keep)), torch.log),
+    "ReduceLogSumExp": (torch.logsumexp, _itself),
+}
+enter({name: functools.partial(_reduce, *functions) for name, functions in _REDUCTIONS.items()})
 
 
-def _where_extreme(function: Callable[..., Tensor], x: Tensor, axis: int, keepdims: int, last: int) -> Tensor:
-    if not last:
+def _place(function: Callable[..., Tensor], x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Tensor:
+    if not select_last_index:
         return function(x, axis, bool(keepdims))
     return x.shape[axis] - 1 - function(x.flip(axis), axis, bool(keepdims))
+
+
+enter({"ArgMax": functools.partial(_place, torch.argmax), "ArgMin": functools.partial(_place, torch.argmin)})
 
 
 # ---- products -----------------------------------------------------------------------------------------------------------------------------
@@ -212,17 +168,24 @@ def gemm(a: Tensor, b: Tensor, c: Tensor | None = None, *, alpha: float = 1.0, b
     return product if c is None else product + (c * beta).to(a.dtype)
 
 
-@op("Einsum")
-def einsum(*terms: Tensor, equation: str) -> Tensor:
-    return torch.einsum(equation, *terms)
-
-
 # ---- activations --------------------------------------------------------------------------------------------------------------------------
 
 
-@op("Gelu")
-def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
-    return functional.gelu(x, approximate=approximate)
+enter({
+    "Relu": torch.relu, "Sigmoid": torch.sigmoid, "Mish": functional.mish, "Softsign": functional.softsign, "HardSwish": functional.hardswish,
+    "Gelu": lambda x, *, approximate="none": functional.gelu(x, approximate=approximate),
+    "LogSoftmax": lambda x, *, axis=-1: torch.log_softmax(x, axis),
+    "Hardmax": lambda x, *, axis=-1: torch.zeros_like(x).scatter(axis, torch.argmax(x, axis, keepdim=True), 1),
+    "LeakyRelu": lambda x, *, alpha=0.01: functional.leaky_relu(x, alpha),
+    "PRelu": lambda x, slope: torch.where(x >= 0, x, slope * x),
+    "Elu": lambda x, *, alpha=1.0: functional.elu(x, alpha),
+    "Celu": lambda x, *, alpha=1.0: functional.celu(x, alpha),
+    "Selu": lambda x, *, alpha=1.67326319217681884765625, gamma=1.05070102214813232421875: gamma * functional.elu(x, alpha),
+    "HardSigmoid": lambda x, *, alpha=0.2, beta=0.5: torch.clamp(alpha * x + beta, 0, 1),
+    "Swish": lambda x, *, alpha=1.0: functional.silu(x) if alpha == 1 else x * torch.sigmoid(alpha * x),
+    "Softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
+    "ThresholdedRelu": lambda x, *, alpha=1.0: torch.where(x > alpha, x, torch.zeros_like(x)),
+})  # fmt: skip
 
 
 @op("Softmax")
@@ -233,66 +196,6 @@ def softmax(x: Tensor, *, axis: int = -1) -> Tensor:
         return y
     dead = (x == -math.inf).all(axis, keepdim=True)
     return torch.where(dead, torch.full_like(y, math.nan), torch.softmax(x.masked_fill(dead, 0), axis))
-
-
-@op("LogSoftmax")
-def log_softmax(x: Tensor, *, axis: int = -1) -> Tensor:
-    return torch.log_softmax(x, axis)
-
-
-@op("Hardmax")
-def hardmax(x: Tensor, *, axis: int = -1) -> Tensor:
-    return torch.zeros_like(x).scatter(axis, torch.argmax(x, axis, keepdim=True), 1)
-
-
-@op("LeakyRelu")
-def leaky_relu(x: Tensor, *, alpha: float = 0.01) -> Tensor:
-    return functional.leaky_relu(x, alpha)
-
-
-@op("PRelu")
-def parametric_relu(x: Tensor, slope: Tensor) -> Tensor:
-    return torch.where(x >= 0, x, slope * x)
-
-
-@op("Elu")
-def elu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
-    return functional.elu(x, alpha)
-
-
-@op("Celu")
-def celu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
-    return functional.celu(x, alpha)
-
-
-@op("Selu")
-def selu(x: Tensor, *, alpha: float = 1.67326319217681884765625, gamma: float = 1.05070102214813232421875) -> Tensor:
-    return gamma * functional.elu(x, alpha)
-
-
-@op("HardSigmoid")
-def hard_sigmoid(x: Tensor, *, alpha: float = 0.2, beta: float = 0.5) -> Tensor:
-    return torch.clamp(alpha * x + beta, 0, 1)
-
-
-@op("HardSwish")
-def hard_swish(x: Tensor) -> Tensor:
-    return functional.hardswish(x)
-
-
-@op("Swish")
-def swish(x: Tensor, *, alpha: float = 1.0) -> Tensor:
-    return functional.silu(x) if alpha == 1 else x * torch.sigmoid(alpha * x)
-
-
-@op("Softplus")
-def softplus(x: Tensor) -> Tensor:
-    return torch.logaddexp(x, torch.zeros_like(x))
-
-
-@op("ThresholdedRelu")
-def thresholded_relu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
-    return torch.where(x > alpha, x, torch.zeros_like(x))
 
 
 @op("Shrink")

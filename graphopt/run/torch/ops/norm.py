@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch.nn import functional
 
-from graphopt.run.torch.table import op
-from graphopt.run.torch.types import Tensor, dtype_of
+from graphopt.run.torch.table import enter, op
+from graphopt.run.torch.types import Tensor, along, dtype_of
 
 
 @op("LayerNormalization")
@@ -37,19 +39,17 @@ def rms_norm(x: Tensor, scale: Tensor, *, axis: int = -1, epsilon: float = 1e-5,
 def batch_norm(
     x: Tensor, scale: Tensor, bias: Tensor, average: Tensor, variance: Tensor, *, epsilon: float = 1e-5, momentum: float = 0.9, training_mode: int = 0
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    shape = [1, -1] + [1] * (x.dim() - 2)
+    wide = functools.partial(along, axis=1, rank=x.dim())
     if not training_mode:
         factor = scale * torch.rsqrt(variance + epsilon)
-        return (x * factor.reshape(shape) + (bias - average * factor).reshape(shape)).to(x.dtype)
+        return (x * wide(factor) + wide(bias - average * factor)).to(x.dtype)
     dims = [d for d in range(x.dim()) if d != 1]
     own, spread = x.mean(dims), x.var(dims, correction=0)
-    y = (x - own.reshape(shape)) * torch.rsqrt(spread + epsilon).reshape(shape) * scale.reshape(shape) + bias.reshape(shape)
+    y = (x - wide(own)) * wide(torch.rsqrt(spread + epsilon)) * wide(scale) + wide(bias)
     return y, average * momentum + own * (1 - momentum), variance * momentum + spread * (1 - momentum)
 
 
-@op("InstanceNormalization")
-def instance_norm(x: Tensor, scale: Tensor, bias: Tensor, *, epsilon: float = 1e-5) -> Tensor:
-    return functional.group_norm(x, x.shape[1], scale, bias, epsilon)
+enter({"InstanceNormalization": lambda x, scale, bias, *, epsilon=1e-5: functional.group_norm(x, x.shape[1], scale, bias, epsilon)})
 
 
 @op("GroupNormalization", since=21)

@@ -7,15 +7,16 @@ The scale gets the gradient of the same rule (Esser et al., LSQ, 2020). Without 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import onnx_ir as ir
 import torch
 
 from graphopt.run.torch.ops.index import to_float8
-from graphopt.run.torch.ops.window import conv
+from graphopt.run.torch.ops.window import Window, conv, windowed
 from graphopt.run.torch.table import op
-from graphopt.run.torch.types import DTYPES, FLOAT8, Tensor, dtype_of
-
-_BITS = {ir.DataType.INT4: (-8, 7), ir.DataType.UINT4: (0, 15), ir.DataType.INT2: (-2, 1), ir.DataType.UINT2: (0, 3)}
+from graphopt.run.torch.types import DTYPES, FLOAT8, Tensor, along, dtype_of, kind_of
 
 
 def whole(x: Tensor) -> Tensor:
@@ -30,7 +31,7 @@ def spread(parameter: Tensor, x: Tensor, axis: int, block: int) -> Tensor:
         return parameter.reshape(())
     if block:
         return parameter.repeat_interleave(block, axis).narrow(axis, 0, x.shape[axis])
-    return parameter.reshape([-1 if d == axis % x.dim() else 1 for d in range(x.dim())])
+    return along(parameter, axis, x.dim())
 
 
 @op("QuantizeLinear")
@@ -54,8 +55,7 @@ def quantize(
     rounded = whole(ratio)
     if zero_point is not None:
         rounded = rounded + spread(zero_point, x, axis, block_size).to(width)
-    low, high = limits(kind)
-    clipped = torch.clamp(rounded, low, high)
+    clipped = torch.clamp(rounded, *limits(kind))
     return clipped if clipped.requires_grad else clipped.to(dtype_of(kind))
 
 
@@ -67,14 +67,13 @@ def _kind(zero_point: Tensor | None, output_dtype: int, declared: ir.DataType | 
         return ir.DataType.UINT8
     if declared is not None and DTYPES.get(declared) == zero_point.dtype:
         return declared
-    return next(k for k, own in DTYPES.items() if own == zero_point.dtype)
+    return kind_of(zero_point.dtype)
 
 
 def limits(kind: ir.DataType) -> tuple[int, int]:
-    if kind in _BITS:
-        return _BITS[kind]
-    found = torch.iinfo(dtype_of(kind))
-    return found.min, found.max
+    """The least and the largest whole number of a type."""
+    top = 1 << (kind.bitwidth - kind.is_signed())
+    return -top if kind.is_signed() else 0, top - 1
 
 
 def _straight_float8(x: Tensor, dtype: torch.dtype, saturate: int) -> Tensor:
@@ -117,33 +116,21 @@ def matmul_integer(a: Tensor, b: Tensor, a_zero: Tensor | None = None, b_zero: T
     return _exact(torch.matmul, a, a_zero, b, b_zero)
 
 
-def _exact(product: object, a: Tensor, a_zero: Tensor | None, b: Tensor, b_zero: Tensor | None) -> Tensor:
+def _exact(product: Callable[[Tensor, Tensor], Tensor], a: Tensor, a_zero: Tensor | None, b: Tensor, b_zero: Tensor | None) -> Tensor:
     """In float64, where sums of products of bytes are exact; with a gradient it stays a float."""
     wide_a = a.double() if a_zero is None else a.double() - a_zero.double()
     wide_b = b.double() if b_zero is None else b.double() - b_zero.double()
-    result: Tensor = product(wide_a, wide_b)  # type: ignore[operator]
+    result = product(wide_a, wide_b)
     return result.to(torch.float32) if result.requires_grad else result.to(torch.int32)
 
 
-@op("ConvInteger")
+@windowed("ConvInteger")
 def conv_integer(
-    x: Tensor,
-    weight: Tensor,
-    x_zero: Tensor | None = None,
-    weight_zero: Tensor | None = None,
-    *,
-    auto_pad: str = "NOTSET",
-    dilations: list[int] | None = None,
-    group: int = 1,
-    kernel_shape: list[int] | None = None,
-    pads: list[int] | None = None,
-    strides: list[int] | None = None,
+    x: Tensor, weight: Tensor, x_zero: Tensor | None = None, weight_zero: Tensor | None = None, *, window: Window, group: int = 1
 ) -> Tensor:
     if weight_zero is not None and weight_zero.dim() == 1 and weight_zero.numel() > 1:
-        weight_zero = weight_zero.reshape([-1] + [1] * (weight.dim() - 1))
-    return _exact(
-        lambda a, b: conv(a, b, auto_pad=auto_pad, dilations=dilations, group=group, pads=pads, strides=strides), x, x_zero, weight, weight_zero
-    )
+        weight_zero = along(weight_zero, 0, weight.dim())
+    return _exact(functools.partial(conv, window=window, group=group), x, x_zero, weight, weight_zero)
 
 
 @op("QLinearMatMul")
@@ -157,23 +144,21 @@ def quantized_matmul(
     return _requantized(product, y_scale, y_zero)
 
 
-@op("QLinearConv")
+@windowed("QLinearConv")
 def quantized_conv(
     x: Tensor, x_scale: Tensor, x_zero: Tensor, weight: Tensor, w_scale: Tensor, w_zero: Tensor, y_scale: Tensor, y_zero: Tensor,
-    bias: Tensor | None = None, *, auto_pad: str = "NOTSET", dilations: list[int] | None = None, group: int = 1,
-    kernel_shape: list[int] | None = None, pads: list[int] | None = None, strides: list[int] | None = None,
+    bias: Tensor | None = None, *, window: Window, group: int = 1,
 ) -> Tensor:  # fmt: skip
-    per_channel = [-1] + [1] * (weight.dim() - 1)
-    w_wide = (weight.double() - w_zero.double().reshape(per_channel)) * w_scale.double().reshape(per_channel)
+    per_channel = functools.partial(along, axis=0, rank=weight.dim())
+    w_wide = (weight.double() - per_channel(w_zero.double())) * per_channel(w_scale.double())
     wide = (x.double() - x_zero.double()) * x_scale.double()
     b_wide = None if bias is None else bias.double() * x_scale.double() * w_scale.double().reshape(-1)
-    product = conv(wide, w_wide, b_wide, auto_pad=auto_pad, dilations=dilations, group=group, pads=pads, strides=strides)
+    product = conv(wide, w_wide, b_wide, window=window, group=group)
     return _requantized(product, y_scale, y_zero)
 
 
 def _requantized(product: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     if scale.numel() > 1:
         scale, zero = scale.reshape(-1, 1), zero.reshape(-1, 1)
-    low, high = torch.iinfo(zero.dtype).min, torch.iinfo(zero.dtype).max
-    clipped = torch.clamp(whole(product / scale.double()) + zero.double(), low, high)
+    clipped = torch.clamp(whole(product / scale.double()) + zero.double(), *limits(kind_of(zero.dtype)))
     return clipped.to(torch.float32) if clipped.requires_grad else clipped.to(zero.dtype)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.nn import functional
 
 from graphopt.run.torch.table import op
-from graphopt.run.torch.types import Tensor
+from graphopt.run.torch.types import Tensor, along
 
 Ints = Sequence[int]
 
@@ -34,23 +34,23 @@ def resize(
     """One axis after the other: every mode of the operator is a product of a small matrix [new size, old size] for each axis."""
     dims = [a % x.dim() for a in (range(x.dim()) if axes is None else axes)]
     factors, targets = _targets(x, dims, scales, sizes, keep_aspect_ratio_policy)
-    kernel = {"nearest": _nearest(nearest_mode), "linear": _linear, "cubic": _cubic(cubic_coeff_a)}[mode]
-    crop = [] if roi is None else roi.tolist()
+    kernel = _kernel(mode, nearest_mode, cubic_coeff_a)
+    cropped = coordinate_transformation_mode == "tf_crop_and_resize"
+    crop = roi.tolist() if cropped and roi is not None else [0.0] * len(dims) + [1.0] * len(dims)
     outside = torch.zeros((), dtype=torch.bool, device=x.device)
-    dtype = x.dtype
-    if mode != "nearest" and not x.is_floating_point():
-        x = x.float()
+    dtype, x = x.dtype, x if mode == "nearest" or x.is_floating_point() else x.float()
     for i, (dim, factor, target) in enumerate(zip(dims, factors, targets, strict=True)):
-        bounds = (crop[i], crop[i + len(dims)]) if coordinate_transformation_mode == "tf_crop_and_resize" else (0.0, 1.0)
         size = x.shape[dim]
-        at = _coordinates(size, target, factor, coordinate_transformation_mode, bounds)
-        if coordinate_transformation_mode == "tf_crop_and_resize":
-            shape = [-1 if d == dim else 1 for d in range(x.dim())]
-            outside = outside | ((at < 0) | (at > size - 1)).reshape(shape).to(x.device)
+        at = _coordinates(size, target, factor, coordinate_transformation_mode, (crop[i], crop[i + len(dims)]))
+        if cropped:
+            outside = outside | along((at < 0) | (at > size - 1), dim, x.dim()).to(x.device)
         if target == size and torch.equal(at, torch.arange(size, dtype=at.dtype)):
             continue
-        matrix = _matrix(at.double(), size, kernel, min(factor, 1.0) if antialias and mode != "nearest" else 1.0, exclude_outside)
-        x = _apply(x, matrix.to(x.device), dim, mode)
+        if mode == "nearest":
+            x = x.index_select(dim, kernel(at.double()).clamp(0, size - 1).long().to(x.device))
+        else:
+            matrix = _matrix(at.double(), size, kernel, min(factor, 1.0) if antialias else 1.0, exclude_outside)
+            x = torch.tensordot(x, matrix.to(x.device, x.dtype), dims=([dim], [1])).movedim(-1, dim)
     if outside.any():
         x = torch.where(outside, torch.full_like(x, extrapolation_value), x)
     return x.to(dtype)
@@ -92,39 +92,32 @@ def _coordinates(size: int, target: int, factor: float, mode: str, crop: tuple[f
 
 
 Kernel = Callable[[Tensor], Tensor]  # distance to a sample of the input -> weight
+_ROUNDING: dict[str, Kernel] = {
+    "floor": torch.floor,
+    "ceil": torch.ceil,
+    "round_prefer_floor": lambda at: torch.ceil(at - 0.5),
+    "round_prefer_ceil": lambda at: torch.floor(at + 0.5),
+}
+
+
+def _kernel(mode: str, rounding: str, a: float) -> Kernel:
+    kernels: dict[str, Kernel] = {"nearest": _ROUNDING[rounding], "linear": _linear, "cubic": functools.partial(_cubic, a)}
+    return kernels[mode]
 
 
 def _linear(distance: Tensor) -> Tensor:
     return (1 - distance.abs()).clamp(min=0)
 
 
-def _cubic(a: float) -> Kernel:
-    def kernel(distance: Tensor) -> Tensor:
-        d = distance.abs()
-        near = ((a + 2) * d - (a + 3)) * d * d + 1
-        far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
-        return torch.where(d <= 1, near, torch.where(d < 2, far, torch.zeros_like(d)))
-
-    return kernel
+def _cubic(a: float, distance: Tensor) -> Tensor:
+    d = distance.abs()
+    near = ((a + 2) * d - (a + 3)) * d * d + 1
+    far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+    return torch.where(d <= 1, near, torch.where(d < 2, far, torch.zeros_like(d)))
 
 
-def _nearest(rounding: str) -> Callable[[Tensor], Tensor]:
-    def pick(at: Tensor) -> Tensor:
-        if rounding == "floor":
-            return torch.floor(at)
-        if rounding == "ceil":
-            return torch.ceil(at)
-        return torch.ceil(at - 0.5) if rounding == "round_prefer_floor" else torch.floor(at + 0.5)
-
-    pick.is_nearest = True  # type: ignore[attr-defined]
-    return pick
-
-
-def _matrix(at: Tensor, size: int, kernel: Callable[[Tensor], Tensor], shrink: float, exclude_outside: int) -> Tensor:
+def _matrix(at: Tensor, size: int, kernel: Kernel, shrink: float, exclude_outside: int) -> Tensor:
     """[new size, old size]. `shrink` below 1 widens the kernel, so that no sample is passed over (antialias)."""
-    if getattr(kernel, "is_nearest", False):
-        place = kernel(at).clamp(0, size - 1).long()
-        return functional.one_hot(place, size).double()
     reach = math.ceil(2 / shrink) + 1
     offsets = torch.arange(-reach, reach + 1, dtype=torch.float64)
     samples = torch.floor(at)[:, None] + offsets  # beyond the ends too
@@ -135,9 +128,3 @@ def _matrix(at: Tensor, size: int, kernel: Callable[[Tensor], Tensor], shrink: f
         weights = weights / weights.sum(-1, keepdim=True)
     places = samples.clamp(0, size - 1).long()  # what lies outside repeats the edge
     return torch.zeros(len(at), size, dtype=torch.float64).scatter_add(1, places, weights)
-
-
-def _apply(x: Tensor, matrix: Tensor, dim: int, mode: str) -> Tensor:
-    if mode == "nearest":
-        return x.index_select(dim, matrix.argmax(-1))
-    return torch.tensordot(x, matrix.to(x.dtype), dims=([dim], [1])).movedim(-1, dim)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx
 import onnx_ir as ir
 
 from graphopt.core.errors import LoadError
+from graphopt.core.remarks import Remarks
 from graphopt.graph.serialize import read
+from graphopt.io.formats.format import Format, Loaded, is_path
 
 _MAGIC = {
     b"PK\x03\x04": "a zip archive; unpack it, or, if it is a PyTorch checkpoint, load the module in Python and pass it with example_inputs",
@@ -21,7 +23,37 @@ _MAGIC = {
 }
 
 
-Loaded = tuple[ir.Model, str, list[str]]  # the model, its name in messages, and its files
+class OnnxFile(Format):
+    """A path that no other format wants."""
+
+    given: ClassVar[str] = "a path"
+    onnx_file: ClassVar[bool] = True
+
+    def recognizes(self, source: Any) -> bool:
+        return is_path(source)
+
+    def read(self, source: Any, options: Mapping[str, Any], remarks: Remarks) -> Loaded:
+        return from_file(Path(source))
+
+
+class OnnxProto(Format):
+    given: ClassVar[str] = "an onnx.ModelProto"
+
+    def recognizes(self, source: Any) -> bool:
+        return isinstance(source, onnx.ModelProto)
+
+    def read(self, source: Any, options: Mapping[str, Any], remarks: Remarks) -> Loaded:
+        return from_proto(source)
+
+
+class OnnxModel(Format):
+    given: ClassVar[str] = "an onnx_ir.Model"
+
+    def recognizes(self, source: Any) -> bool:
+        return isinstance(source, ir.Model)
+
+    def read(self, source: Any, options: Mapping[str, Any], remarks: Remarks) -> Loaded:
+        return from_model(source)
 
 
 def from_file(path: Path) -> Loaded:

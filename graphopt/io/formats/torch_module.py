@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_ir as ir
 
 from graphopt.core.errors import LoadError
 from graphopt.core.remarks import Remarks
+from graphopt.io.formats.format import Format, Loaded, described
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +24,34 @@ OPSET = 18  # at 23 the exporter emits operators that runtimes refuse (rotary ca
 _SYMBOL = re.compile(r"\bs\d+\b")  # a size that torch.export named
 _AXIS_NAMES = {0: "batch", 1: "sequence"}
 DimNames = Mapping[str, Mapping[int, str]]
+
+
+class TorchModule(Format):
+    given: ClassVar[str] = "a torch.nn.Module"
+    own: ClassVar[tuple[str, ...]] = ("example_inputs", "example_kwargs")
+    owned: ClassVar[str] = "example inputs are for a torch.nn.Module"
+
+    def recognizes(self, source: Any) -> bool:
+        return _is_torch(source, "Module")
+
+    def read(self, source: Any, options: Mapping[str, Any], remarks: Remarks) -> Loaded:
+        examples = options.get("example_inputs"), options.get("example_kwargs")
+        return export_module(source, *examples, options.get("dynamic_shapes"), remarks), described(source), []
+
+
+class TorchProgram(Format):
+    given: ClassVar[str] = "an ExportedProgram"
+
+    def recognizes(self, source: Any) -> bool:
+        return _is_torch(source, "ExportedProgram")
+
+    def read(self, source: Any, options: Mapping[str, Any], remarks: Remarks) -> Loaded:
+        return export_program(source, remarks), "the ExportedProgram", []
+
+
+def _is_torch(source: Any, name: str) -> bool:
+    """Whether it is one of torch's classes of this name, told without importing torch."""
+    return any(cls.__name__ == name and cls.__module__.partition(".")[0] == "torch" for cls in type(source).__mro__)
 
 
 def export_module(
@@ -67,18 +97,21 @@ def export_program(program: torch.export.ExportedProgram, remarks: Remarks) -> i
         return _to_graph(program, remarks, None, wanted=False)
 
 
-def require_torch() -> Any:
-    """The torch module.
+def require(what: str, extra: str, *modules: str) -> Any:
+    """The last of some modules.
 
     Raises:
-        LoadError: it, or the exporter's other half, is not installed.
+        LoadError: one of them is not installed; `what` needs them, and `extra` of this package brings them.
     """
     try:
-        import onnxscript  # noqa: F401
-        import torch
+        return [importlib.import_module(name) for name in modules][-1]
     except ImportError as error:
-        raise LoadError(f"torch models need an extra that is not installed ({error.name}): pip install 'graphopt[torch]'") from None
-    return torch
+        raise LoadError(f"{what} need an extra that is not installed ({error.name}): pip install 'graphopt[{extra}]'") from None
+
+
+def require_torch() -> Any:
+    """The torch module, where the exporter's other half is installed, too; raises as `require`."""
+    return require("torch models", "torch", "onnxscript", "torch")
 
 
 @contextlib.contextmanager
@@ -116,7 +149,10 @@ def _export_dynamic(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
 
     wide_args, wide_kwargs = pytree.tree_map_only(torch.Tensor, _widen, (args, kwargs))
     bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-    axes = pytree.tree_map(lambda x: _auto_axes(x) if isinstance(x, torch.Tensor) else None, dict(bound))
+    auto = torch.export.Dim.AUTO
+    axes = pytree.tree_map(
+        lambda x: dict.fromkeys(_dynamic_axes(x.ndim, x.is_floating_point()), auto) if isinstance(x, torch.Tensor) else None, dict(bound)
+    )
     widened = any(a is not b for a, b in zip(pytree.tree_leaves((args, kwargs)), pytree.tree_leaves((wide_args, wide_kwargs)), strict=True))
     if widened:
         with contextlib.suppress(LoadError):
@@ -139,12 +175,6 @@ def _given_names(module: torch.nn.Module, dynamic_shapes: Any) -> dict[str, dict
 def _dynamic_axes(rank: int, is_float: bool) -> range:
     """The axes that are dynamic by default: all of small inputs, batch and sequence of a float [batch, sequence, features]; batch of an image."""
     return range(min(rank, 2 if rank <= 3 or not is_float else 1))
-
-
-def _auto_axes(tensor: torch.Tensor) -> dict[int, Any]:
-    import torch
-
-    return dict.fromkeys(_dynamic_axes(tensor.ndim, tensor.is_floating_point()), torch.export.Dim.AUTO)
 
 
 def _widen(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from graphopt.core.errors import LoadError
+from graphopt.core.errors import LoadError, about
 from graphopt.core.options import near
 from graphopt.core.remarks import Remarks
-from graphopt.io.torch_module import export_module, first_line, quiet, require_torch
+from graphopt.io.formats.format import Format, Loaded, is_path
+from graphopt.io.formats.torch_module import export_module, first_line, quiet, require, require_torch
 
 _TASKS = {
     "feature-extraction": "AutoModel",
@@ -38,6 +40,20 @@ _LENGTHS = {
 }
 
 
+class HuggingFaceFolder(Format):
+    given: ClassVar[str] = "a path"
+    own: ClassVar[tuple[str, ...]] = ("task", "with_past")
+    owned: ClassVar[str] = "task and with_past are for Hugging Face folders"
+
+    def recognizes(self, source: Any) -> bool:
+        return is_path(source) and os.path.isdir(source)
+
+    def read(self, source: Any, options: Mapping[str, Any], remarks: Remarks) -> Loaded:
+        folder = Path(source)
+        model = export_folder(folder, options.get("task"), options.get("with_past", False), remarks)
+        return model, str(source), [str(p.absolute()) for p in folder.rglob("*") if p.is_file()]
+
+
 def export_folder(folder: Path, task: str | None, with_past: bool, remarks: Remarks) -> ir.Model:
     """Export the model of a folder with config.json and weights, in float32, without a key/value cache unless `with_past`. Works offline.
 
@@ -47,19 +63,17 @@ def export_folder(folder: Path, task: str | None, with_past: bool, remarks: Rema
     config = _read_config(folder)
     if task is not None and task not in _TASKS:
         raise LoadError(f"{folder}: there is no task `{task}`{near(task, _TASKS)}; tasks: {', '.join(_TASKS)}")
-    torch, transformers = require_torch(), _require_transformers()
-    with quiet(), _no_progress(transformers):
+    torch, transformers = require_torch(), require("Hugging Face folders", "hf", "transformers")
+    with about(str(folder)), quiet(), _no_progress(transformers):
         model = _load(transformers, torch, folder, config, task, remarks)
         for config_of in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
             config_of.use_cache = False  # encoder and decoder may have configs of their own
         inputs, lengths = _example(torch, model, folder)
         names = {name: {0: "batch"} | ({1: lengths[name]} if name in lengths else {}) for name in inputs}
         if with_past:
-            return _export_with_past(torch, transformers, model, inputs, remarks, folder)
-        try:
-            return export_module(model, None, inputs, _axes(torch, inputs, names), remarks, names)
-        except LoadError as error:
-            raise LoadError(f"{folder}: {error}") from error
+            return _export_with_past(torch, transformers, model, inputs, remarks)
+        axes = {name: dict.fromkeys(named, torch.export.Dim.AUTO) for name, named in names.items()}
+        return export_module(model, None, inputs, axes, remarks, names)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -75,14 +89,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise LoadError(f"{path}: expected a JSON object, found {type(config).__name__}; download the model again")
     return config
-
-
-def _require_transformers() -> Any:
-    try:
-        import transformers
-    except ImportError:
-        raise LoadError("Hugging Face folders need an extra that is not installed (transformers): pip install 'graphopt[hf]'") from None
-    return transformers
 
 
 @contextlib.contextmanager
@@ -101,11 +107,11 @@ def _load(transformers: Any, torch: Any, folder: Path, config: Mapping[str, Any]
     named = (config.get("architectures") or [None])[0]
     cls = getattr(transformers, _TASKS[task] if task is not None else named or "AutoModel", None)
     if cls is None:
-        raise LoadError(f"{folder}: config.json names the class {named}, which transformers {transformers.__version__} lacks; give a task")
+        raise LoadError(f"config.json names the class {named}, which transformers {transformers.__version__} lacks; give a task")
     try:
         model, info = cls.from_pretrained(folder, local_files_only=True, dtype=torch.float32, output_loading_info=True)
     except Exception as error:
-        raise LoadError(f"{folder}: transformers cannot load the model: {first_line(error)}") from error
+        raise LoadError(f"transformers cannot load the model: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         remarks.warning(missing[0], f"{len(missing)} weights of {type(model).__name__} are not in the folder and are random", names=missing)
@@ -136,9 +142,7 @@ def _example(torch: Any, model: Any, folder: Path) -> tuple[dict[str, Any], dict
     order = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "input_features", "input_values", "decoder_input_ids")
     unknown = wanted - set(order)
     if unknown:
-        raise LoadError(
-            f"{folder}: {type(model).__name__} is fed {', '.join(sorted(unknown))}, of which no example can be made; load the module itself"
-        )
+        raise LoadError(f"{type(model).__name__} is fed {', '.join(sorted(unknown))}, of which no example can be made; load the module itself")
     inputs = {name: _make(torch, name, config) for name in order if name in wanted & accepted}
     return inputs, {name: length for name, length in _LENGTHS.items() if name in inputs}
 
@@ -172,22 +176,18 @@ def _tokenizer_inputs(folder: Path) -> list[str]:
     try:
         return list(AutoTokenizer.from_pretrained(folder, local_files_only=True).model_input_names)
     except Exception as error:
-        raise LoadError(f"{folder}: transformers cannot load the tokenizer: {first_line(error)}") from error
-
-
-def _axes(torch: Any, inputs: Mapping[str, Any], names: Mapping[str, Mapping[int, str]]) -> dict[str, Any]:
-    return {name: dict.fromkeys(names[name], torch.export.Dim.AUTO) for name in inputs}
+        raise LoadError(f"transformers cannot load the tokenizer: {first_line(error)}") from error
 
 
 # ---- with a key/value cache -----------------------------------------------------------------------------------------------------------
 
 
-def _export_with_past(torch: Any, transformers: Any, model: Any, inputs: Mapping[str, Any], remarks: Remarks, folder: Path) -> ir.Model:
+def _export_with_past(torch: Any, transformers: Any, model: Any, inputs: Mapping[str, Any], remarks: Remarks) -> ir.Model:
     """Inputs input_ids [batch, sequence], attention_mask [batch, past_sequence + sequence] and past_key_values.N.key/value
     [batch, kv_heads, past_sequence, head_dim]; outputs logits (or last_hidden_state) and present.N.key/value."""
     if set(inputs) != {"input_ids", "attention_mask"} or model.config.is_encoder_decoder:
-        raise LoadError(f"{folder}: {type(model).__name__} is no decoder that is fed token ids alone; leave out with_past")
-    past = _probe_cache(torch, model, inputs, folder)
+        raise LoadError(f"{type(model).__name__} is no decoder that is fed token ids alone; leave out with_past")
+    past = _probe_cache(torch, model, inputs)
     wrapper = _wrapper(torch, transformers, model)
     mask = torch.ones(_BATCH, _PAST + _SEQUENCE, dtype=torch.int64)
     auto = torch.export.Dim.AUTO
@@ -195,10 +195,7 @@ def _export_with_past(torch: Any, transformers: Any, model: Any, inputs: Mapping
     names = {"input_ids": {0: "batch", 1: "sequence"}, "attention_mask": {0: "batch", 1: "past_sequence + sequence"}}
     for layer in range(len(past)):
         names |= {f"past_{layer}_{part}": {0: "batch", 2: "past_sequence"} for part in (0, 1)}
-    try:
-        exported = export_module(wrapper, None, {"input_ids": inputs["input_ids"], "attention_mask": mask, "past": past}, axes, remarks, names)
-    except LoadError as error:
-        raise LoadError(f"{folder}: {error}") from error
+    exported = export_module(wrapper, None, {"input_ids": inputs["input_ids"], "attention_mask": mask, "past": past}, axes, remarks, names)
     parts = [f"{layer}.{part}" for layer in range(len(past)) for part in ("key", "value")]
     for value, part in zip(exported.graph.inputs[2:], parts, strict=True):
         value.name = f"past_key_values.{part}"
@@ -207,14 +204,14 @@ def _export_with_past(torch: Any, transformers: Any, model: Any, inputs: Mapping
     return exported
 
 
-def _probe_cache(torch: Any, model: Any, inputs: Mapping[str, Any], folder: Path) -> list[tuple[Any, Any]]:
+def _probe_cache(torch: Any, model: Any, inputs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
     """Keys and values of the right shapes for an example of `_PAST` earlier tokens."""
     first = {name: tensor[:, :_PAST] for name, tensor in inputs.items()}
     with torch.no_grad():
         layers = getattr(model(**first, use_cache=True).past_key_values, "layers", [])
     pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
     if not pairs or any(k is None or v is None or k.dim() != 4 or k.shape[2] != _PAST for k, v in pairs):
-        raise LoadError(f"{folder}: {type(model).__name__} keeps no key/value cache of [batch, heads, sequence, head_dim]; leave out with_past")
+        raise LoadError(f"{type(model).__name__} keeps no key/value cache of [batch, heads, sequence, head_dim]; leave out with_past")
     return [(k, v) for k, v in pairs if k is not None and v is not None]
 
 

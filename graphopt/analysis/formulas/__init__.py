@@ -1,0 +1,1 @@
+"""What formulas in primitive operators say: masks, rotary embeddings, polynomials."""
