@@ -20,7 +20,7 @@ KINDS = {"layer": ("attention", "cross", "ffn"), "attention": ("attention", "cro
 
 
 @dataclasses.dataclass(frozen=True)
-class Unit:
+class StreamUnit:
     """What is dropped together: the branches of some kinds in one layer. `cuts`: (step, the branches of it that go)."""
 
     number: int
@@ -41,13 +41,13 @@ class Unit:
         return all(len(gone) == len(step.branches) for step, gone in self.cuts)
 
 
-def units(layers: Sequence[StreamLayer], what: str) -> tuple[list[Unit], list[tuple[int, str]]]:
+def units(layers: Sequence[StreamLayer], what: str) -> tuple[list[StreamUnit], list[tuple[int, str]]]:
     """One for each layer that has such branches, and why it cannot be dropped where it cannot."""
-    found: list[Unit] = []
+    found: list[StreamUnit] = []
     refused: list[tuple[int, str]] = []
     for number, layer in enumerate(layers):
         parts = [(step, tuple(b for b in step.branches if b.kind in KINDS[what])) for step in layer.steps]
-        unit = Unit(number, layer.stream, tuple((step, gone) for step, gone in parts if gone))
+        unit = StreamUnit(number, layer.stream, tuple((step, gone) for step, gone in parts if gone))
         if not unit.cuts:
             refused.append((number, f"it has no {what} of its own in the residual stream"))
         elif not unit.whole and len(unit.cuts) > 1:
@@ -59,7 +59,7 @@ def units(layers: Sequence[StreamLayer], what: str) -> tuple[list[Unit], list[tu
     return found, refused
 
 
-def inside(unit: Unit) -> set[ir.Node]:
+def inside(unit: StreamUnit) -> set[ir.Node]:
     """The nodes that its branches are computed by, from the stream on."""
     below, todo = set[ir.Node](), [unit.before]
     while todo:
@@ -94,7 +94,7 @@ class DropSteps(RewritePass[DropMatch]):
     exact: ClassVar[bool] = False
     anchors: ClassVar[frozenset[str]] = frozenset({"Add", "Sum", "LayerNormalization", "RMSNormalization"})
 
-    def __init__(self, chosen: Mapping[Unit, Mapping[str, Any]]) -> None:
+    def __init__(self, chosen: Mapping[StreamUnit, Mapping[str, Any]]) -> None:
         self.found: dict[ir.Node, DropMatch] = {}
         for unit, told in chosen.items():
             for step, gone in unit.cuts:

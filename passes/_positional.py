@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -12,8 +12,6 @@ import onnx_ir as ir
 from graphopt.compress.attention_weights import Place
 from graphopt.core.contract import Array
 from graphopt.rewrite.builder import Builder
-
-FORMS = ("self", "previous", "next", "first", "uniform")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +53,7 @@ class Patterns:
         self._visible: ir.Value = op.shared(key, lambda: self._seen([m.visible(op) for m in masks], place.causal))
 
     def form(self, name: str) -> ir.Value:
-        found: ir.Value = self._op.shared(("form", name, self._visible), lambda: getattr(self, f"_{name}")())
-        return found
+        return self._op.shared(("form", name, self._visible), lambda: _FORMS[name](self))
 
     def mixed(self, forms: Sequence[str | None], weights: ir.Value | None) -> ir.Value:
         """The form of each head; `weights` for those that have none."""
@@ -86,15 +83,6 @@ class Patterns:
         for other in parts[1:]:
             every = op.And(every, other)
         return op.Expand(every, op.Concat(self._rows, self._keys, axis=0))
-
-    def _self(self) -> ir.Value:
-        return self._at(0)
-
-    def _previous(self) -> ir.Value:
-        return self._neighbour(-1)
-
-    def _next(self) -> ir.Value:
-        return self._neighbour(1)
 
     def _first(self) -> ir.Value:
         op = self._op
@@ -140,6 +128,16 @@ class Patterns:
 
     def _number(self, number: float) -> ir.Value:
         return self._op.const(np.array(number, np.float32), "number")
+
+
+_FORMS: Mapping[str, Callable[[Patterns], ir.Value]] = {
+    "self": lambda p: p._at(0),
+    "previous": lambda p: p._neighbour(-1),
+    "next": lambda p: p._neighbour(1),
+    "first": Patterns._first,
+    "uniform": Patterns._uniform,
+}
+FORMS = tuple(_FORMS)
 
 
 def sentence(nearest: Nearest, tolerance: float, gone: bool) -> str:

@@ -72,15 +72,12 @@ class Precision:
         return node not in self.wide and self._takes(node, index, inputs=False)
 
     def _takes(self, node: ir.Node, index: int, *, inputs: bool) -> bool:
-        formal, found = self._formal(node, index, inputs=inputs)
-        return found is not None and self._kind in found.get(formal.type_str, ())
-
-    def _formal(self, node: ir.Node, index: int, *, inputs: bool) -> tuple[Any, dict[str, frozenset[str]] | None]:
         found = schema(node.op_type, node.version or _WORKING)
         if found is None:
-            return None, None
+            return False
         formals = found.inputs if inputs else found.outputs
-        return formals[min(index, len(formals) - 1)], {t.type_param_str: frozenset(t.allowed_type_strs) for t in found.type_constraints}
+        kind = formals[min(index, len(formals) - 1)].type_str
+        return any(self._kind in t.allowed_type_strs for t in found.type_constraints if t.type_param_str == kind)
 
     def _cast(self, node: ir.Node) -> None:
         """A number that only float32 nodes read is not made in 16 bits first; a Cast at the border of a float32 part stays one."""

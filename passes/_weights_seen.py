@@ -14,7 +14,7 @@ from graphopt.core.contract import Array, Context
 _EDGES = np.append(np.geomspace(1e-7, 1, 281), np.inf)  # of the histogram of weights: 40 steps for each factor of ten
 
 
-class Histogram:
+class WeightHistogram:
     """Counts of the weights of each head that are not zero, over all rows of all samples that are no padding.
 
     Args:
@@ -46,10 +46,10 @@ class Histogram:
         return under / max(int(self.counts.sum()), 1)
 
 
-def histograms(model: ir.Model, ctx: Context, places: Mapping[ir.Node, Place], relative: bool) -> dict[ir.Node, Histogram]:
+def histograms(model: ir.Model, ctx: Context, places: Mapping[ir.Node, Place], relative: bool) -> dict[ir.Node, WeightHistogram]:
     """What the samples show, by the node that makes the weights; without those that they do not show."""
     if ctx.samples is None or not places:
         return {}
-    found = {node: Histogram(place.heads, place.by_head, relative) for node, place in places.items()}
+    found = {node: WeightHistogram(place.heads, place.by_head, relative) for node, place in places.items()}
     observe_maps(model, ctx.samples, {node: (places[node].heads, histogram) for node, histogram in found.items()})
     return {node: histogram for node, histogram in found.items() if histogram.counts.any()}

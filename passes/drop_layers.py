@@ -17,7 +17,7 @@ from graphopt.core.options import exclusive, option
 from graphopt.core.strength import Dial
 from graphopt.run.observe import observable
 
-from ._drop import DropSteps, Unit, cosines, inside, left_over, units
+from ._drop import DropSteps, StreamUnit, cosines, inside, left_over, units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class DropLayers(Pass):
                 ctx.remarks.missed("", f"{self.what} {unit.number} is dropped, but still computed in part for the output {', '.join(names)}")
         return changes
 
-    def _chosen(self, ctx: Context, found: Sequence[Unit], scores: Mapping[Unit, float]) -> list[Unit]:
+    def _chosen(self, ctx: Context, found: Sequence[StreamUnit], scores: Mapping[StreamUnit, float]) -> list[StreamUnit]:
         if self.layers:
             known = {unit.number: unit for unit in found}
             unknown = [k for k in self.layers if k not in known]
@@ -82,7 +82,7 @@ class DropLayers(Pass):
                 ctx.remarks.missed("", f"ratio={self.ratio:g} of {len(found)} is less than one")
             wanted = sorted(scores, key=lambda unit: -scores[unit])
         left = {stream: sum(u.stream == stream for u in found) for stream in {u.stream for u in found}}
-        chosen: list[Unit] = []
+        chosen: list[StreamUnit] = []
         for unit in wanted:
             if not self.layers and len(chosen) == count:
                 break
@@ -96,11 +96,11 @@ class DropLayers(Pass):
             ctx.remarks.missed("", f"{len(kept)} of {len(scores)} stay: they change the stream more", cosine=kept)
         return sorted(chosen, key=lambda unit: unit.number)
 
-    def _scores(self, model: ir.Model, ctx: Context, found: Sequence[Unit]) -> dict[Unit, float]:
+    def _scores(self, model: ir.Model, ctx: Context, found: Sequence[StreamUnit]) -> dict[StreamUnit, float]:
         """The mean over rows of the cosine of the stream behind a unit with what it would be without."""
         sums = {unit: [0.0, 0] for unit in found}
 
-        def reducer(unit: Unit) -> Reducer:
+        def reducer(unit: StreamUnit) -> Reducer:
             values = _read(unit)
             assert all(observable(model, v) for v in values), "a stream lies in the main graph"
 
@@ -115,12 +115,12 @@ class DropLayers(Pass):
         return {unit: total / max(rows, 1) for unit, (total, rows) in sums.items()}
 
 
-def _read(unit: Unit) -> tuple[ir.Value, ...]:
+def _read(unit: StreamUnit) -> tuple[ir.Value, ...]:
     """The stream behind a unit, and what tells how it would be without."""
     return (unit.after, unit.before) if unit.whole else (unit.after, *(b.value for b in unit.cuts[0][1]))
 
 
-def _without(unit: Unit, rows: Sequence[Array]) -> Array:
+def _without(unit: StreamUnit, rows: Sequence[Array]) -> Array:
     """The stream behind a unit without it, out of what `_read` names."""
     if unit.whole:
         return rows[1]
@@ -130,5 +130,5 @@ def _without(unit: Unit, rows: Sequence[Array]) -> Array:
     return rest
 
 
-def _score(scores: Mapping[Unit, float], unit: Unit) -> dict[str, float]:
+def _score(scores: Mapping[StreamUnit, float], unit: StreamUnit) -> dict[str, float]:
     return {"cosine": round(scores[unit], 4)} if unit in scores else {}

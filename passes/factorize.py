@@ -10,9 +10,9 @@ import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Embeddings, Linear
 from graphopt.calibration.moments import input_moments
-from graphopt.compress.lowrank.by_budget import by_budget
-from graphopt.compress.lowrank.cut import Plan, plan
-from graphopt.compress.lowrank.factorable import Item, Whole, by_node, items, joined, table_reason
+from graphopt.compress.lowrank.by_budget import by_budget, plans_of
+from graphopt.compress.lowrank.cut import RankPlan, plan
+from graphopt.compress.lowrank.factorable import Item, Whole, items, joined, table_reason
 from graphopt.compress.lowrank.factors import PutFactors, TableCut
 from graphopt.compress.lowrank.faster import Stopwatch
 from graphopt.compress.lowrank.sequential import refit
@@ -93,29 +93,27 @@ class Factorize(Pass):
             ctx.require_samples()
         single, whole = items(model, ctx, self.include, self.exclude)
         single, hidden = self._seen(model, single)
-        whole += hidden
         moments = self._moments(model, ctx, single)
         plans, kept = self._plans(model, ctx, single, moments)
-        whole += kept
+        whole |= hidden | kept
         tables = self._tables(ctx, whole)
         if self.sequential and plans:
             changes = refit(model, ctx, plans)
-            return changes + PutFactors((), tables, by_node(whole)).run(model, ctx)
-        cuts = [p.cut(bool(moments)) for p in plans]
-        return PutFactors(cuts, tables, by_node(whole)).run(model, ctx)
+            return changes + PutFactors((), tables, whole).run(model, ctx)
+        return PutFactors([p.cut(bool(moments)) for p in plans], tables, whole).run(model, ctx)
 
-    def _seen(self, model: ir.Model, found: Sequence[Item]) -> tuple[list[Item], list[Whole]]:
+    def _seen(self, model: ir.Model, found: Sequence[Item]) -> tuple[list[Item], Whole]:
         """Those whose inputs can be observed on samples, where that is needed."""
         if self.method == "svd":
-            return list(found), []
+            return list(found), {}
         seen: list[Item] = []
-        hidden: list[Whole] = []
+        hidden: Whole = {}
         for item in found:
             reason = next((r for x in item.linears if (r := _hidden(model, x)) is not None), None)
             if reason is None:
                 seen.append(item)
             else:
-                hidden += [Whole(x.node, f"{reason}; method=svd needs no samples") for x in item.linears]
+                hidden |= {x.node: f"{reason}; method=svd needs no samples" for x in item.linears}
         return seen, hidden
 
     def _moments(self, model: ir.Model, ctx: Context, found: Sequence[Item]) -> Mapping[ir.Value, Array]:
@@ -124,23 +122,24 @@ class Factorize(Pass):
         values = dict.fromkeys(x.x for item in found for x in item.linears if _hidden(model, x) is None)
         return dict(input_moments(ctx, list(values))) if values else {}
 
-    def _plans(self, model: ir.Model, ctx: Context, single: Sequence[Item], moments: Mapping[ir.Value, Array]) -> tuple[list[Plan], list[Whole]]:
+    def _plans(self, model: ir.Model, ctx: Context, single: Sequence[Item], moments: Mapping[ir.Value, Array]) -> tuple[list[RankPlan], Whole]:
         """What is cut, and how far."""
         together = joined(single) if self.joint else list(single)
         if self.budget is not None:
-            plans, kept = by_budget(model, ctx, self, single, together, moments)
+            planned = plans_of(ctx, single, together, moments, self.method, self.sensitivity)
+            plans, kept = by_budget(ctx, planned, single, together, self.budget, self.multiple)
         else:
-            plans, kept = [], []
+            plans, kept = [], {}
             for item in together:
                 found = plan(item, moments, self.method)
                 rank = self._rank(item, found.spectrum)
                 if rank > item.largest:
-                    kept += _no_smaller(item, rank)
+                    kept |= dict.fromkeys((x.node for x in item.linears), _no_smaller(item, rank))
                 else:
                     plans.append(dataclasses.replace(found, rank=rank))
         watch = Stopwatch(model, ctx)
         slow = {p.item: reason for p in plans if (reason := watch.why_slower(p.item, p.rank)) is not None}
-        kept += [Whole(x.node, reason) for item, reason in slow.items() for x in item.linears]
+        kept |= {x.node: reason for item, reason in slow.items() for x in item.linears}
         return [p for p in plans if p.item not in slow], kept
 
     def _rank(self, item: Item, cut: Spectrum) -> int:
@@ -152,7 +151,7 @@ class Factorize(Pass):
         rank = cut.rank_for(self.energy or _ENERGY)
         return rank if rank <= self.multiple else -(-rank // self.multiple) * self.multiple
 
-    def _tables(self, ctx: Context, whole: list[Whole]) -> list[TableCut]:
+    def _tables(self, ctx: Context, whole: Whole) -> list[TableCut]:
         if not self.embeddings:
             return []
         by_table: dict[ir.Value, list[Embedding]] = {}
@@ -172,8 +171,8 @@ class Factorize(Pass):
                     rows, right = factors(numbers(first.table), cut, rank)
                     found.append(TableCut(tuple(readers), rows, right, cut.error(rank) ** 0.5))
                     continue
-                reason = _no_smaller(stand_in, rank)[0].reason
-            whole += [Whole(e.node, reason) for e in readers]
+                reason = _no_smaller(stand_in, rank)
+            whole |= {e.node: reason for e in readers}
         return found
 
 
@@ -186,6 +185,6 @@ def _hidden(model: ir.Model, linear: Linear) -> str | None:
     return None if static_dim(linear.x, -1) == linear.in_features else f"the last axis of `{linear.x.name}` is not known to be {linear.in_features}"
 
 
-def _no_smaller(item: Item, rank: int) -> list[Whole]:
+def _no_smaller(item: Item, rank: int) -> str:
     told = f"[{item.in_features},{item.out_features}]: rank {rank} would hold {item.kept(rank):,} numbers instead of {item.size:,}"
-    return [Whole(x.node, f"{told}; the largest rank that saves any is {item.largest}") for x in item.linears]
+    return f"{told}; the largest rank that saves any is {item.largest}"

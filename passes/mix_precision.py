@@ -13,8 +13,8 @@ from graphopt.analysis.heads import AttentionHeads, Heads
 from graphopt.analysis.linear import StoredOperands
 from graphopt.calibration.effects import effects
 from graphopt.compress.mix.cost import timed
-from graphopt.compress.mix.parts import Assemble, Part, merged, parts_of
-from graphopt.compress.mix.plan import Effects, Labels, Plan, choose, joined, whole
+from graphopt.compress.mix.parts import Assemble, PrecisionPart, merged, parts_of
+from graphopt.compress.mix.plan import Effects, Labels, PrecisionPlan, choose, joined, whole
 from graphopt.compress.mix.split_heads import SplitHeads, why_together
 from graphopt.compress.select import check_patterns, passed_over
 from graphopt.core import registry
@@ -102,7 +102,7 @@ class MixPrecision(Pass):
             parts = timed(work, feeds[0], parts, ctx)
         found = self._effects(work, feeds, parts, ctx)
 
-        def assemble(labels: Labels) -> Plan:
+        def assemble(labels: Labels) -> PrecisionPlan:
             if blocks:
                 return joined(model, feeds, blocks, parts, labels, lambda graph: self._versions(graph, fitting, {}))
             return whole(work, feeds, parts, labels)
@@ -138,7 +138,7 @@ class MixPrecision(Pass):
                     refused.setdefault(remark.node, f"{choice}: {remark.message}")
         return made
 
-    def _effects(self, model: ir.Model, feeds: Sequence[Feeds], parts: Sequence[Part], ctx: Context) -> dict[tuple[int, str], float]:
+    def _effects(self, model: ir.Model, feeds: Sequence[Feeds], parts: Sequence[PrecisionPart], ctx: Context) -> dict[tuple[int, str], float]:
         """(number of a part, choice) -> effect, of what is smaller than the part as it is."""
         wanted = {}
         for number, part in enumerate(parts):
@@ -169,7 +169,7 @@ class MixPrecision(Pass):
         return found
 
     @staticmethod
-    def _tell_refused(model: ir.Model, parts: Sequence[Part], refused: Mapping[str, str], ctx: Context) -> None:
+    def _tell_refused(model: ir.Model, parts: Sequence[PrecisionPart], refused: Mapping[str, str], ctx: Context) -> None:
         """Nodes that no choice changes, or only inside a subgraph, where effects cannot be measured."""
         taken = {node for part in parts for node in part.nodes}
         for node, operand in Context(model).get(StoredOperands(casts=True)).items():
@@ -179,7 +179,7 @@ class MixPrecision(Pass):
                 ctx.remarks.missed(node.name or "", refused[node.name or ""])
 
     @staticmethod
-    def _tell(ctx: Context, parts: Sequence[Part], labels: Labels, found: Effects) -> None:
+    def _tell(ctx: Context, parts: Sequence[PrecisionPart], labels: Labels, found: Effects) -> None:
         for number, (part, label) in enumerate(zip(parts, labels, strict=True)):
             measured = {other: effect for (k, other), effect in found.items() if k == number}
             if not measured:
@@ -197,12 +197,12 @@ class MixPrecision(Pass):
                 ctx.remarks.missed(where, f"{what}stays as it is; effects: {told}", **facts)
 
 
-def _where(part: Part) -> str:
+def _where(part: PrecisionPart) -> str:
     """The node of the graph that a remark is about: for heads, which were taken apart in a copy, the attention."""
     return str(part.key[0]) if isinstance(part.key, tuple) else part.name
 
 
-def _change(part: Part, label: str) -> str:
+def _change(part: PrecisionPart, label: str) -> str:
     """`589824 -> 156672 bytes`."""
     return f"{part.cost['']:.9g} -> {part.cost[label]:.9g} {part.unit}"
 

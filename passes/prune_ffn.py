@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import ClassVar
 
-import onnx_ir as ir
-
-from graphopt.compress.prune.criterion import check_importance
-from graphopt.compress.prune.units import Settings, prune
-from graphopt.core.contract import Context, Pass
-from graphopt.core.options import exclusive, option
-from graphopt.core.strength import Dial
+from graphopt.compress.prune.units import Pruning, Ratio
+from graphopt.core.options import option
 
 
 @dataclasses.dataclass(frozen=True)
-class PruneFfn(Pass):
+class PruneFfn(Pruning, Ratio):
     """Remove neurons of feed-forward blocks, gated or not, from the projections on both sides, and refit the one behind them.
 
     Args:
@@ -32,22 +26,5 @@ class PruneFfn(Pass):
         SampleError: importance or refit needs samples, and there are none.
     """
 
-    ratio: float | None = option(None, above=0, below=1, what="a fraction")
-    flops: float | None = option(None, above=0, below=1, what="a fraction")
-    latency: float | None = option(None, above=0, below=1, what="a fraction")
-    importance: str = "obs"
     multiple: int = option(32, least=1)
-    refit: bool = True
-    loss: str = "auto"
-    rows: int = option(32768, least=1)
-    seed: int = 0
-    exact: ClassVar[bool] = False
-    ways = exclusive("ratio", "flops", "latency", says="how much is to go")
-    dials = (Dial("ratio"), Dial("flops"), Dial("latency"))
-
-    def check(self, known: Mapping[str, type[Pass]]) -> None:
-        check_importance(self.name, self.importance, known)
-
-    def run(self, model: ir.Model, ctx: Context) -> int:
-        self.ways.require(self)
-        return prune(model, ctx, ("neurons",), Settings.of(self))
+    kinds: ClassVar[tuple[str, ...]] = ("neurons",)

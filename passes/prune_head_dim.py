@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -11,7 +11,7 @@ import onnx_ir as ir
 from graphopt.analysis.heads import Heads, Units
 from graphopt.analysis.projections import HeadOperand
 from graphopt.calibration.averages import Averages
-from graphopt.compress.prune.narrow import Part, keys_of, values_of
+from graphopt.compress.prune.narrow import HeadPart, keys_of, values_of
 from graphopt.compress.prune.refit import fit_behind
 from graphopt.compress.prune.units import carry_out
 from graphopt.compress.weights import Editor
@@ -81,19 +81,9 @@ class PruneHeadDim(Pass):
             except Refusal as refusal:
                 ctx.remarks.missed(unit.node.name or "", f"{part.what} not narrowed: {refusal}")
                 continue
-            if part.turned:
-                part.turn(averages, editor)
-            stays, how = part.operand.dim - len(gone), "turned" if part.turned else "selected"
-            told: dict[str, Any] = {
-                "layer": unit.index,
-                "part": part.what,
-                "before": part.operand.dim,
-                "after": stays,
-                "lost": round(lost, 6),
-                "how": how,
-            }
-            told |= {} if part.turned else {"removed": gone.tolist()}
-            ctx.remarks.applied(unit.node.name or "", f"layer {unit.index}: {part.what} {part.operand.dim} -> {stays} features a head, {how}", **told)
+            if part.turning is not None:
+                part.turning(averages, editor)
+            self._tell(ctx, unit, part, gone, lost)
             changes += 1
             if unit.output is not None:
                 outputs[str(unit.output.node.name)] = None
@@ -105,12 +95,20 @@ class PruneHeadDim(Pass):
             fit_behind(model, teacher, list(outputs), ctx, self.rows)
         return changes
 
+    @staticmethod
+    def _tell(ctx: Context, unit: Heads, part: HeadPart, gone: Array, lost: float) -> None:
+        before, how = part.operand.dim, "selected" if part.turning is None else "turned"
+        after = before - len(gone)
+        told = {"layer": unit.index, "part": part.what, "before": before, "after": after, "lost": round(lost, 6), "how": how}
+        told |= {"removed": gone.tolist()} if part.turning is None else {}
+        ctx.remarks.applied(unit.node.name or "", f"layer {unit.index}: {part.what} {before} -> {after} features a head, {how}", **told)
+
     def _stays(self, dim: int) -> int:
         if self.dim is not None:
             return self.dim
         return min(dim, -(-int(np.ceil(dim * (1 - float(self.ratio or 0)) - 1e-9)) // self.multiple) * self.multiple)
 
-    def _parts(self, model: ir.Model, ctx: Context, unit: Heads, averages: Averages) -> list[Part]:
+    def _parts(self, model: ir.Model, ctx: Context, unit: Heads, averages: Averages) -> list[HeadPart]:
         """What of one attention can be narrowed; the rest is remarked on."""
         name, operands = unit.node.name or "", unit.operands
         hidden = next((o.value for o in operands if not observable(model, o.value)), None)
@@ -118,7 +116,7 @@ class PruneHeadDim(Pass):
             ctx.remarks.missed(name, f"not narrowed: `{hidden.name}` is computed inside a subgraph")
             return []
         turns = self.method == "auto"
-        parts: list[Part] = []
+        parts: list[HeadPart] = []
         if self.parts != "values" and self._narrows(ctx, name, "query and key", operands[0]):
             groups = self._together(model, unit, operands[0])
             if isinstance(groups, str):
@@ -152,7 +150,7 @@ class PruneHeadDim(Pass):
             groups.append(group)
         return groups
 
-    def _try(self, model: ir.Model, unit: Heads, part: Part, gone: Array) -> None:
+    def _try(self, model: ir.Model, unit: Heads, part: HeadPart, gone: Array) -> None:
         """Raises Refusal if the removal cannot be carried out, or takes more than it should."""
         operand = part.operand
         trial = Slicing(model, resize=self.resize)

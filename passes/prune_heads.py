@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import ClassVar
 
 import onnx_ir as ir
 
-from graphopt.compress.prune.criterion import check_importance
-from graphopt.compress.prune.units import Settings, explicit, prune
-from graphopt.core.contract import Context, Pass
-from graphopt.core.options import exclusive, option, option_error
-from graphopt.core.strength import Dial
+from graphopt.compress.prune.units import Pruning, Ratio, explicit
+from graphopt.core.contract import Context
+from graphopt.core.options import exclusive, option_error
 
 
 @dataclasses.dataclass(frozen=True)
-class PruneHeads(Pass):
+class PruneHeads(Pruning, Ratio):
     """Remove attention heads: projections, biases, norms and position tables of each head, reshapes and split sizes.
 
     What is left computes what the old graph would if the removed heads gave zeros, and then the output projections are refitted to make up for
@@ -40,32 +37,19 @@ class PruneHeads(Pass):
         SampleError: importance or refit needs samples, and there are none.
     """
 
-    ratio: float | None = option(None, above=0, below=1, what="a fraction")
-    flops: float | None = option(None, above=0, below=1, what="a fraction")
-    latency: float | None = option(None, above=0, below=1, what="a fraction")
     heads: tuple[str, ...] = ()
-    importance: str = "obs"
-    refit: bool = True
-    loss: str = "auto"
-    rows: int = option(32768, least=1)
-    seed: int = 0
     resize: tuple[str, ...] = ()
-    exact: ClassVar[bool] = False
+    kinds: ClassVar[tuple[str, ...]] = ("heads",)
     ways = exclusive("ratio", "flops", "latency", "heads", says="how much is to go")
-    dials = (Dial("ratio"), Dial("flops"), Dial("latency"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._listed()
 
-    def check(self, known: Mapping[str, type[Pass]]) -> None:
-        check_importance(self.name, self.importance, known)
-
     def run(self, model: ir.Model, ctx: Context) -> int:
         if self.heads:
-            return explicit(model, ctx, self._listed(), "heads", Settings.of(self))
-        self.ways.require(self)
-        return prune(model, ctx, ("heads",), Settings.of(self))
+            return explicit(model, ctx, self._listed(), self)
+        return super().run(model, ctx)
 
     def _listed(self) -> dict[int, list[int]]:
         found: dict[int, list[int]] = {}

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.linear import Embedding, Linear, StoredOperands
+from graphopt.analysis.linear import StoredOperands
 from graphopt.calibration.activations import LinearInputs
 from graphopt.calibration.observe import together
 from graphopt.calibration.ranges import Ranges
-from graphopt.compress.quantize.activation_grid import METHODS, ActivationGrid, calibrated, even_rows, on_grid, row_scale, wants_rows
+from graphopt.compress.quantize.activation_grid import METHODS
 from graphopt.compress.quantize.bias import CorrectBias
-from graphopt.compress.quantize.eligible import LONGEST_SUM, quantized_before, say_nothing_to_do, unfit_linear, unfit_table
-from graphopt.compress.quantize.forms import decoded
-from graphopt.compress.quantize.int8 import REDUCED, Coded, encode
+from graphopt.compress.quantize.integer import Integers
 from graphopt.compress.quantize.weight_only import WeightOnly
-from graphopt.compress.select import check_patterns, passed_over
-from graphopt.compress.weights import numbers, tied_table, why_no_linear
-from graphopt.core.contract import Context
+from graphopt.compress.select import check_patterns
+from graphopt.core.contract import Context, Pass
 from graphopt.core.options import option, option_error
 from graphopt.core.strength import Switch
-from graphopt.graph.questions import attr, constant, producer
-from graphopt.rewrite.builder import Builder
-from graphopt.rewrite.match import Match, Miss
-from graphopt.rewrite.rules import RewritePass
 
 from ._decode import DecodeWeights
 from ._left import TurnLeftWeights
@@ -36,44 +28,11 @@ _MODES = ("dynamic", "static", "weight-only")
 _CODES = {"linear": (8, 4), "nf4": (4,), "kmeans": (4, 8)}
 _CODERS = ("nearest", "gptq", "awq", "awq-gptq")
 _BLOCKS = (None, 0, 16, 32, 64, 128, 256)
-_DOMINATED = 0.25  # relative error of a channel beside its largest weight, above which one input row rules its scale
+_BLOCK = {("linear", 4): 32, ("nf4", 4): 32}  # where none is given; else 0
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizeMatch(Match):
-    """`source`: the stored float constant, `coded`: what replaces it (None: it is decoded from integers already, and only the activation
-    is quantized); `transposed`: the multiply wants its last two axes exchanged; `activation`: the fixed grid of its input, if it has one;
-    `rows`: each row of its input has a scale of its own."""
-
-    source: ir.Value
-    coded: Coded | None
-    transposed: bool = False
-    tied: str = ""
-    activation: ActivationGrid | None = None
-    rows: bool = False
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        told: dict[str, Any] = {"name": self.nodes[0].name, "op": self.nodes[0].op_type, "weight": self.source.name}
-        if self.activation is not None:
-            told = {**told, "covers": [self.activation.low, self.activation.high], "seen": list(self.activation.seen)}
-        if self.rows:
-            told["rows"] = True
-        if self.coded is None:
-            return told
-        told = {
-            **told,
-            "shape": list(self.coded.codes.shape),
-            "axis": self.coded.axis,
-            "worst_error": round(self.coded.worst, 6),
-            "worst_channel": self.coded.channel,
-            "error_without_largest": round(self.coded.rest, 6),
-        }
-        return {**told, "tied_to": self.tied} if self.tied else told
-
-
-@dataclasses.dataclass(frozen=True)
-class Quantize(RewritePass[QuantizeMatch]):
+class Quantize(Pass):
     """Stored weights become integers. Activations too: their scale is measured at run time, or (static) on samples beforehand, or they stay float.
 
     A stored weight [in, out] becomes int8 with one scale for each output feature, an embedding table int8 with one for each row. The multiply
@@ -160,7 +119,7 @@ class Quantize(RewritePass[QuantizeMatch]):
         return *own, ("calibrate", self.calibrate, METHODS), ("reduce_range", self.reduce_range, reduced), ("rows", self.rows, rows)
 
     def run(self, model: ir.Model, ctx: Context) -> int:
-        check_patterns(model, (*self.include, *self.exclude), self.anchors)
+        check_patterns(model, (*self.include, *self.exclude), ("MatMul", "Gemm", "Gather"))
         if self.mode == "static":
             ctx.require_samples()
         turned = TurnLeftWeights(self.include, self.exclude).run(model, ctx)
@@ -178,131 +137,13 @@ class Quantize(RewritePass[QuantizeMatch]):
         return Ranges(self.calibrate, self.percentile)
 
     def _quantize(self, model: ir.Model, ctx: Context) -> int:
+        before = sum(x.quantized for x in ctx.get(StoredOperands(casts=True)).values())
         if self.mode == "weight-only":
-            return WeightOnly(self).run(model, ctx)
-        done = quantized_before(ctx)
-        mark = len(ctx.remarks)
-        changes = DecodeWeights().run(model, ctx) + super().run(model, ctx)
-        _warn_of_rulers(ctx, mark)
+            block = _BLOCK.get((self.codes, self.bits), 0) if self.block is None else self.block
+            changes = WeightOnly.of(self, block=block).run(model, ctx)
+        else:
+            changes = DecodeWeights().run(model, ctx) + Integers.of(self, ranges=self._ranges if self.mode == "static" else None).run(model, ctx)
         if not changes:
-            say_nothing_to_do(ctx, done)
+            why = f"{before} weights are quantized already" if before else "no MatMul, Gemm or Gather reads a stored weight that fits"
+            ctx.remarks.missed("", f"nothing to quantize: {why}")
         return changes
-
-    def match(self, node: ir.Node, ctx: Context) -> QuantizeMatch | Miss | None:
-        found = self._match(node, ctx)
-        if not isinstance(found, QuantizeMatch) or node.op_type == "Gather":
-            return found
-        if self.mode == "dynamic":
-            return dataclasses.replace(found, rows=wants_rows(node, self.rows, ctx))
-        assert node.inputs[0] is not None
-        grid = calibrated(node.inputs[0], self._ranges, ctx)
-        return Miss(node, f"stays float: {grid}") if isinstance(grid, str) else dataclasses.replace(found, activation=grid)
-
-    def _match(self, node: ir.Node, ctx: Context) -> QuantizeMatch | Miss | None:
-        operand = ctx.get(StoredOperands(casts=True)).get(node)
-        if operand is None:
-            return None if node.op_type == "Gather" else Miss(node, f"stays float: {why_no_linear(node)}")
-        if operand.quantized:
-            return self._match_decoded(operand, ctx)
-        reason = self._unfit(operand)
-        if reason is not None:
-            return Miss(node, f"stays float: {reason}")
-        found = self._match_table(operand, ctx) if isinstance(operand, Embedding) else self._match_linear(operand, ctx)
-        array = found.source.const_value
-        assert array is not None
-        assert found.coded is not None
-        if found.coded.nbytes >= array.nbytes:
-            return Miss(node, f"stays float: codes and scales of {found.coded.nbytes} bytes are no smaller than the weight, {array.nbytes} bytes")
-        return found
-
-    def build(self, op: Builder, m: QuantizeMatch) -> Sequence[ir.Value]:
-        node, graph = m.nodes[0], m.nodes[0].graph
-        swapped = m.transposed and node.op_type == "MatMul"
-        weight = node.inputs[1] if m.coded is None else decoded(op, m.source, m.coded, graph, transposed=swapped)
-        if node.op_type == "Gather":
-            return [op.Gather(weight, node.inputs[1], axis=0)]
-        x, grid = node.inputs[0], m.activation
-        assert x is not None
-        back = row_scale(op, x, graph) if m.rows else None
-        source = even_rows(op, x, graph) if m.rows else x
-        x = op.shared(("activation", source, graph), lambda: _measured(op, source) if grid is None else on_grid(op, source, grid))
-        if node.op_type == "Gemm":
-            kept = {name: a.value for name, a in node.attributes.items() if name != "transB"}
-            across = attr(node, "transB", 0) if m.coded is None else int(m.transposed)
-            added = [] if m.rows else node.inputs[2:]
-            product = op.Gemm(x, weight, *added, transB=across, **(_without_beta(kept) if m.rows else kept))
-            return [product if back is None else _plus(op, op.Mul(product, back), node)]
-        product = op.MatMul(x, weight)
-        return [product if back is None else op.Mul(product, back)]
-
-    def _match_decoded(self, operand: Linear | Embedding, ctx: Context) -> QuantizeMatch | Miss | None:
-        """A multiply of a float activation with a weight that is stored as integers: only the activation is still to be quantized."""
-        if isinstance(operand, Embedding) or producer(operand.x, "DequantizeLinear") is not None:
-            return None
-        grid = operand.grid
-        if grid is None or grid.block or operand.weight.dtype != ir.DataType.INT8 or grid.axis not in (None, operand.channel_axis):
-            return Miss(operand.node, "stays float: its integer weight is not int8 with one scale for each output, or for all")
-        reason = passed_over(operand.node, self.include, self.exclude)
-        if reason is not None:
-            return Miss(operand.node, f"stays float: {reason}")
-        if operand.in_features > LONGEST_SUM or operand.x.dtype != ir.DataType.FLOAT:
-            return Miss(operand.node, "stays float: its input is not FLOAT, or its sums may leave 32 bits")
-        if self.reduce_range and np.abs(numbers(operand.weight).astype(np.int16)).max(initial=0) > REDUCED:
-            return Miss(operand.node, f"stays float: reduce-range=true, and its stored codes leave [-{REDUCED}, {REDUCED}]")
-        return QuantizeMatch((operand.node,), (operand.node.outputs[0],), operand.weight, None)
-
-    def _match_table(self, e: Embedding, ctx: Context) -> QuantizeMatch:
-        linears = (x for x in ctx.get(StoredOperands(casts=True)).values() if isinstance(x, Linear) and not x.quantized)
-        multiplied = any(x.weight is e.table or tied_table(x, ctx, self._unfit) is e for x in linears) if self.reduce_range else False
-        return QuantizeMatch((e.node,), (e.node.outputs[0],), e.table, encode(numbers(e.table), 0, symmetric=self.symmetric, reduced=multiplied))
-
-    def _match_linear(self, linear: Linear, ctx: Context) -> QuantizeMatch:
-        nodes, outputs, reduced = (linear.node,), (linear.node.outputs[0],), self.reduce_range
-        tied = tied_table(linear, ctx, self._unfit)
-        if tied is not None:  # the row scales of the table are the channel scales of the multiply
-            coded = encode(numbers(tied.table), 0, symmetric=self.symmetric, reduced=reduced)
-            return QuantizeMatch(nodes, outputs, tied.table, coded, True, tied.node.name or "")
-        symmetric = self.symmetric or bool(linear.batch)  # runtimes fail on a zero point for each channel of a batch of matrices
-        coded = encode(numbers(linear.weight), linear.channel_axis, per_channel=self.per_channel, symmetric=symmetric, reduced=reduced)
-        return QuantizeMatch(nodes, outputs, linear.weight, coded, linear.transposed)
-
-    def _unfit(self, operand: Linear | Embedding) -> str | None:
-        """Why this operand must stay float."""
-        reason = passed_over(operand.node, self.include, self.exclude)
-        if reason is not None:
-            return reason
-        if isinstance(operand, Linear):
-            return unfit_linear(operand)
-        return unfit_table(operand) if self.embeddings else "embeddings=false"
-
-
-def _measured(op: Builder, x: ir.Value) -> ir.Value:
-    """x rounded to a grid that is measured at run time."""
-    value: ir.Value = op.DequantizeLinear(*op.node("DynamicQuantizeLinear", (x,), _outputs=3))
-    return value
-
-
-def _without_beta(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in attributes.items() if name != "beta"}
-
-
-def _plus(op: Builder, product: ir.Value, gemm: ir.Node) -> ir.Value:
-    """beta * C of a Gemm, added behind the scales of the rows."""
-    third = gemm.inputs[2] if len(gemm.inputs) > 2 else None
-    if third is None:
-        return product
-    beta, array = attr(gemm, "beta", 1.0), constant(third)
-    if beta != 1.0:
-        factor = np.array(beta, np.float32)
-        third = op.Mul(third, op.const(factor, "beta")) if array is None else op.const(array * factor, f"{third.name}_scaled")
-    value: ir.Value = op.Add(product, third)
-    return value
-
-
-def _warn_of_rulers(ctx: Context, mark: int) -> None:
-    """One scale for each output cannot help where one input row is much larger than the others: they round to nothing."""
-    for remark in ctx.remarks.since(mark):
-        facts = remark.facts
-        if remark.kind == "applied" and facts.get("op", "Gather") != "Gather" and facts.get("error_without_largest", 0) > _DOMINATED:
-            text = f"one input row of `{facts['weight']}` rules the scales: without it, a channel is {facts['error_without_largest']:.0%} off"
-            ctx.remarks.warning(remark.node, text, **facts)

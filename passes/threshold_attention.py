@@ -29,7 +29,7 @@ from graphopt.run.observe import observable
 
 from ._positional import FORMS, Nearest, Patterns, sentence
 from ._unread import DropUnread
-from ._weights_seen import Histogram, histograms
+from ._weights_seen import WeightHistogram, histograms
 
 _DEFAULT = 0.01
 
@@ -66,7 +66,7 @@ class ThresholdAttention(Pass):
     def run(self, model: ir.Model, ctx: Context) -> int:
         if self.sparsity is not None or self.constant is not None:
             ctx.require_samples()
-        anchors = [n for n in all_nodes(model) if n.op_type in _Cut.anchors and not n.domain]
+        anchors = [n for n in all_nodes(model) if n.op_type in _CutWeights.anchors and not n.domain]
         places = {n: p for n in anchors if isinstance(p := place_of(n, ctx), Place)}
         seen = histograms(model, ctx, places, self.relative)
         limits = {node: self._limit(seen.get(node)) for node in places}
@@ -75,7 +75,7 @@ class ThresholdAttention(Pass):
         forms = {n: found.within(self.constant or 0.0) for n, found in nearest.items()}
         made = made_by(ctx.get(Linears())) if nearest else {}
         projections = {n: {str(x.node.outputs[0].name) for x in behind(places[n].operands, made)} for n in nearest}
-        changes = _Cut(limits, self.relative, {n: _facts(seen[n], limits[n]) for n in seen}, forms).run(model, ctx)
+        changes = _CutWeights(limits, self.relative, {n: _facts(seen[n], limits[n]) for n in seen}, forms).run(model, ctx)
         if not changes and not anchors:
             ctx.remarks.missed("", "nothing to cut: the graph has no Softmax and no Attention")
         if any(forms[n] and all(forms[n]) for n in forms):
@@ -92,7 +92,7 @@ class ThresholdAttention(Pass):
             ctx.remarks.applied("", f"{np.mean(told):.1%} of the weights become zero; the outputs move by {loss:.4g} (relative L2)", loss=loss)
         return changes
 
-    def _limit(self, seen: Histogram | None) -> Array | None:
+    def _limit(self, seen: WeightHistogram | None) -> Array | None:
         """The threshold [1], or of each head [heads, 1, 1]; None where nothing is known of an attention."""
         if self.sparsity is None:
             return np.array([self.threshold or _DEFAULT], np.float32)
@@ -111,7 +111,7 @@ def _nearest(model: ir.Model, ctx: Context, limits: Mapping[ir.Node, Array | Non
     """Which form each head is nearest to when all attentions are cut."""
     copy = model.clone()
     twins = dict(zip(all_nodes(copy), all_nodes(model), strict=True))
-    cut = _Cut({twin: limits[node] for twin, node in twins.items() if node in limits}, relative, {}, {}, probe=True)
+    cut = _CutWeights({twin: limits[node] for twin, node in twins.items() if node in limits}, relative, {}, {}, probe=True)
     Driver(copy, Context(copy)).round(cut)  # not cleaned: nothing reads what is observed
     for graph in graphs(copy):
         graph.sort()
@@ -144,22 +144,19 @@ class _Found(Match):
         return self.told
 
 
-class _Cut(RewritePass[_Found]):
+@dataclasses.dataclass(frozen=True, eq=False)
+class _CutWeights(RewritePass[_Found]):
     """Cuts, with the given forms of heads; `probe` also compares the cut weights with all forms, and leaves the values that tell in `probes`."""
 
     exact: ClassVar[bool] = False
     anchors: ClassVar[frozenset[str]] = frozenset({"Softmax", "Attention"})
 
-    def __init__(
-        self,
-        limits: Mapping[ir.Node, Array | None],
-        relative: bool,
-        told: Mapping[ir.Node, Mapping[str, Any]],
-        forms: Mapping[ir.Node, Sequence[str | None]],
-        probe: bool = False,
-    ) -> None:
-        self.limits, self.relative, self.told, self.forms, self.probe = dict(limits), relative, told, forms, probe
-        self.probes: dict[ir.Node, ir.Value] = {}
+    limits: Mapping[ir.Node, Array | None]
+    relative: bool
+    told: Mapping[ir.Node, Mapping[str, Any]]
+    forms: Mapping[ir.Node, Sequence[str | None]]
+    probe: bool = False
+    probes: dict[ir.Node, ir.Value] = dataclasses.field(default_factory=dict, init=False)
 
     def match(self, node: ir.Node, ctx: Context) -> _Found | Miss | None:
         place, limit = place_of(node, ctx), self.limits.get(node)
@@ -169,7 +166,7 @@ class _Cut(RewritePass[_Found]):
             return Miss(node, f"not cut: {place}")
         if limit is None:
             return Miss(node, "not cut: samples do not show its weights; give threshold instead of sparsity")
-        return _Found(place.nodes, (place.nodes[0].outputs[0],), place, limit, self.told.get(node, {"threshold": float(limit.max())}))
+        return _Found((place.node,), (place.node.outputs[0],), place, limit, self.told.get(node, {"threshold": float(limit.max())}))
 
     def build(self, op: Builder, m: _Found) -> Sequence[ir.Value]:
         forms = self.forms.get(m.place.anchor, ())
@@ -190,7 +187,7 @@ class _Cut(RewritePass[_Found]):
         return op.Div(kept, op.Max(op.ReduceSum(kept, last, keepdims=1), least))
 
 
-def _facts(seen: Histogram, limit: Array | None) -> dict[str, Any]:
+def _facts(seen: WeightHistogram, limit: Array | None) -> dict[str, Any]:
     if limit is None:
         return {"sparsity": 0.0}
     told = [float(f"{x:.4g}") for x in limit.reshape(-1)]

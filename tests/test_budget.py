@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graphopt.compress.budget import Choice, Menu, either, settle, solve, together
+from graphopt.compress.budget import Allocation, Menu, either, settle, solve, together
 
 Rng = np.random.Generator
 
@@ -114,7 +114,7 @@ def test_several_things_as_one_lose_nothing() -> None:
 def test_the_measured_error_decides_not_the_predicted_one(factor: float) -> None:
     given = [menu([4, 2, 1], [0.0, (0.002 * (k + 1)) ** 2, (0.01 * (k + 1)) ** 2]) for k in range(24)]
 
-    def measured(choice: Choice[Any]) -> float:
+    def measured(choice: Allocation[Any]) -> float:
         return factor * math.sqrt(choice.loss)
 
     chosen, error = settle(given, 0.1, measured)

@@ -284,3 +284,41 @@ def test_what_reads_all_neurons_forbids_to_remove_some(between: str) -> None:
         plan.remove(value, -1, mask, inside=inside)
     assert not plan.removed
     assert not plan.private
+
+
+@pytest.mark.parametrize("importance", ["obs", "taylor", "entropy", "reconstruction", "magnitude"])
+@pytest.mark.parametrize("others", [False, True])
+def test_a_block_inside_a_subgraph_does_not_stop_the_others(importance: str, others: bool) -> None:
+    rng = np.random.default_rng(0)
+
+    def attention(x: str, n: str, result: str) -> str:
+        product = f"e{n} = Attention<q_num_heads=2, kv_num_heads=2>(a{n}, b{n}, d{n})  {result} = MatMul(e{n}, o{n})"
+        return f"a{n} = MatMul({x}, q{n})  b{n} = MatMul({x}, k{n})  d{n} = MatMul({x}, v{n})  {product}"
+
+    h = "h" if others else "x"
+    text = f"""<ir_version: 10, opset_import: ["": 23]> g (float[B,S,4] x, bool c) => (float[B,S,4] y) {{
+        {attention("x", "2", "f2") + "  h = Add(x, f2)" if others else ""}
+        y = If(c) <then_branch = t () => (float[B,S,4] r) {{ {attention(h, "1", "r")} }},
+                   else_branch = z () => (float[B,S,4] f) {{ f = Neg({h}) }}> }}"""
+    names = [f"{side}{n}" for n in ("12" if others else "1") for side in "qkvo"]
+    model = graphopt.load(parse(text, **{name: rng.standard_normal((4, 4)).astype(np.float32) for name in names}))
+    samples = [{"x": rng.standard_normal((2, 5, 4)).astype(np.float32), "c": np.array(c)} for c in (True, False)]
+    _, remarks = prune(model, f"prune-heads{{ratio=0.5 importance={importance}}}", samples)
+    told = [r.message for r in remarks if r.message.startswith("not pruned") and r.node]
+    removed = [r.message for r in remarks if r.message.endswith("of 2 removed")]
+    if importance == "magnitude":  # which needs no samples
+        assert (len(told), len(removed)) == (0, 1 + others)
+        return
+    assert told == [
+        f"not pruned: importance={importance} says nothing about its heads, which stand inside a subgraph, where samples do not show them"
+    ]
+    assert len(removed) == others
+
+
+def test_a_layer_that_asks_another_for_its_sizes_keeps_its_own() -> None:
+    model = graphopt.load(tiny("llama", "sdpa", "ts17"))
+    prune(model, "canonicalize")
+    (unit,) = (u for name, u in units(model).items() if name == "h0")
+    base = masked(model, {unit: [0, 1]})
+    prune(model, "prune-heads{heads=0:0+0:1 refit=false}")
+    same(base, model, [feeds(base, 2, 12), feeds(base, 3, 7)])

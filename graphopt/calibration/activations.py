@@ -15,7 +15,7 @@ from graphopt.run.observe import observable
 
 
 @dataclasses.dataclass
-class Activation:
+class ActivationStats:
     """One tensor [..., features] over all samples, streamed: memory does not grow with their number.
 
     Attributes:
@@ -76,11 +76,11 @@ class Activation:
         self.seen += len(rows)
         share = max(1, round(self.limit * len(rows) / self.seen))
         stay = min(len(self.rows), self.limit - min(share, len(rows)))
-        self.rows = np.concatenate([_spread(self.rows, stay), _spread(rows, share).astype(np.float32)])
+        self.rows = np.concatenate([evenly(self.rows, stay), evenly(rows, share).astype(np.float32)])
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearInputs(Observed[Mapping[ir.Value, Activation]]):
+class LinearInputs(Observed[Mapping[ir.Value, ActivationStats]]):
     """The activation of every Linear of the main graph, by value.
 
     Needs samples; it runs the graph once over all of them.
@@ -91,14 +91,14 @@ class LinearInputs(Observed[Mapping[ir.Value, Activation]]):
 
     limit: int = 256
 
-    def watch(self, model: ir.Model, ctx: Context) -> tuple[Sequence[Reducer], Callable[[], Mapping[ir.Value, Activation]]]:
+    def watch(self, model: ir.Model, ctx: Context) -> tuple[Sequence[Reducer], Callable[[], Mapping[ir.Value, ActivationStats]]]:
         ctx.require_samples()
-        found = {x.x: Activation(self.limit) for x in ctx.get(Linears(casts=True)) if observable(model, x.x) and not x.trans_x}
+        found = {x.x: ActivationStats(self.limit) for x in ctx.get(Linears(casts=True)) if observable(model, x.x) and not x.trans_x}
         reducers = [Reducer((value,), seen, hidden=True) for value, seen in found.items()]
         return reducers, lambda: {value: seen for value, seen in found.items() if seen.seen}
 
 
-def _spread(rows: Array, count: int) -> Array:
+def evenly(rows: Array, count: int) -> Array:
     """`count` of the rows at most, evenly."""
     if len(rows) <= count:
         return rows

@@ -65,8 +65,8 @@ def _weights(node: ir.Node, facts: AttentionFacts | str | None) -> ir.Value | No
     return node.outputs[3]
 
 
-def map_distances(model: ir.Model, samples: Iterable[Feeds], nodes: Mapping[ir.Node, int]) -> dict[ir.Node, Array]:
-    """How unlike the heads of an attention look: for each node [heads, heads], the mean over rows of the squared distance of their weights.
+def mean_maps(model: ir.Model, samples: Iterable[Feeds], nodes: Mapping[ir.Node, int], total: Callable[[Array], Array]) -> dict[ir.Node, Array]:
+    """For each node, as far as samples show its weights, the mean over rows of what `total` [rows, heads, keys] sums up.
 
     Args:
         nodes: that make the weights, with their number of heads.
@@ -75,14 +75,23 @@ def map_distances(model: ir.Model, samples: Iterable[Feeds], nodes: Mapping[ir.N
 
     def reducer(node: ir.Node) -> Reduce:
         def add(weights: Array) -> None:
-            total, count = sums.get(node, (np.zeros(()), 0))
-            by_head = weights.transpose(1, 0, 2).reshape(weights.shape[1], -1)
-            sums[node] = total + (by_head @ by_head.T).astype(np.float64), count + len(weights)
+            before, count = sums.get(node, (np.zeros(()), 0))
+            sums[node] = before + total(weights), count + len(weights)
 
         return add
 
     observe_maps(model, samples, {node: (heads, reducer(node)) for node, heads in nodes.items()})
-    return {node: _squared(total / max(rows, 1)) for node, (total, rows) in sums.items()}
+    return {node: found / rows for node, (found, rows) in sums.items() if rows}
+
+
+def map_distances(model: ir.Model, samples: Iterable[Feeds], nodes: Mapping[ir.Node, int]) -> dict[ir.Node, Array]:
+    """How unlike the heads of an attention look: for each node [heads, heads], the mean over rows of the squared distance of their weights."""
+
+    def products(weights: Array) -> Array:
+        by_head = weights.transpose(1, 0, 2).reshape(weights.shape[1], -1)
+        return (by_head @ by_head.T).astype(np.float64)
+
+    return {node: _squared(found) for node, found in mean_maps(model, samples, nodes, products).items()}
 
 
 def _squared(products: Array) -> Array:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -13,6 +14,7 @@ from graphopt.core.contract import Array, Context
 from graphopt.graph.questions import static_dim
 from graphopt.run.observe import Limited
 
+T = TypeVar("T")
 BYTES = 512 * 2**20  # of sums that are held at a time; more means another run over the samples
 
 
@@ -30,17 +32,21 @@ def input_moments(ctx: Context, values: Sequence[ir.Value], *, rows: int | None 
         SampleError: there was no sample.
     """
     ctx.get(Paddings()).about(str(v.name) for v in values)  # of all groups, in one trial
-    group: list[ir.Value] = []
-    size = 0
-    for value in values:
-        need = 4 * _width(value) ** 2
-        if group and size + need > limit:
-            yield from _observed(ctx, group, rows)
-            group, size = [], 0
-        group.append(value)
-        size += need
-    if group:
+    for group in within(values, lambda value: 4 * _width(value) ** 2, limit):
         yield from _observed(ctx, group, rows)
+
+
+def within(things: Sequence[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Neighbours in groups whose sizes stay within `limit` together; one thing at least."""
+    group, total = list[T](), 0
+    for thing in things:
+        if group and total + size(thing) > limit:
+            yield group
+            group, total = [], 0
+        group.append(thing)
+        total += size(thing)
+    if group:
+        yield group
 
 
 class _Moment:

@@ -21,7 +21,7 @@ _STEPS = np.geomspace(1 / 8, 1, 48)  # the parts of a side that the searches try
 
 
 @dataclasses.dataclass(frozen=True)
-class Range:
+class ActivationRange:
     """What a uint8 activation should cover: [low, high], zero included. `seen`: the smallest and the largest value; `finite`: all were finite."""
 
     low: float
@@ -31,7 +31,7 @@ class Range:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ranges(Observed[Mapping[ir.Value, Range]]):
+class Ranges(Observed[Mapping[ir.Value, ActivationRange]]):
     """The range of the activation of each multiply with a stored weight, as far as it is float32 and can be observed on some sample.
 
     One pass over the samples, a fixed histogram for each value: memory does not grow with the samples, and what comes out depends neither on
@@ -50,10 +50,10 @@ class Ranges(Observed[Mapping[ir.Value, Range]]):
     method: str = "minmax"
     percentile: float = 99.999
 
-    def watch(self, model: ir.Model, ctx: Context) -> tuple[Sequence[Reducer], Callable[[], Mapping[ir.Value, Range]]]:
+    def watch(self, model: ir.Model, ctx: Context) -> tuple[Sequence[Reducer], Callable[[], Mapping[ir.Value, ActivationRange]]]:
         wanted = (x for x in ctx.get(Linears(casts=True)) if x.x.dtype == ir.DataType.FLOAT and not is_constant(x.x) and observable(model, x.x))
         across = {x.x: x.trans_x for x in wanted}
-        found = {value: Histogram() for value in across}
+        found = {value: ValueHistogram() for value in across}
         reducers = [Reducer((value,), h.add, _columns if across[value] else None) for value, h in found.items()]
         return reducers, lambda: {value: h.range(self.method, self.percentile) for value, h in found.items() if h.count}
 
@@ -64,7 +64,7 @@ def _columns(array: Array) -> Array:
     return turned.reshape(-1, turned.shape[-1])
 
 
-class Histogram:
+class ValueHistogram:
     """Counts of values in 2 x 8192 bins around zero, whose width doubles until the largest value fits.
 
     The width is a power of two, so that merged bins are what would have been counted at once.
@@ -91,7 +91,7 @@ class Histogram:
         bins = np.floor(array.reshape(-1) * (1 / self.width)).astype(np.int32) if self.width else np.zeros(array.size, np.int32)
         self.counts += np.bincount(np.minimum(bins, _HALF - 1) + _HALF, minlength=2 * _HALF)
 
-    def range(self, method: str, percentile: float) -> Range:
+    def range(self, method: str, percentile: float) -> ActivationRange:
         """The part of the values to cover, by one of the methods of `Ranges`."""
         sides = min(self.low, 0.0), max(self.high, 0.0)
         if self.width and method == "percentile":
@@ -100,7 +100,7 @@ class Histogram:
             centers, counts = self._filled()
             cost = _squared_error if method == "mse" else _divergence
             sides = _search(sides, lambda low, high: cost(centers, counts, low, high))
-        return Range(*sides, (self.low, self.high), self.finite)
+        return ActivationRange(*sides, (self.low, self.high), self.finite)
 
     def _widen(self, largest: float) -> None:
         wanted = 2.0 ** math.ceil(math.log2(largest / _HALF)) if largest > 0 else 0.0

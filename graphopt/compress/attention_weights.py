@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
@@ -38,49 +39,59 @@ class Mask:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spelled:
+class Place(ABC):
+    """Where the weights of one attention stand.
+
+    Attributes:
+        anchor: the Softmax or Attention node.
+        node: what a change replaces: the product with the values, or the Attention node.
+        by_head: whether the weights have an axis for the heads: [batch, heads, rows, keys].
+        operands: query and key.
+    """
+
+    anchor: ir.Node
+    node: ir.Node
+    heads: int
+    by_head: bool
+    causal: bool
+    operands: tuple[ir.Value | None, ir.Value | None]
+
+    @abstractmethod
+    def weights(self, op: Builder) -> ir.Value:
+        """The weights of the softmax."""
+
+    @abstractmethod
+    def result(self, op: Builder, p: ir.Value) -> ir.Value:
+        """What `node` gives with the weights p."""
+
+    @abstractmethod
+    def sizes(self, op: Builder) -> tuple[ir.Value, ir.Value]:
+        """The numbers of rows and keys, each [1]."""
+
+    @abstractmethod
+    def masks(self) -> Sequence[Mask] | str:
+        """What hides keys, or why that cannot be told head by head."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Spelled(Place):
     """Softmax, and the MatMul with the values."""
 
     facts: AttentionFacts
-    product: ir.Node
     probabilities: ir.Value
-
-    @property
-    def anchor(self) -> ir.Node:
-        return self.facts.anchor
-
-    @property
-    def nodes(self) -> tuple[ir.Node, ...]:
-        return (self.product,)
-
-    @property
-    def heads(self) -> int:
-        return self.facts.heads
-
-    @property
-    def by_head(self) -> bool:
-        """True if the weights have an axis for the heads: [batch, heads, rows, keys]."""
-        return rank(self.probabilities) == 4 and static_dim(self.probabilities, 1) == self.heads
-
-    @property
-    def operands(self) -> tuple[ir.Value | None, ir.Value | None]:
-        """Query and key."""
-        a, b = self.facts.nodes[0].inputs
-        return a, b
 
     def weights(self, op: Builder) -> ir.Value:
         return self.probabilities
 
     def result(self, op: Builder, p: ir.Value) -> ir.Value:
-        return op.MatMul(p, self.product.inputs[1])
+        return op.MatMul(p, self.node.inputs[1])
 
     def sizes(self, op: Builder) -> tuple[ir.Value, ir.Value]:
         query, _ = self.operands
-        return _size(op, self.product, query, -2), _size(op, self.product, self.product.inputs[1], -2)
+        return _size(op, self.node, query, -2), _size(op, self.node, self.node.inputs[1], -2)
 
     def masks(self) -> Sequence[Mask] | str:
-        """What hides keys, or why that cannot be told head by head."""
-        out, v = self.product.outputs[0].shape, self.product.inputs[1]
+        out, v = self.node.outputs[0].shape, self.node.inputs[1]
         if not self.by_head:
             return "its weights have no axis for the heads; put threshold-attention behind fuse-attention"
         if v is None or v.shape is None or out is None or len(v.shape) != 4 or not all(map(same_dim, v.shape[:2], out[:2])):
@@ -93,35 +104,12 @@ class Spelled:
                 return f"its mask `{term.value.name}` is added to scores of other axes; put threshold-attention behind fuse-attention"
         return [Mask(_narrow(t.value), t.kind, t.factor) for t in self.facts.terms]
 
-    causal = False
-
 
 @dataclasses.dataclass(frozen=True)
-class Operator:
+class Operator(Place):
     """A standard Attention node."""
 
     attention: AttentionNode
-    by_head = True
-
-    @property
-    def anchor(self) -> ir.Node:
-        return self.attention.node
-
-    @property
-    def nodes(self) -> tuple[ir.Node, ...]:
-        return (self.anchor,)
-
-    @property
-    def heads(self) -> int:
-        return self.attention.heads
-
-    @property
-    def causal(self) -> bool:
-        return self.attention.causal
-
-    @property
-    def operands(self) -> tuple[ir.Value | None, ir.Value | None]:
-        return self.attention.q, self.attention.k
 
     def weights(self, op: Builder) -> ir.Value:
         return weights(op, self.attention)
@@ -131,16 +119,13 @@ class Operator:
         return joined(op, a, op.MatMul(p, repeated(op, a, split(op, a, a.v, a.kv_heads))))
 
     def sizes(self, op: Builder) -> tuple[ir.Value, ir.Value]:
-        return _size(op, self.anchor, self.attention.q, -2), _size(op, self.anchor, self.attention.v, -2)
+        return _size(op, self.node, self.attention.q, -2), _size(op, self.node, self.attention.v, -2)
 
     def masks(self) -> Sequence[Mask] | str:
         mask = self.attention.mask
         if self.attention.v.shape is None:
             return "the shape of its values is not known"
         return [] if mask is None else [Mask(_narrow(mask), "keep" if mask.dtype == ir.DataType.BOOL else "add")]
-
-
-Place = Spelled | Operator
 
 
 def place_of(node: ir.Node, ctx: Context) -> Place | str | None:
@@ -154,7 +139,9 @@ def place_of(node: ir.Node, ctx: Context) -> Place | str | None:
     product, p = producer(facts.output, "MatMul"), facts.probabilities
     if product is None or p is None or product.inputs[0] is not p or p.dtype != ir.DataType.FLOAT:
         return "its weights do not meet the values in a MatMul of FLOAT"
-    return Spelled(facts, product, p)
+    by_head = rank(p) == 4 and static_dim(p, 1) == facts.heads
+    query, key = facts.nodes[0].inputs
+    return Spelled(facts.anchor, product, facts.heads, by_head, False, (query, key), facts, p)
 
 
 def _operator(a: AttentionNode) -> Operator | str:
@@ -165,7 +152,7 @@ def _operator(a: AttentionNode) -> Operator | str:
     dtype = a.result.dtype
     if dtype != ir.DataType.FLOAT:
         return f"it computes in {'an unknown type' if dtype is None else dtype.name}; put threshold-attention before to-half"
-    return why_not_unfused(a) or Operator(a)
+    return why_not_unfused(a) or Operator(a.node, a.node, a.heads, True, a.causal, (a.q, a.k), a)
 
 
 def _is_cut(p: ir.Value) -> bool:

@@ -37,7 +37,7 @@ class Menu(Generic[T]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice(Generic[T]):
+class Allocation(Generic[T]):
     """One setting of each menu.
 
     Attributes:
@@ -53,7 +53,7 @@ class Choice(Generic[T]):
     gap: float
 
 
-def solve(menus: Sequence[Menu[T]], *, cost: float | None = None, loss: float | None = None) -> Choice[T] | None:
+def solve(menus: Sequence[Menu[T]], *, cost: float | None = None, loss: float | None = None) -> Allocation[T] | None:
     """The least loss whose cost is at most `cost`; or, where `loss` is given instead, the least cost whose loss is at most that.
 
     Exact, by dynamic programming, where what is limited comes in units that are not too many (whole numbers; their common divisor is the unit).
@@ -72,7 +72,7 @@ def solve(menus: Sequence[Menu[T]], *, cost: float | None = None, loss: float | 
     picks, gap = _exact(tables, spare) or _along_hulls(tables, max(spare, 0.0))
     chosen = list(zip(menus, picks, strict=True))
     sums = (sum(float(m.cost[k]) for m, k in chosen), sum(float(m.loss[k]) for m, k in chosen))
-    return Choice(tuple(picks), tuple(m.settings[k] for m, k in chosen), *sums, gap)
+    return Allocation(tuple(picks), tuple(m.settings[k] for m, k in chosen), *sums, gap)
 
 
 def _finite(spent: Array, won: Array) -> Table:
@@ -81,7 +81,7 @@ def _finite(spent: Array, won: Array) -> Table:
     return np.where(np.isfinite(won), spent, np.inf), won
 
 
-def settle(menus: Sequence[Menu[T]], limit: float, measure: Callable[[Choice[T]], float]) -> tuple[Choice[T], float]:
+def settle(menus: Sequence[Menu[T]], limit: float, measure: Callable[[Allocation[T]], float]) -> tuple[Allocation[T], float]:
     """The choice of least cost whose measured error is within `limit`, and that error; what is predicted is only where to look.
 
     The predicted error, the root of the loss, is right where the errors of the things do not know of each other. Its limit is corrected by
@@ -91,7 +91,7 @@ def settle(menus: Sequence[Menu[T]], limit: float, measure: Callable[[Choice[T]]
         menus: losses are squared errors; each has a setting with the loss 0.
     """
 
-    def predicted(error: float) -> Choice[T]:
+    def predicted(error: float) -> Allocation[T]:
         found = solve(menus, loss=error**2)
         assert found is not None, "a menu without a setting of the loss 0"
         return found

@@ -42,6 +42,12 @@ def why_no_linear(node: ir.Node) -> str:
     return "both operands are computed at run time"
 
 
+def known(linear: Linear | None) -> Linear:
+    """One that was found to be there."""
+    assert linear is not None
+    return linear
+
+
 def unfit(linear: Linear | None) -> str | None:
     """Why the columns or rows of a projection cannot be rewritten."""
     if linear is None:

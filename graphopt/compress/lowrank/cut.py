@@ -15,7 +15,7 @@ from graphopt.core.contract import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RankPlan:
     """`scales`: what each weight of a joint item is multiplied by, so that the mean square of its output is what an error there counts; rank 0:
     not decided."""
 
@@ -29,7 +29,7 @@ class Plan:
         return Cut(self.item, left, rights, self.spectrum.error(self.rank) ** 0.5, sampled)
 
 
-def plan(item: Item, moments: Mapping[ir.Value, Array], method: str, counts: Sequence[float] = ()) -> Plan:
+def plan(item: Item, moments: Mapping[ir.Value, Array], method: str, counts: Sequence[float] = ()) -> RankPlan:
     """Ready but for its rank.
 
     Args:
@@ -39,7 +39,7 @@ def plan(item: Item, moments: Mapping[ir.Value, Array], method: str, counts: Seq
     seen = moment(item, moments)
     sizes = [_scale(x.matrix(), seen) for x in item.weights] if item.joint else []
     scales = tuple(size * count**0.5 for size, count in zip(sizes, counts or [1.0] * len(sizes), strict=True)) or (1.0,)
-    return Plan(item, scales, spectrum(wide(item, scales), seen, method))
+    return RankPlan(item, scales, spectrum(wide(item, scales), seen, method))
 
 
 def moment(item: Item, moments: Mapping[ir.Value, Array]) -> Array | None:

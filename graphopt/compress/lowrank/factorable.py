@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -48,14 +49,11 @@ class Item:
     @property
     def size(self) -> int:
         """Stored elements."""
-        batch = 1
-        for d in self.linears[0].batch:
-            batch *= d
-        return batch * self.in_features * self.out_features
+        return math.prod(self.linears[0].batch) * self.in_features * self.out_features
 
     def kept(self, rank: int) -> int:
         """Stored elements of the factors."""
-        return self.size // (self.in_features * self.out_features) * rank * (self.in_features + self.out_features)
+        return math.prod(self.linears[0].batch) * rank * (self.in_features + self.out_features)
 
     @property
     def largest(self) -> int:
@@ -64,26 +62,21 @@ class Item:
         return (whole - 1) // narrow
 
 
-@dataclasses.dataclass(frozen=True)
-class Whole:
-    """A multiply or lookup that stays as it is."""
-
-    node: ir.Node
-    reason: str
+Whole = dict[ir.Node, str]  # multiplies and lookups that stay as they are, and why
 
 
-def items(model: ir.Model, ctx: Context, include: Sequence[str], exclude: Sequence[str]) -> tuple[list[Item], list[Whole]]:
+def items(model: ir.Model, ctx: Context, include: Sequence[str], exclude: Sequence[str]) -> tuple[list[Item], Whole]:
     """Every weight that may be cut, in graph order, and what may not."""
     operands = ctx.get(StoredOperands(casts=True))
     by_weight: dict[ir.Value, list[Linear]] = {}
-    whole: list[Whole] = []
+    whole: Whole = {}
     for node in all_nodes(model):
         if node.domain == "" and node.op_type in ("MatMul", "Gemm"):
             operand = operands.get(node)
             if isinstance(operand, Linear):
                 by_weight.setdefault(operand.weight, []).append(operand)
             else:
-                whole.append(Whole(node, why_no_linear(node)))
+                whole[node] = why_no_linear(node)
     found: list[Item] = []
     for readers in by_weight.values():
         reason = next((r for x in readers if (r := _unfit(x, ctx) or passed_over(x.node, include, exclude)) is not None), None)
@@ -91,7 +84,7 @@ def items(model: ir.Model, ctx: Context, include: Sequence[str], exclude: Sequen
         if reason is None:
             found.append(Item(tuple(readers)))
         else:
-            whole += [Whole(x.node, reason) for x in readers]
+            whole |= {x.node: reason for x in readers}
     return found, whole
 
 
@@ -163,7 +156,3 @@ def _shared(readers: Sequence[Linear]) -> str | None:
 
 def _plain(linear: Linear) -> bool:
     return not linear.batch and not linear.trans_x and linear.alpha == 1.0
-
-
-def by_node(whole: Iterable[Whole]) -> dict[ir.Node, str]:
-    return {w.node: w.reason for w in whole}

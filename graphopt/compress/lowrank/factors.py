@@ -61,7 +61,7 @@ class CutMatch(Match):
 
 
 @dataclasses.dataclass(frozen=True)
-class TableMatch(Match):
+class TableCutMatch(Match):
     cut: TableCut
 
     @property
@@ -87,7 +87,7 @@ class PutFactors(RewritePass[Match]):
                 nodes = tuple(x.node for x in linears)
                 self.found[nodes[0]] = CutMatch(nodes, tuple(n.outputs[0] for n in nodes), linears, cut)
         for table in tables:
-            self.found |= {e.node: TableMatch((e.node,), (e.node.outputs[0],), table) for e in table.embeddings}
+            self.found |= {e.node: TableCutMatch((e.node,), (e.node.outputs[0],), table) for e in table.embeddings}
 
     def match(self, node: ir.Node, ctx: Context) -> Match | Miss | None:
         if node in self.found:
@@ -95,7 +95,7 @@ class PutFactors(RewritePass[Match]):
         return Miss(node, f"stays whole: {self.whole[node]}") if node in self.whole else None
 
     def build(self, op: Builder, m: Match) -> Sequence[ir.Value]:
-        if isinstance(m, TableMatch):
+        if isinstance(m, TableCutMatch):
             return [_lookup(op, m)]
         assert isinstance(m, CutMatch)
         first, cut = m.linears[0], m.cut
@@ -126,7 +126,7 @@ def _stored(op: Builder, array: Array, linear: Linear, side: str) -> ir.Value:
     return op.shared(("cast factor", side, weight, linear.node.graph), lambda: op.Cast(made, to=linear.x.dtype))
 
 
-def _lookup(op: Builder, m: TableMatch) -> ir.Value:
+def _lookup(op: Builder, m: TableCutMatch) -> ir.Value:
     table, node = m.cut.embeddings[0].table, m.nodes[0]
     assert table.dtype is not None
     kind, name = table.dtype.numpy(), table.name

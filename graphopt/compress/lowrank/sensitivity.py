@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from graphopt.calibration.padding import Paddings
-from graphopt.compress.lowrank.cut import Plan
+from graphopt.compress.lowrank.cut import RankPlan
 from graphopt.compress.lowrank.factorable import Item
 from graphopt.core.contract import Array, Batches, Context
 from graphopt.run import ort
@@ -21,7 +21,7 @@ _FLOOR = 1e-9
 _LEAST = 1e-6
 
 
-def sensitivities(ctx: Context, plans: Sequence[Plan]) -> dict[Item, float]:
+def sensitivities(ctx: Context, plans: Sequence[RankPlan]) -> dict[Item, float]:
     """For each item (output error)^2 / (its own relative error)^2, where it alone is cut to half of the largest rank that saves something.
 
     Padding does not count. One session serves all: the weights are fed. An item whose weight cannot be fed (stored inside a subgraph) gets the median
@@ -61,7 +61,7 @@ def _few(samples: Batches, enough: float) -> list[Mapping[str, Array]]:
     return feeds
 
 
-def _changed(p: Plan) -> dict[str, Array]:
+def _changed(p: RankPlan) -> dict[str, Array]:
     """The product of the factors, in place of the weight."""
     cut, linear = p.cut(sampled=True), p.item.linears[0]
     array = cut.left @ cut.rights[0]

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.linear import Linears
 from graphopt.calibration.pair import LeastSquares, Pair, Paired
-from graphopt.compress.lowrank.cut import Plan, split, wide
+from graphopt.compress.lowrank.cut import RankPlan, split, wide
 from graphopt.compress.lowrank.factorable import Item
 from graphopt.compress.lowrank.factors import Cut, PutFactors
 from graphopt.compress.lowrank.spectrum import factors, spectrum
@@ -18,7 +18,7 @@ from graphopt.core.contract import Context
 _RIDGE = 1e-3  # of the mean second moment: how strongly a fitted weight is held to the original one
 
 
-def refit(model: ir.Model, ctx: Context, plans: Sequence[Plan]) -> int:
+def refit(model: ir.Model, ctx: Context, plans: Sequence[RankPlan]) -> int:
     """Put the factors in place, one input after the other in graph order; ranks stay. Returns the number of changes.
 
     What a block adds to the residual stream is fitted to what it added in the original, and to what the stream has lost until then.
@@ -38,7 +38,7 @@ def refit(model: ir.Model, ctx: Context, plans: Sequence[Plan]) -> int:
     return changes
 
 
-def fitted(p: Plan, seen: Paired) -> Cut:
+def fitted(p: RankPlan, seen: Paired) -> Cut:
     """The factors of the best matrix of this rank that turns the inputs of the model as it is now into the outputs that the original had.
 
     A shared weight is fitted to the input of its first reader.
@@ -53,10 +53,10 @@ def fitted(p: Plan, seen: Paired) -> Cut:
     return Cut(p.item, *split(p.item, p.scales, left, right), max(off / whole, 0.0) ** 0.5 if whole > 0 else 0.0, sampled=True)
 
 
-def _groups(model: ir.Model, plans: Sequence[Plan]) -> list[list[Plan]]:
+def _groups(model: ir.Model, plans: Sequence[RankPlan]) -> list[list[RankPlan]]:
     """Those of one input together, the one whose multiply comes first in front; in graph order."""
     order = {node: k for k, node in enumerate(model.graph)}
-    by_input: dict[ir.Value, list[Plan]] = {}
+    by_input: dict[ir.Value, list[RankPlan]] = {}
     for p in sorted(plans, key=lambda p: order[p.item.linears[0].node]):
         by_input.setdefault(p.item.linears[0].x, []).append(p)
     return list(by_input.values())

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Linear, StoredOperands
-from graphopt.compress.mix.parts import Part
+from graphopt.compress.mix.parts import PrecisionPart
 from graphopt.core.contract import Array, Context, Session, Target
 from graphopt.core.errors import PipelineError
 from graphopt.core.pipeline import lower
@@ -19,7 +19,7 @@ from graphopt.run.observe import exposed
 from graphopt.run.segments import Change, Recipe, alone
 
 
-def timed(model: ir.Model, feed: Feeds, parts: Sequence[Part], ctx: Context) -> list[Part]:
+def timed(model: ir.Model, feed: Feeds, parts: Sequence[PrecisionPart], ctx: Context) -> list[PrecisionPart]:
     """The parts with the microseconds of one run on `feed` as their cost. Each is timed by itself, so what several share (an input that is rounded
     once for all) counts for each.
 
@@ -56,7 +56,7 @@ def _session(model: ir.Model, change: Change, state: Mapping[str, Array], target
     return race.Picky(target.session(small), [Port(str(v.name), None, ()) for v in small.graph.inputs])
 
 
-def _as_it_is(operands: Mapping[ir.Node, Linear | Embedding], part: Part) -> Change:
+def _as_it_is(operands: Mapping[ir.Node, Linear | Embedding], part: PrecisionPart) -> Change:
     found = {}
     for node in part.nodes:
         path = operands[node].path if node in operands else ()

@@ -22,7 +22,7 @@ _LARGE = 1024  # bytes; smaller constants are shared by chance, and tie nothing 
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class PrecisionPart:
     """Nodes that read one weight, or belong together for another reason, and so get one setting.
 
     Attributes:
@@ -46,7 +46,7 @@ class Part:
         return self.nodes[0].name or ""
 
 
-def parts_of(model: ir.Model, versions: Mapping[str, ir.Model], owner: Callable[[str], Hashable | None] = lambda weight: None) -> list[Part]:
+def parts_of(model: ir.Model, versions: Mapping[str, ir.Model], owner: Callable[[str], Hashable | None] = lambda weight: None) -> list[PrecisionPart]:
     """What the versions (changed clones of `model`, by label) make differently, in the order of the graph.
 
     Args:
@@ -55,7 +55,7 @@ def parts_of(model: ir.Model, versions: Mapping[str, ir.Model], owner: Callable[
     operands = Context(model).get(StoredOperands(casts=True))
     found = {label: recipes(model, other, label) for label, other in versions.items()}
     nodes = {str(v.name): node for node in model.graph for v in node.outputs if any(v.name in own for own in found.values())}
-    groups = _Groups()
+    groups = _TokenSets()
     keys: dict[str, Hashable] = {}
     for name, node in nodes.items():
         weight = _weight(operands.get(node))
@@ -72,16 +72,16 @@ def parts_of(model: ir.Model, versions: Mapping[str, ir.Model], owner: Callable[
         sizes = {label: _size(names, read, change) for label, change in {"": {}, **changes}.items()}
         weight = _weight(read[0][1])
         key = keys[names[0]] if keys[names[0]] is not None else names[0]
-        result.append(Part(key, tuple(dict.fromkeys(members)), "" if weight is None else str(weight.name), changes, sizes, sizes))
+        result.append(PrecisionPart(key, tuple(dict.fromkeys(members)), "" if weight is None else str(weight.name), changes, sizes, sizes))
     return result
 
 
-def merged(parts: Sequence[Part], labels: Sequence[str]) -> dict[str, Recipe]:
+def merged(parts: Sequence[PrecisionPart], labels: Sequence[str]) -> dict[str, Recipe]:
     """All of a graph's changes, one label for each part; "" changes nothing."""
     return {name: recipe for part, label in zip(parts, labels, strict=True) for name, recipe in part.changes.get(label, {}).items()}
 
 
-class _Groups:
+class _TokenSets:
     """Sets of names that share a token."""
 
     def __init__(self) -> None:

@@ -12,9 +12,9 @@ import onnx_ir as ir
 
 from graphopt.analysis.heads import Heads
 from graphopt.calibration.effects import effects
-from graphopt.compress.budget import Choice, Menu, settle
-from graphopt.compress.mix.parts import Part, merged, parts_of
-from graphopt.compress.mix.split_heads import Groups, SplitHeads, shares
+from graphopt.compress.budget import Allocation, Menu, settle
+from graphopt.compress.mix.parts import PrecisionPart, merged, parts_of
+from graphopt.compress.mix.split_heads import HeadGroups, SplitHeads, shares
 from graphopt.core.contract import Context
 from graphopt.run import Feeds
 
@@ -24,10 +24,10 @@ Versions = Callable[[ir.Model], Mapping[str, ir.Model]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class PrecisionPlan:
     """A label for each part ("": as it is), the measured loss of all together, and the predicted one; `split`: what is done to the graph before."""
 
-    parts: Sequence[Part]
+    parts: Sequence[PrecisionPart]
     labels: Labels
     loss: float
     predicted: float = 0.0
@@ -45,16 +45,18 @@ class Plan:
         (ctx.remarks.applied if changes else ctx.remarks.missed)("", text, **facts)
 
 
-def choose(parts: Sequence[Part], found: Effects, budget: float, assemble: Callable[[Labels], Plan]) -> tuple[Labels, Plan]:
+def choose(
+    parts: Sequence[PrecisionPart], found: Effects, budget: float, assemble: Callable[[Labels], PrecisionPlan]
+) -> tuple[Labels, PrecisionPlan]:
     """The labels of the least cost whose plan loses no more than the budget, and that plan."""
     menus = []
     for number, part in enumerate(parts):
         own = ["", *(label for k, label in found if k == number)]
         errors = [0.0, *(found[number, label] for label in own[1:])]
         menus.append(Menu(own, np.array([part.cost[label] for label in own]), np.square(errors)))
-    plans: dict[Labels, Plan] = {}
+    plans: dict[Labels, PrecisionPlan] = {}
 
-    def measured(choice: Choice[str]) -> float:
+    def measured(choice: Allocation[str]) -> float:
         plans[choice.settings] = dataclasses.replace(assemble(choice.settings), predicted=math.sqrt(choice.loss))
         return plans[choice.settings].loss
 
@@ -62,12 +64,14 @@ def choose(parts: Sequence[Part], found: Effects, budget: float, assemble: Calla
     return labels, plans.get(labels) or assemble(labels)
 
 
-def whole(model: ir.Model, feeds: Sequence[Feeds], parts: Sequence[Part], labels: Labels) -> Plan:
+def whole(model: ir.Model, feeds: Sequence[Feeds], parts: Sequence[PrecisionPart], labels: Labels) -> PrecisionPlan:
     """A plan for the parts as they are."""
-    return Plan(parts, labels, effects(model, feeds, {0: merged(parts, labels)})[0])
+    return PrecisionPlan(parts, labels, effects(model, feeds, {0: merged(parts, labels)})[0])
 
 
-def joined(model: ir.Model, feeds: Sequence[Feeds], blocks: Mapping[str, Heads], apart: Sequence[Part], chosen: Labels, versions: Versions) -> Plan:
+def joined(
+    model: ir.Model, feeds: Sequence[Feeds], blocks: Mapping[str, Heads], apart: Sequence[PrecisionPart], chosen: Labels, versions: Versions
+) -> PrecisionPlan:
     """A plan for the groups of heads one by one, with the groups of one label put together; the label with the most bytes comes first.
 
     Args:
@@ -77,7 +81,7 @@ def joined(model: ir.Model, feeds: Sequence[Feeds], blocks: Mapping[str, Heads],
     """
     given = {part.key: label for part, label in zip(apart, chosen, strict=True)}
     size = {(part.key, label): n for part in apart for label, n in part.nbytes.items()}
-    pieces: dict[str, Groups] = {}
+    pieces: dict[str, HeadGroups] = {}
     for name, block in blocks.items():
         own = {group: given.get((name, group), "") for group in range(block.kv_heads)}
         order = sorted(dict.fromkeys(own.values()), key=lambda label: -max(size.get(((name, group), label), 0) for group in own))

@@ -20,7 +20,7 @@ from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Match
 from graphopt.rewrite.rules import RewritePass
 
-Groups = tuple[tuple[int, ...], ...]  # a partition of the groups of an attention (a key/value head and its query heads), in the new order
+HeadGroups = tuple[tuple[int, ...], ...]  # a partition of the groups of an attention (a key/value head and its query heads), in the new order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class SplitHeads(RewritePass[HeadsMatch]):
 
     anchors: ClassVar[frozenset[str]] = frozenset({"Attention"})
 
-    def __init__(self, groups: Mapping[str, Groups]) -> None:
+    def __init__(self, groups: Mapping[str, HeadGroups]) -> None:
         self.groups = groups
         self._owners: dict[str, tuple[str, int]] = {}
 
@@ -115,7 +115,7 @@ class SplitHeads(RewritePass[HeadsMatch]):
         rows = [self._stored(op, linear, matrix[_places(piece, width)], name, k) for k, piece in enumerate(groups)]
         return [*values, op.Sum(*(op.MatMul(x, w) for x, w in zip(parts, rows, strict=True)))]
 
-    def _columns(self, op: Builder, name: str, linear: Linear, width: int, groups: Groups) -> ir.Value:
+    def _columns(self, op: Builder, name: str, linear: Linear, width: int, groups: HeadGroups) -> ir.Value:
         matrix = linear.matrix()
         weights = [self._stored(op, linear, matrix[:, _places(piece, width)], name, k) for k, piece in enumerate(groups)]
         out: ir.Value = op.Concat(*(op.MatMul(linear.x, w) for w in weights), axis=-1)

@@ -73,9 +73,15 @@ class Question:
 
 
 class Criterion(Configurable, ABC):
-    """Ranks the groups of heads and neurons that can go. `kinds`: those that it can judge."""
+    """Ranks the groups of heads and neurons that can go.
+
+    Attributes:
+        kinds: those that it can judge.
+        needs_samples: it looks at values on samples; it is not asked about blocks inside a subgraph, where samples do not show them.
+    """
 
     kinds: ClassVar[tuple[str, ...]] = ("heads", "neurons")
+    needs_samples: ClassVar[bool] = True
 
     @abstractmethod
     def rankings(self, candidates: Sequence[Candidate], asked: Question) -> Iterable[tuple[Candidate, Ranking]]:

@@ -11,7 +11,8 @@ import onnx_ir as ir
 
 from graphopt.analysis.heads import Heads
 from graphopt.analysis.linear import Embeddings
-from graphopt.calibration.attention_maps import Reduce, observe_maps
+from graphopt.calibration.attention_maps import mean_maps
+from graphopt.calibration.moments import within
 from graphopt.calibration.padding import Kept, Paddings
 from graphopt.compress.prune.criterion import Loss, Question
 from graphopt.compress.prune.removable import Candidate
@@ -33,20 +34,20 @@ def mask_gradients(candidates: Sequence[Candidate], asked: Question, of: Callabl
     Args:
         of: elementwise, such as `torch.abs`; is given float64 [sequences, groups].
     """
-    return _walked(candidates, asked, lambda group: _Masks(group, asked, of))
+    return _walked(candidates, asked, lambda group: _MaskGradients(group, asked, of))
 
 
 def second_moments(candidates: Sequence[Candidate], asked: Question) -> Iterator[tuple[Candidate, Array, Array]]:
     """For each candidate, of its output projection: E[x x^T] of the inputs, float64 [in, in], over its own rows; and the sum of g g^T of the
     gradients of the loss with respect to its result, float64 [out, out], in one unit for all candidates. Padding does not count."""
-    for c, (inputs, gradients) in _walked(candidates, asked, lambda group: _Moments(group, asked)):
+    for c, (inputs, gradients) in _walked(candidates, asked, lambda group: _SecondMoments(group, asked)):
         yield c, inputs, gradients
 
 
 def _walked(candidates: Sequence[Candidate], asked: Question, collector: Callable[[list[Candidate]], _Collector[F]]) -> Iterator[tuple[Candidate, F]]:
     """The samples are iterated once for each group of candidates whose moments fit into `BYTES`."""
     samples = asked.samples()
-    for group in _groups(candidates):
+    for group in within(candidates, _bytes, BYTES):
         collected = collector(group)
         for feed in samples:
             collected.add(feed)
@@ -54,18 +55,9 @@ def _walked(candidates: Sequence[Candidate], asked: Question, collector: Callabl
             yield from collected.found()
 
 
-def _groups(candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
-    group, size = list[Candidate](), 0
-    for c in candidates:
-        output = c.units[0].output
-        need = 0 if output is None else 8 * (output.in_features**2 + output.out_features**2)
-        if group and size + need > BYTES:
-            yield group
-            group, size = [], 0
-        group.append(c)
-        size += need
-    if group:
-        yield group
+def _bytes(c: Candidate) -> int:
+    output = c.units[0].output
+    return 0 if output is None else 8 * (output.in_features**2 + output.out_features**2)
 
 
 class _Collector(ABC, Generic[F]):
@@ -130,7 +122,7 @@ class _Collector(ABC, Generic[F]):
         self.rows += len(kept.rows(results[0], probes[results[0]]))
 
 
-class _Masks(_Collector[Array]):
+class _MaskGradients(_Collector[Array]):
     def __init__(self, candidates: Sequence[Candidate], asked: Question, of: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__(candidates, asked)
         self.of = of
@@ -148,7 +140,7 @@ class _Masks(_Collector[Array]):
         return np.asarray(np.sum([self.masks[k] for k in ks], axis=0) / self.rows)
 
 
-class _Moments(_Collector[tuple[Array, Array]]):
+class _SecondMoments(_Collector[tuple[Array, Array]]):
     def __init__(self, candidates: Sequence[Candidate], asked: Question) -> None:
         super().__init__(candidates, asked)
         self.inputs: list[Any] = [0.0] * len(self.linears)
@@ -214,17 +206,7 @@ def map_scores(candidates: Sequence[Candidate], asked: Question, of: Callable[[A
         of: attention weights [rows, heads, keys] -> [rows, heads].
     """
     heads = {u.node: u.heads for c in candidates for u in c.units if isinstance(u, Heads)}
-    sums: dict[ir.Node, tuple[Array, int]] = {}
-
-    def reducer(node: ir.Node) -> Reduce:
-        def add(weights: Array) -> None:
-            total, count = sums.get(node, (np.zeros(heads[node]), 0))
-            sums[node] = total + of(weights).sum(0, dtype=np.float64), count + len(weights)
-
-        return add
-
-    observe_maps(asked.ctx.model, asked.samples(), {node: (count, reducer(node)) for node, count in heads.items()})
+    found = mean_maps(asked.ctx.model, asked.samples(), heads, lambda weights: of(weights).sum(0, dtype=np.float64))
     for c in candidates:
-        scores = [sums[u.node][0] / sums[u.node][1] for u in c.units if sums.get(u.node, (None, 0))[1]]
-        if len(scores) == len(c.units):
-            yield c, np.sum(scores, axis=0).reshape(c.count, -1).mean(1)
+        if all(u.node in found for u in c.units):
+            yield c, np.sum([found[u.node] for u in c.units], axis=0).reshape(c.count, -1).mean(1)

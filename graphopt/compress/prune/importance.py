@@ -46,6 +46,7 @@ class Importance(Analysis[Mapping[Candidate, Ranking]]):
         check_importance("importance", self.criterion, ctx.passes)
         judge: Criterion = criteria(ctx.passes)[self.criterion]()
         fitting = [c for c in ctx.get(Removable(self.resize)).candidates if c.kind in judge.kinds and all(u.output is not None for u in c.units)]
+        fitting = [c for c in fitting if not judge.needs_samples or c.shown(model)]
         if not fitting:
             return {}
         asked = Question(ctx, self.criterion, self.loss, self.rows, self.multiple, self.seed)

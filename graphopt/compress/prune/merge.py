@@ -10,7 +10,7 @@ import numpy as np
 from graphopt.analysis.heads import Heads
 from graphopt.calibration.averages import Averages, centered, moments
 from graphopt.compress.prune.align import linked, planes_of, scores, values
-from graphopt.compress.weights import Editor, unfit
+from graphopt.compress.weights import Editor, known, unfit
 from graphopt.core.contract import Array
 
 
@@ -51,16 +51,14 @@ class Merging:
 
     def write(self, editor: Editor, cluster: Sequence[int]) -> float:
         """Write the weights of the head that stays; returns the fraction of what the cluster added that is lost."""
-        v, out = self.unit.operands[2], self.unit.output
-        assert v.linear is not None
-        assert out is not None
+        v, out = self.unit.operands[2], known(self.unit.output)
         members = list(cluster)
         kept = self.stays(members)
         wide = np.arange(self.unit.heads * v.dim).reshape(-1, v.dim)
         rows = wide[members].reshape(-1)
         weight = out.matrix().astype(np.float64)[rows]
         turn, back, lost = values(self.result[np.ix_(rows, rows)], weight @ weight.T, v.dim)
-        editor.columns(v.linear, v.columns[members].reshape(-1), turn, v.columns[kept])
+        editor.columns(known(v.linear), v.columns[members].reshape(-1), turn, v.columns[kept])
         editor.rows(out, wide[kept], back @ weight)
         if self.turns:
             self._keys(editor, members, kept)
@@ -69,14 +67,12 @@ class Merging:
     def _keys(self, editor: Editor, members: list[int], kept: int) -> None:
         """The mean of the scores of all members, weighted by what they contribute."""
         q, k, _ = self.unit.operands
-        assert q.linear is not None
-        assert k.linear is not None
         places = np.arange(self.unit.heads * q.dim).reshape(-1, q.dim)[members].reshape(-1)
         share = np.repeat(self.energy[members] / self.energy[members].sum(), q.dim)
         query = self.query[np.ix_(places, places)] * np.outer(share, share)
         turn_q, turn_k = scores(query, self.key[np.ix_(places, places)], planes_of(q.rotary, q.dim), q.dim)
-        editor.columns(q.linear, q.columns[members].reshape(-1), share[:, None] * turn_q, q.columns[kept])
-        editor.columns(k.linear, k.columns[members].reshape(-1), turn_k, k.columns[kept])
+        editor.columns(known(q.linear), q.columns[members].reshape(-1), share[:, None] * turn_q, q.columns[kept])
+        editor.columns(known(k.linear), k.columns[members].reshape(-1), turn_k, k.columns[kept])
 
 
 class Asked:
@@ -84,20 +80,17 @@ class Asked:
 
     def __init__(self, unit: Heads, averages: Averages) -> None:
         q, k, _ = unit.operands
-        assert unit.output is not None
         self.unit = unit
         self.turns = all(unfit(o.linear) is None for o in (q, k)) and (q.rotary is None) == (k.rotary is None)
-        everything = np.arange(unit.output.in_features)[None]
-        self.result = averages.ask(unit.output.x, "moments", moments(everything))
+        self.output = known(unit.output)
+        everything = np.arange(self.output.in_features)[None]
+        self.result = averages.ask(self.output.x, "moments", moments(everything))
         if self.turns:
-            assert q.linear is not None
-            assert k.linear is not None
-            self.query = averages.ask(q.linear.output, f"moments {q.columns[0, 0]}", moments(q.columns.reshape(1, -1)))
-            self.key = averages.ask(k.linear.output, f"moments {k.columns[0, 0]}", moments(k.columns.reshape(1, -1), means=k.rotary is None))
+            self.query = averages.ask(known(q.linear).output, f"moments {q.columns[0, 0]}", moments(q.columns.reshape(1, -1)))
+            self.key = averages.ask(known(k.linear).output, f"moments {k.columns[0, 0]}", moments(k.columns.reshape(1, -1), means=k.rotary is None))
 
     def found(self, averages: Averages, maps: Array | None) -> Merging:
         """`maps`: [heads, heads] distance of attention maps; None: that of the scores is used."""
-        assert self.unit.output is not None
         heads = self.unit.heads
         result = averages[self.result][0]
         nothing = np.zeros((0, 0))
@@ -105,7 +98,7 @@ class Asked:
         if self.turns:
             query, key = averages[self.query][0], averages[self.key][0]
             key = key if self.unit.operands[1].rotary is not None else centered(key)
-        weight = self.unit.output.matrix().astype(np.float64).reshape(heads, -1, self.unit.output.out_features)
+        weight = self.output.matrix().astype(np.float64).reshape(heads, -1, self.output.out_features)
         blocks = result.reshape(heads, self.unit.value_dim, heads, self.unit.value_dim)
         energy = np.array([float(np.sum((blocks[h, :, h] @ weight[h]) * weight[h])) for h in range(heads)])
         distance = _apart(query, key, heads) if maps is None else maps

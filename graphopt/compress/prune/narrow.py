@@ -10,14 +10,12 @@ import numpy as np
 from graphopt.analysis.heads import Heads
 from graphopt.analysis.projections import HeadOperand, Operands
 from graphopt.calibration.averages import Averages, centered, leading, moments, root, squares
-from graphopt.compress.weights import Editor, unfit
+from graphopt.compress.weights import Editor, known, unfit
 from graphopt.core.contract import Array
-
-Handle = Callable[[Averages], Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class HeadPart:
     """Query and key, or value and output projection, of one attention.
 
     Attributes:
@@ -32,16 +30,8 @@ class Part:
     operand: HeadOperand
     stays: int
     groups: Sequence[Array]
-    worth: Handle | None
+    worth: Callable[[Averages], Array] | None
     turning: Callable[[Averages, Editor | None], float] | None
-
-    @property
-    def turned(self) -> bool:
-        return self.turning is not None
-
-    def turn(self, averages: Averages, editor: Editor) -> None:
-        assert self.turning is not None
-        self.turning(averages, editor)
 
     def choose(self, averages: Averages) -> tuple[Array, float]:
         """The features that go, and the fraction of the sum of squares on the samples that goes with them."""
@@ -56,23 +46,17 @@ class Part:
         return chosen, float(worth[chosen].sum() / max(float(worth.sum()), 1e-300))
 
 
-def keys_of(operands: Operands, stays: int, groups: Sequence[Array], turns: bool, averages: Averages) -> Part:
+def keys_of(operands: Operands, stays: int, groups: Sequence[Array], turns: bool, averages: Averages) -> HeadPart:
     """Query and key: the scores q^T k."""
     q, k, _ = operands
     free = turns and all(len(g) == 1 for g in groups) and all(o.rotary is None and unfit(o.linear) is None for o in (q, k))
     if not free:
         handles = [averages.ask(o.value, "squares", squares, o.by_head) for o in (q, k)]
-        return Part("query and key", q, stays, groups, lambda a: _scores(a[handles[0]], a[handles[1]]), None)
-    assert q.linear is not None
-    assert k.linear is not None
-    query, key = (
-        averages.ask(o.linear.output, f"moments {o.columns[0, 0]}", moments(o.columns, means=o is k)) for o in (q, k) if o.linear is not None
-    )
+        return HeadPart("query and key", q, stays, groups, lambda a: _scores(a[handles[0]], a[handles[1]]), None)
+    query, key = (averages.ask(known(o.linear).output, f"moments {o.columns[0, 0]}", moments(o.columns, means=o is k)) for o in (q, k))
 
     def turning(a: Averages, editor: Editor | None) -> float:
         """q^T k = (K^1/2 q)^T (K^-1/2 k), K the covariance of k: the leading directions of K^1/2 E[q q^T] K^1/2 hold most of E(q^T k)^2."""
-        assert q.linear is not None
-        assert k.linear is not None
         lost = []
         for head, own in enumerate(np.split(np.arange(len(q.columns)), len(k.columns))):
             half, inverse = root(centered(a[key][head]))
@@ -81,11 +65,11 @@ def keys_of(operands: Operands, stays: int, groups: Sequence[Array], turns: bool
             if editor is None:
                 continue
             for h in own:
-                editor.columns(q.linear, q.columns[h], half @ basis, q.columns[h, :stays])
-            editor.columns(k.linear, k.columns[head], inverse @ basis, k.columns[head, :stays])
+                editor.columns(known(q.linear), q.columns[h], half @ basis, q.columns[h, :stays])
+            editor.columns(known(k.linear), k.columns[head], inverse @ basis, k.columns[head, :stays])
         return float(np.mean(lost))
 
-    return Part("query and key", q, stays, groups, None, turning)
+    return HeadPart("query and key", q, stays, groups, None, turning)
 
 
 def _scores(query: Array, key: Array) -> Array:
@@ -95,24 +79,22 @@ def _scores(query: Array, key: Array) -> Array:
     return np.asarray(query.sum(0) * key.sum(0))
 
 
-def values_of(unit: Heads, v: HeadOperand, stays: int, turns: bool, averages: Averages) -> Part:
+def values_of(unit: Heads, v: HeadOperand, stays: int, turns: bool, averages: Averages) -> HeadPart:
     """Value and output projection: what a head adds, c W with c the result of attention."""
     groups = [np.array([d]) for d in range(v.dim)]
     out = unit.output
     if out is None:
         handle = averages.ask(v.value, "squares", squares, v.by_head)
-        return Part("value", v, stays, groups, lambda a: a[handle].sum(0), None)
+        return HeadPart("value", v, stays, groups, lambda a: a[handle].sum(0), None)
     places = np.arange(unit.heads * v.dim).reshape(unit.heads, v.dim)
     moment = averages.ask(out.x, "moments", moments(places))
     weight = out.matrix().astype(np.float64).reshape(unit.heads, v.dim, -1)
     if not turns or unfit(v.linear) is not None or unfit(out) is not None:
         norms = np.square(weight).sum(2)
-        return Part("value", v, stays, groups, lambda a: (np.diagonal(a[moment], axis1=1, axis2=2) * norms).sum(0), None)
+        return HeadPart("value", v, stays, groups, lambda a: (np.diagonal(a[moment], axis1=1, axis2=2) * norms).sum(0), None)
 
     def turning(a: Averages, editor: Editor | None) -> float:
         """C^1/2 W = U S V^T with C = E[c c^T]: U holds what the head adds; each head that shares the value is fitted to it."""
-        assert v.linear is not None
-        assert out is not None
         lost = []
         for head, own in enumerate(np.split(np.arange(unit.heads), len(v.columns))):
             half, inverse = root(a[moment][own].sum(0))
@@ -121,10 +103,10 @@ def values_of(unit: Heads, v: HeadOperand, stays: int, turns: bool, averages: Av
             if editor is None:
                 continue
             turn = inverse @ basis
-            editor.columns(v.linear, v.columns[head], turn, v.columns[head, :stays])
+            editor.columns(known(v.linear), v.columns[head], turn, v.columns[head, :stays])
             for h in own:
                 inner = turn.T @ a[moment][h]
                 editor.rows(out, places[h, :stays], np.linalg.lstsq(inner @ turn, inner @ weight[h], rcond=None)[0])
         return float(np.mean(lost))
 
-    return Part("value", v, stays, groups, None, turning)
+    return HeadPart("value", v, stays, groups, None, turning)

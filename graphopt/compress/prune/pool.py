@@ -12,7 +12,7 @@ from graphopt.calibration.averages import Averages, centered, moments
 from graphopt.compress.prune.align import balanced, planes_of, scores, values
 from graphopt.compress.prune.refit import fit_behind
 from graphopt.compress.prune.units import OutOfFuel, carry_out
-from graphopt.compress.weights import Editor, unfit
+from graphopt.compress.weights import Editor, known, unfit
 from graphopt.core.contract import Array, Context
 from graphopt.graph.attention_node import AttentionNode
 from graphopt.graph.layout import Tracer
@@ -48,10 +48,7 @@ def pool(model: ir.Model, ctx: Context, kv_heads: int, *, rows: int, refits: boo
         told = {"layer": unit.index, "groups": listed, "before": unit.kv_heads, "after": kv_heads}
         ctx.remarks.applied(unit.node.name or "", f"layer {unit.index}: key and value heads {text} pooled", **told)
     editor.flush()
-    ported = sorted({str(v.name) for v in plan.removed if v.is_graph_input() or v.is_graph_output()})
-    carry_out(plan, ctx)
-    if ported:
-        ctx.remarks.warning("", f"{', '.join(f'`{n}`' for n in ported)} changed in size with the heads; feed back what the model gives")
+    carry_out(plan, ctx, caches=True)
     if refits:
         fit_behind(model, teacher, [str(p.unit.output.node.name) for p in todo if p.unit.output is not None], ctx, rows)
     return len(todo)
@@ -117,13 +114,10 @@ class _Pooling:
     def __init__(self, unit: Heads, kv_heads: int, averages: Averages) -> None:
         self.unit, self.kv_heads = unit, kv_heads
         q, k, v = unit.operands
-        assert q.linear is not None
-        assert k.linear is not None
-        assert v.linear is not None
         self.asked = (
-            averages.ask(q.linear.output, "moments of heads", moments(q.columns)),
-            averages.ask(k.linear.output, f"moments {k.rotary is None}", moments(k.columns.reshape(1, -1), means=k.rotary is None)),
-            averages.ask(v.linear.output, "moments of all", moments(v.columns.reshape(1, -1))),
+            averages.ask(known(q.linear).output, "moments of heads", moments(q.columns)),
+            averages.ask(known(k.linear).output, f"moments {k.rotary is None}", moments(k.columns.reshape(1, -1), means=k.rotary is None)),
+            averages.ask(known(v.linear).output, "moments of all", moments(v.columns.reshape(1, -1))),
         )
 
     def _moments(self, a: Averages) -> tuple[Array, Array, Array]:
@@ -136,8 +130,7 @@ class _Pooling:
     def _reads(self) -> Array:
         """W W^T of the output projection for each value head, [kv_heads, value_dim, value_dim]."""
         u = self.unit
-        assert u.output is not None
-        weight = u.output.matrix().astype(np.float64).reshape(u.kv_heads, u.group, u.value_dim, -1)
+        weight = known(u.output).matrix().astype(np.float64).reshape(u.kv_heads, u.group, u.value_dim, -1)
         return np.asarray(np.einsum("kgio,kgjo->kij", weight, weight))
 
     def groups(self, a: Averages) -> list[list[int]]:
@@ -170,21 +163,17 @@ class _Pooling:
         """Draft the weights: query heads in the order of their groups, and a common key and value in the first places of each projection."""
         (queries, keys, moment), reads, u = self._moments(a), self._reads(), self.unit
         q, k, v = self.unit.operands
-        out = u.output
-        assert q.linear is not None
-        assert k.linear is not None
-        assert v.linear is not None
-        assert out is not None
+        out = known(u.output)
         weight = out.matrix().astype(np.float64).reshape(u.heads, u.value_dim, -1)
         rows, to = np.arange(u.heads * u.value_dim).reshape(u.heads, -1), 0
         for n, group in enumerate(groups):
             turn_q, turn_k = scores(*self._scores_of(queries, keys, group), planes_of(k.rotary, u.head_dim), u.head_dim)
             turn_v, back, _ = values(*_chosen(moment, reads, group, u.value_dim), u.value_dim)
-            editor.columns(k.linear, k.columns[list(group)].reshape(-1), turn_k, k.columns[n])
-            editor.columns(v.linear, v.columns[list(group)].reshape(-1), turn_v, v.columns[n])
+            editor.columns(known(k.linear), k.columns[list(group)].reshape(-1), turn_k, k.columns[n])
+            editor.columns(known(v.linear), v.columns[list(group)].reshape(-1), turn_v, v.columns[n])
             for place, head in enumerate(group):
                 for query in range(head * u.group, (head + 1) * u.group):
-                    editor.columns(q.linear, q.columns[query], turn_q[place * u.head_dim : (place + 1) * u.head_dim], q.columns[to])
+                    editor.columns(known(q.linear), q.columns[query], turn_q[place * u.head_dim : (place + 1) * u.head_dim], q.columns[to])
                     editor.rows(out, rows[to], back[:, place * u.value_dim : (place + 1) * u.value_dim] @ weight[query])
                     to += 1
 

@@ -6,8 +6,7 @@ to the residual stream there, corrected by what the stream has lost already (Kwo
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -17,56 +16,37 @@ from graphopt.calibration.pair import LeastSquares, Meeting, Pair
 from graphopt.compress.weights import store, unfit
 from graphopt.core.contract import Array, Context
 from graphopt.graph.questions import Names
-from graphopt.run import Feeds
 
 _RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0)  # of the mean second moment, towards the old weights; chosen on what is held out
 _HELD_OUT = 4  # one batch of so many; one row, where there are fewer batches
 
 
-@dataclasses.dataclass(frozen=True)
-class Fitted:
-    """`before`, `after`: the relative error of what one projection gives, on the samples."""
-
-    node: str
-    before: float
-    after: float
-
-
-def refit(
-    model: ir.Model, teacher: ir.Model, names: Sequence[str], samples: Iterable[Feeds], rows: int
-) -> tuple[list[Fitted], list[tuple[str, str]]]:
-    """Fit the multiplies of these names (they have them in both models), in graph order.
+def fit_behind(model: ir.Model, teacher: ir.Model, names: Sequence[str], ctx: Context, rows: int) -> None:
+    """Fit the multiplies of these names (they have them in both models), in graph order, and say so.
 
     Args:
         model: the pruned graph; its weights and biases are replaced.
         teacher: the graph before.
         rows: stop after the batch in which so many rows of activations were seen; they are held in memory, at the places where blocks begin.
-
-    Returns:
-        what was fitted, and (node, reason) for what was not.
     """
+    ctx.invalidate()
+    samples = ctx.require_samples()
     old = {x.node.name: x for x in Linears().compute(teacher, Context(teacher))}
     new = {x.node.name: x for x in Linears().compute(model, Context(model))}
     order = [str(n.name) for n in model.graph if n.name in set(names)]
-    refused = [(name, reason) for name in order if (reason := _unfit(model, new.get(name), old.get(name)))]
-    order = [name for name in order if name not in dict(refused)]
-    if not order:
-        return [], refused
-    pair, fresh = Pair(model, teacher, samples, [old[name] for name in order], rows), Names(model)
-    return [_fit(model, fresh, new[n], old[n], pair.at(new[n], old[n])) for n in order], refused
-
-
-def fit_behind(model: ir.Model, teacher: ir.Model, names: Sequence[str], ctx: Context, rows: int) -> None:
-    """Refit these output projections, and say so."""
-    ctx.invalidate()
-    fitted, refused = refit(model, teacher, names, ctx.require_samples(), rows)
-    for fit in fitted:
-        ctx.remarks.applied(fit.node, f"refitted: error {fit.before:.4f} -> {fit.after:.4f}", before=fit.before, after=fit.after)
-    for name, reason in refused:
+    refused = {name: reason for name in order if (reason := _unfit(model, new.get(name), old.get(name)))}
+    order = [name for name in order if name not in refused]
+    if order:
+        pair, fresh = Pair(model, teacher, samples, [old[name] for name in order], rows), Names(model)
+        for name in order:
+            before, after = _fit(model, fresh, new[name], old[name], pair.at(new[name], old[name]))
+            ctx.remarks.applied(name, f"refitted: error {before:.4f} -> {after:.4f}", before=before, after=after)
+    for name, reason in refused.items():
         ctx.remarks.missed(name, f"not refitted: {reason}")
 
 
-def _fit(model: ir.Model, names: Names, new: Linear, old: Linear, met: Meeting) -> Fitted:
+def _fit(model: ir.Model, names: Names, new: Linear, old: Linear, met: Meeting) -> tuple[float, float]:
+    """The relative error of what the projection gives on the samples, before and after."""
     weight, bias = new.matrix().astype(np.float32), bias_of(new)
     start = (weight if bias is None else np.concatenate([weight, bias[None]])).astype(np.float64)
     fit, held = (LeastSquares(np.zeros((len(start), len(start))), np.zeros(start.shape)) for _ in range(2))
@@ -79,7 +59,7 @@ def _fit(model: ir.Model, names: Names, new: Linear, old: Linear, met: Meeting) 
     whole = fit + held
     found = whole.solve(start, ridge)
     store(model, names, new, found if bias is None else found[:-1], None if bias is None else found[-1])
-    return Fitted(str(new.node.name), whole.error(start), whole.error(found))
+    return whole.error(start), whole.error(found)
 
 
 def _rows(old: Linear, met: Meeting, *, biased: bool) -> Iterator[tuple[Array, Array]]:

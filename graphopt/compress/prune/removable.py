@@ -13,6 +13,7 @@ from graphopt.analysis.linear import Linears
 from graphopt.core.contract import Analysis, Context
 from graphopt.rewrite.slicing.close import Slicing
 from graphopt.rewrite.slicing.plan import Refusal, Remedy
+from graphopt.run.observe import observable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,6 +45,11 @@ class Candidate:
     @property
     def name(self) -> str:
         return self.units[0].node.name or ""
+
+    def shown(self, model: ir.Model) -> bool:
+        """Whether samples show what its output projections read and give: not inside a subgraph."""
+        values = [v for u in self.units for v in (u.value, *(() if u.output is None else (u.output.x, u.output.node.outputs[0])))]
+        return all(observable(model, v) for v in values)
 
     def members(self, groups: Sequence[int]) -> list[int]:
         """The heads or neurons of these groups."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.heads import Heads, Unit
 from graphopt.compress.budget import Menu, solve
-from graphopt.compress.prune.criterion import Ranking
+from graphopt.compress.prune.criterion import Ranking, check_importance
 from graphopt.compress.prune.importance import Importance
 from graphopt.compress.prune.latency import savings as measured
 from graphopt.compress.prune.latency import speedup
@@ -19,6 +20,8 @@ from graphopt.compress.prune.refit import fit_behind
 from graphopt.compress.prune.removable import Candidate, Removable
 from graphopt.core.contract import Context, Pass
 from graphopt.core.errors import PipelineError
+from graphopt.core.options import exclusive, option
+from graphopt.core.strength import Dial, Dials
 from graphopt.rewrite.slicing.apply import apply
 from graphopt.rewrite.slicing.close import Slicing
 from graphopt.rewrite.slicing.plan import Refusal
@@ -29,46 +32,56 @@ class OutOfFuel(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """The options that the pruning passes have in common; a pass need not have all of them."""
+class Ratio:
+    """An option of the passes that remove one kind of unit."""
 
-    importance: str
-    refit: bool
-    loss: str
-    rows: int
-    seed: int
-    ratio: float | None = None
-    flops: float | None = None
-    latency: float | None = None
-    multiple: int = 1
-    resize: tuple[str, ...] = ()
+    ratio: float | None = option(None, above=0, below=1, what="a fraction")
 
-    @classmethod
-    def of(cls, step: Pass) -> Settings:
-        return cls(**{f.name: getattr(step, f.name) for f in dataclasses.fields(cls) if hasattr(step, f.name)})
+
+@dataclasses.dataclass(frozen=True)
+class Pruning(Pass):
+    """What the passes share that remove heads and neurons (`kinds`); some have options of `Ratio`, `multiple` and `resize` besides."""
+
+    flops: float | None = option(None, above=0, below=1, what="a fraction")
+    latency: float | None = option(None, above=0, below=1, what="a fraction")
+    importance: str = "obs"
+    refit: bool = True
+    loss: str = "auto"
+    rows: int = option(32768, least=1)
+    seed: int = 0
+    exact: ClassVar[bool] = False
+    kinds: ClassVar[tuple[str, ...]]
+    ways = exclusive("ratio", "flops", "latency", says="how much is to go")
+    dials: ClassVar[Dials] = (Dial("ratio"), Dial("flops"), Dial("latency"))
+
+    def check(self, known: Mapping[str, type[Pass]]) -> None:
+        check_importance(self.name, self.importance, known)
+
+    def run(self, model: ir.Model, ctx: Context) -> int:
+        return prune(model, ctx, self, self.ways.require(self))
 
     @property
-    def amount(self) -> float | None:
-        """The fraction that is to go, whatever it is a fraction of."""
-        return next((x for x in (self.ratio, self.flops, self.latency) if x is not None), None)
+    def resizable(self) -> tuple[str, ...]:
+        return getattr(self, "resize", ())
 
 
-def prune(model: ir.Model, ctx: Context, kinds: Collection[str], s: Settings) -> int:
-    """Remove units of these kinds until `ratio` of them, `flops` of the model's multiplications with stored weights, or `latency` is saved."""
-    found = ctx.get(Removable(s.resize))
-    candidates = [c for c in found.candidates if c.kind in kinds]
+def prune(model: ir.Model, ctx: Context, s: Pruning, way: str) -> int:
+    """Remove units until `ratio` of them, `flops` of the model's multiplications with stored weights, or `latency` (the `way`) is saved."""
+    found = ctx.get(Removable(s.resizable))
+    candidates = [c for c in found.candidates if c.kind in s.kinds]
     for node, reason in found.refused:
         ctx.remarks.missed(node.name or "", f"not pruned: {reason}")
     rankings = _rankings(ctx, candidates, s)
     for c in candidates:
         if c not in rankings:
-            ctx.remarks.missed(c.name, f"not pruned: importance={s.importance} says nothing about its {c.kind}")
+            hidden = "" if c.shown(model) else ", which stand inside a subgraph, where samples do not show them"
+            ctx.remarks.missed(c.name, f"not pruned: importance={s.importance} says nothing about its {c.kind}{hidden}")
     if not rankings:
-        ctx.remarks.missed("", f"found no {' or '.join(kinds)} that can be removed")
+        ctx.remarks.missed("", f"found no {' or '.join(s.kinds)} that can be removed")
         return 0
-    savings = measured(model, ctx, rankings, s.resize) if s.latency is not None else {c: _savings(c, rankings[c], s) for c in rankings}
-    whole = 1.0 if s.latency is not None else sum(c.count for c in rankings) if s.ratio is not None else found.total
-    budget = whole * (s.amount or 0.0)
+    savings = measured(model, ctx, rankings, s.resizable) if way == "latency" else {c: _savings(c, ranking, way) for c, ranking in rankings.items()}
+    whole = {"latency": 1.0, "ratio": sum(c.count for c in rankings), "flops": found.total}[way]
+    budget = whole * getattr(s, way)
     menus = [Menu(range(len(savings[c])), -np.array(savings[c]), ranking.cost) for c, ranking in rankings.items()]
     choice = solve(menus, cost=-budget)
     if choice is None:
@@ -78,38 +91,36 @@ def prune(model: ir.Model, ctx: Context, kinds: Collection[str], s: Settings) ->
     steps = dict(zip(reversed(list(rankings)), reversed(choice.settings), strict=True))  # from the last block to the first
     gone = {c: c.members(rankings[c].first(k).tolist()) for c, k in steps.items() if k}
     facts = {c: {"cost": round(float(rankings[c].cost[steps[c]]), 8), "importance": s.importance} for c in gone}
-    before = model.clone() if s.latency is not None else model
+    before = model.clone() if way == "latency" else model
     changes = remove(model, ctx, gone, s, facts)
-    if s.latency is not None and changes:
+    if way == "latency" and changes:
         faster = speedup(ctx, before, model)
         ctx.remarks.applied("", f"measured on {ctx.target}: {1 - 1 / faster:.1%} of the latency saved", saved=1 - 1 / faster, asked=s.latency)
     return changes
 
 
-def _rankings(ctx: Context, candidates: Sequence[Candidate], s: Settings) -> dict[Candidate, Ranking]:
+def _rankings(ctx: Context, candidates: Sequence[Candidate], s: Pruning) -> dict[Candidate, Ranking]:
     loss: Any = s.loss
     if ":" in s.loss:
         from graphopt.core.registry import load_function
 
         loss = load_function(s.loss, "loss")
-    found: Mapping[Candidate, Ranking] = ctx.get(Importance(s.importance, loss, s.rows, s.multiple, s.seed, s.resize))
+    found: Mapping[Candidate, Ranking] = ctx.get(Importance(s.importance, loss, s.rows, getattr(s, "multiple", 1), s.seed, s.resizable))
     return {c: found[c] for c in candidates if c in found}
 
 
-def _savings(c: Candidate, ranking: Ranking, s: Settings) -> list[float]:
+def _savings(c: Candidate, ranking: Ranking, way: str) -> list[float]:
     """What the first steps of a ranking save: units, or multiplications."""
-    groups = [0]
-    for step in ranking.order:
-        groups.append(groups[-1] + len(step))
-    return [float(n if s.ratio is not None else n * c.saves) for n in groups]
+    gone = itertools.accumulate(map(len, ranking.order), initial=0)
+    return [float(n if way == "ratio" else n * c.saves) for n in gone]
 
 
-def remove(model: ir.Model, ctx: Context, gone: Mapping[Candidate, Sequence[int]], s: Settings, facts: Mapping[Candidate, Mapping[str, Any]]) -> int:
+def remove(model: ir.Model, ctx: Context, gone: Mapping[Candidate, Sequence[int]], s: Pruning, facts: Mapping[Candidate, Mapping[str, Any]]) -> int:
     """Remove these heads and neurons, refit what reads them, and remark on each block."""
     if s.refit and gone:
         ctx.require_samples()  # before anything changes
     before = model.clone() if s.refit else model
-    plan, done, outputs = Slicing(model, resize=s.resize), list[tuple[Candidate, Sequence[int]]](), list[str]()
+    plan, done, outputs = Slicing(model, resize=s.resizable), list[tuple[Candidate, Sequence[int]]](), list[str]()
     for c, members in gone.items():
         try:
             planned(plan, ctx, c.units, members)
@@ -122,11 +133,8 @@ def remove(model: ir.Model, ctx: Context, gone: Mapping[Candidate, Sequence[int]
         outputs += [str(u.output.node.name) for u in c.units if u.output is not None]
     if not done:
         return 0
-    ported = sorted({str(v.name) for v in plan.removed if v.is_graph_input() or v.is_graph_output()})
     _tell(ctx, done, facts)
-    carry_out(plan, ctx)
-    if ported:
-        ctx.remarks.warning("", f"{', '.join(f'`{n}`' for n in ported)} changed in size with the heads; feed back what the model gives")
+    carry_out(plan, ctx, caches=True)
     if s.refit:
         fit_behind(model, before, outputs, ctx, s.rows)
     return len(done)
@@ -146,11 +154,14 @@ def planned(plan: Slicing, ctx: Context, units: Sequence[Unit], members: Sequenc
             raise OutOfFuel
 
 
-def carry_out(plan: Slicing, ctx: Context) -> None:
-    """Apply what is planned, and warn of what that changes beyond zeros."""
+def carry_out(plan: Slicing, ctx: Context, *, caches: bool = False) -> None:
+    """Apply what is planned, and warn of what that changes beyond zeros, also of inputs and outputs where they are `caches` of heads."""
+    ported = sorted({str(v.name) for v in plan.removed if caches and (v.is_graph_input() or v.is_graph_output())})
     apply(plan)
     for where, text in plan.notes:
         ctx.remarks.warning(where, text)
+    if ported:
+        ctx.remarks.warning("", f"{', '.join(f'`{n}`' for n in ported)} changed in size with the heads; feed back what the model gives")
 
 
 def _tell(ctx: Context, done: Sequence[tuple[Candidate, Sequence[int]]], facts: Mapping[Candidate, Mapping[str, Any]]) -> None:
@@ -163,14 +174,14 @@ def _tell(ctx: Context, done: Sequence[tuple[Candidate, Sequence[int]]], facts: 
             ctx.remarks.applied(unit.node.name or "", f"layer {unit.index}: {what} of {unit.count} removed", **told, **shared, **facts.get(c, {}))
 
 
-def explicit(model: ir.Model, ctx: Context, listed: Mapping[int, Sequence[int]], kind: str, s: Settings) -> int:
+def explicit(model: ir.Model, ctx: Context, listed: Mapping[int, Sequence[int]], s: Pruning) -> int:
     """Remove the units that the user names, {block: members}; groups that must stay whole are completed, and weights shared with blocks that are
     not named are forked.
 
     Raises:
         PipelineError: there is no such block or member.
     """
-    found = ctx.get(Removable(s.resize))
+    found, (kind,) = ctx.get(Removable(s.resizable)), s.kinds
     place = {unit.index: (c, unit) for c in found.candidates if c.kind == kind for unit in c.units}
     gone: dict[Candidate, list[int]] = {}
     for index, members in listed.items():

@@ -10,9 +10,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Linear, Linears
+from graphopt.calibration.activations import evenly
 from graphopt.calibration.moments import input_moments
 from graphopt.compress.quantize.folding import fold
-from graphopt.compress.quantize.smoothing import Group, groups
+from graphopt.compress.quantize.smoothing import ChannelGroup, groups
 from graphopt.core.contract import Array, Context
 from graphopt.graph.questions import static_dim
 from graphopt.rewrite.insert import Inserter
@@ -47,7 +48,7 @@ def scale_inputs(model: ir.Model, ctx: Context, fits: Callable[[Linear], bool], 
     for group in found:
         if group.source is None and fits(group.readers[0]):
             ctx.remarks.missed(group.readers[0].node.name or "", f"its input channels are not scaled: {group.reason}")
-    places: dict[ir.Value, Group] = {}
+    places: dict[ir.Value, ChannelGroup] = {}
     for group in (g for g in found if g.source is not None):
         fit = [x for x in group.readers if fits(x)]
         if len(fit) == len(group.readers) and observable(model, group.x) and static_dim(group.x, -1) is not None:
@@ -73,8 +74,8 @@ def scale_inputs(model: ir.Model, ctx: Context, fits: Callable[[Linear], bool], 
     return changes
 
 
-def _search(group: Group, moments: Array, rounded: Rounded) -> Scaling:
-    weights = [_some(np.ascontiguousarray(w.matrix().T, dtype=np.float32)) for w in group.readers]
+def _search(group: ChannelGroup, moments: Array, rounded: Rounded) -> Scaling:
+    weights = [evenly(np.ascontiguousarray(w.matrix().T, dtype=np.float32), _ROWS) for w in group.readers]
     plain, outputs = np.ones(len(moments), np.float32), sum(map(functools.partial(_energy, moments), weights))
     before = _error(weights, moments, plain, rounded, outputs)
     best = Scaling(plain, 0.0, before, before)
@@ -116,11 +117,3 @@ def _error(weights: Sequence[Array], moments: Array, scale: Array, rounded: Roun
 def _energy(moments: Array, rows: Array) -> float:
     """The mean of ||rows @ x||^2."""
     return max(float(np.einsum("rk,rk->", rows @ moments, rows, dtype=np.float64)), 0.0)
-
-
-def _some(rows: Array) -> Array:
-    """`_ROWS` of the rows at most, evenly."""
-    if len(rows) <= _ROWS:
-        return rows
-    picked: Array = rows[np.linspace(0, len(rows) - 1, _ROWS).astype(int)]
-    return picked

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Linear, Linears, StoredOperands
-from graphopt.calibration.activations import Activation, LinearInputs
+from graphopt.calibration.activations import ActivationStats, LinearInputs
 from graphopt.calibration.ranges import grid
 from graphopt.core.contract import Array, Context
 from graphopt.graph.questions import constant, is_constant, producer, scalar, used_once
@@ -30,12 +30,12 @@ class Before:
     """A multiply of the float graph; `source`: the name that its input had (values that are replaced lose theirs)."""
 
     linear: Linear
-    seen: Activation
+    seen: ActivationStats
     source: str
 
 
 @dataclasses.dataclass(frozen=True)
-class BiasMatch(Match):
+class CorrectionMatch(Match):
     """`key`: the name in the float graph; `value`: the product (behind the scales of its rows); `bias`: what is to be added to it; `inside`: by
     the Gemm itself."""
 
@@ -51,7 +51,7 @@ class BiasMatch(Match):
         return {"weight": self.weight, "bias_correction": round(self.share, 4)}
 
 
-class CorrectBias(RewritePass[BiasMatch]):
+class CorrectBias(RewritePass[CorrectionMatch]):
     """Adds E[x W] - E[x_q W_q] to what each multiply gives whose weight became integers since `before`.
 
     x_q: the activation on its grid; one that is made at run time is taken to be that of all samples. Which rows there were, and their mean, is
@@ -77,7 +77,7 @@ class CorrectBias(RewritePass[BiasMatch]):
         known = {x.node.outputs[0].name or "": Before(x, seen[x.x], x.x.name or "") for x in found if x.x in seen and not x.batch}
         return cls(known, {name: reason for name, reason in reasons.items() if reason})
 
-    def match(self, node: ir.Node, ctx: Context) -> BiasMatch | Miss | None:
+    def match(self, node: ir.Node, ctx: Context) -> CorrectionMatch | Miss | None:
         linear = ctx.get(StoredOperands()).get(node)
         if not isinstance(linear, Linear) or linear.grid is None:
             return None
@@ -97,7 +97,7 @@ class CorrectBias(RewritePass[BiasMatch]):
             return Miss(node, f"bias not corrected: it would take away {share:.1%} of the relative squared error of the rows")
         return self._placed(value, linear, off * linear.alpha, share)
 
-    def build(self, op: Builder, m: BiasMatch) -> Sequence[ir.Value]:
+    def build(self, op: Builder, m: CorrectionMatch) -> Sequence[ir.Value]:
         self.floats.pop(m.key, None)
         node, bias = m.nodes[0], op.const(m.bias, f"{m.weight}_corrected")
         if node.op_type == "Add" and m.value is not node.outputs[0]:
@@ -118,25 +118,25 @@ class CorrectBias(RewritePass[BiasMatch]):
             value = reader.outputs[0]
         return value if str(value.name) in self.floats else None
 
-    def _placed(self, value: ir.Value, linear: Linear, off: Array, share: float) -> BiasMatch:
+    def _placed(self, value: ir.Value, linear: Linear, off: Array, share: float) -> CorrectionMatch:
         """The addition that takes the correction up: that of a bias which is there, else a new one."""
         node = value.producer()
         assert node is not None
         key, name = str(value.name), linear.weight.name or "weight"
         if node.op_type == "Gemm" and linear.addend is None:
             total = off.astype(np.float32) if linear.bias is None else _sum(linear.bias, linear.beta, off)
-            return BiasMatch((node,), (value,), key, value, total, True, name, share)
+            return CorrectionMatch((node,), (value,), key, value, total, True, name, share)
         reader = next(iter(value.uses())).node if used_once(value) else None
         for add in (node, reader):
             if add is None or add.domain != "" or add.op_type != "Add" or add.graph is not node.graph:
                 continue
             for product, bias in (add.inputs, add.inputs[::-1]):
                 if product is not None and bias is not None and (product is value or add is node) and _is_bias(bias, product, len(off)):
-                    return BiasMatch((add,), (add.outputs[0],), key, product, _sum(bias, 1.0, off), False, name, share)
-        return BiasMatch((node,), (value,), key, value, off.astype(np.float32), False, name, share)
+                    return CorrectionMatch((add,), (add.outputs[0],), key, product, _sum(bias, 1.0, off), False, name, share)
+        return CorrectionMatch((node,), (value,), key, value, off.astype(np.float32), False, name, share)
 
 
-def _correction(before: Array, after: Array, seen: Activation, rounded: Array) -> tuple[Array, float]:
+def _correction(before: Array, after: Array, seen: ActivationStats, rounded: Array) -> tuple[Array, float]:
     """The mean error of x W, float64 [out], and what part of the rows' relative squared error it takes away (it may add to it).
 
     Relative to each row, since a mean that comes of a few rows with a large error would be added to all the others.
@@ -149,7 +149,7 @@ def _correction(before: Array, after: Array, seen: Activation, rounded: Array) -
     return off, 1 - float(left / whole) if whole > 0 else 0.0
 
 
-def _rounding(linear: Linear, seen: Activation, *, rows: bool) -> tuple[ir.Value, Array | None]:
+def _rounding(linear: Linear, seen: ActivationStats, *, rows: bool) -> tuple[ir.Value, Array | None]:
     """What a multiply reads before it is rounded, and the sampled rows [n, in] as they are rounded; None where they stay float.
 
     `rows`: each is divided by its largest magnitude first. A grid that is made at run time is taken to be the one of all samples,

@@ -17,7 +17,7 @@ _CHUNK, _NEAR = 1 << 21, 1 << 18  # elements that are clustered at a time, and c
 
 
 @dataclasses.dataclass(frozen=True)
-class Lookup:
+class CodebookGrid:
     """Rows [rows, in] as table[codes] * scale.
 
     Attributes:
@@ -69,12 +69,12 @@ class Lookup:
         return nearest
 
 
-def nf4(rows: Array, block: int) -> Lookup:
+def nf4(rows: Array, block: int) -> CodebookGrid:
     """NF4 with the largest magnitude of each block as its scale. `block` must divide the row; 0: the whole row."""
-    return Lookup(NF4, _largest(rows, block), block, "nf4")
+    return CodebookGrid(NF4, _largest(rows, block), block, "nf4")
 
 
-def kmeans(rows: Array, entries: int, block: int, importance: Array | None = None) -> Lookup:
+def kmeans(rows: Array, entries: int, block: int, importance: Array | None = None) -> CodebookGrid:
     """Lloyd's codebook of least squared error, each column weighted by `importance` [in] (SqueezeLLM, Kim et al. 2023, with mean squares of
     the inputs); one for each row, or, with a block or more than 16 entries, one for the weight, whose blocks (rows) are scaled to [-1, 1].
     """
@@ -85,10 +85,10 @@ def kmeans(rows: Array, entries: int, block: int, importance: Array | None = Non
         for k in range(0, len(rows), step):
             order = np.argsort(rows[k : k + step], axis=1)
             table[k : k + step] = _cluster(np.take_along_axis(rows[k : k + step], order, 1).astype(np.float64), weight[order], entries)
-        return Lookup(table, None, 0, "kmeans")
+        return CodebookGrid(table, None, 0, "kmeans")
     scale = _largest(rows, block)
     points, mass = _counted(rows, scale, block, weight)
-    return Lookup(_cluster(points, mass, entries)[0].astype(np.float32), scale, block, "kmeans")
+    return CodebookGrid(_cluster(points, mass, entries)[0].astype(np.float32), scale, block, "kmeans")
 
 
 def _largest(rows: Array, block: int) -> Array:

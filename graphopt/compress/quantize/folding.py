@@ -6,13 +6,13 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Linear
-from graphopt.compress.quantize.smoothing import Group
+from graphopt.compress.quantize.smoothing import ChannelGroup
 from graphopt.compress.weights import numbers
 from graphopt.core.contract import Array
 from graphopt.rewrite.insert import Inserter
 
 
-def fold(inserter: Inserter, group: Group, s: Array, tag: str) -> None:
+def fold(inserter: Inserter, group: ChannelGroup, s: Array, tag: str) -> None:
     """x of the group is divided by `s` [channels] where it is made, and the weights that read it are multiplied by it.
 
     Args:
@@ -32,7 +32,7 @@ def fold(inserter: Inserter, group: Group, s: Array, tag: str) -> None:
         _rescale(inserter, tag, reader, s, axis=0)
 
 
-def _multiply(inserter: Inserter, group: Group, factor: Array, tag: str) -> None:
+def _multiply(inserter: Inserter, group: ChannelGroup, factor: Array, tag: str) -> None:
     """The readers of a group read x * factor; others go on reading x."""
     readers = [reader.node for reader in group.readers]
     op = inserter.builder()

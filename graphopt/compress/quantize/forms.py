@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Protocol
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.compress.quantize.codebooks import Lookup
+from graphopt.compress.quantize.codebooks import CodebookGrid
 from graphopt.compress.quantize.grids import Steps
 from graphopt.core.contract import Array
 from graphopt.rewrite.builder import Builder
@@ -18,91 +20,87 @@ from graphopt.rewrite.builder import Builder
 _TYPES: Mapping[tuple[int, bool], Any] = {(4, True): ml_dtypes.int4, (4, False): ml_dtypes.uint4, (8, True): np.int8, (8, False): np.uint8}
 
 
-class Form(Protocol):
-    """A constant as codes, in its own shape. `error`: ||w - decoded|| / ||w|| of the worst output feature or row."""
-
-    @property
-    def codes(self) -> Array: ...
-    @property
-    def error(self) -> float: ...
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def facts(self) -> Mapping[str, Any]: ...
-    def decoded(self, op: Builder, source: ir.Value, axis: int, graph: object) -> ir.Value:
-        """The decoded constant in `graph`, made once for `source` with the input features along `axis`."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
-class Blocked:
-    """(codes - zero_point) * scale; one scale for `block` neighbours along `axis`. `block` 0: `axis` is the channel axis, `scale` a vector."""
+class Form(ABC):
+    """A constant as codes, in its own shape.
+
+    Attributes:
+        axis: along which its scales lie, or the entries of its tables; None: there is one scale.
+        block: neighbours along `axis` that share a scale; 0: none do.
+        facts: what the report says about it.
+    """
 
     codes: Array
-    scale: Array
-    zero_point: Array | None
-    axis: int
+    axis: int | None
     block: int
-    error: float
+    facts: Mapping[str, Any]
+
+    @abstractmethod
+    def stored(self) -> Mapping[str, Array]:
+        """All constants, by the ends of their names; the codes first."""
+
+    @abstractmethod
+    def nodes(self, op: Builder, parts: Sequence[ir.Value]) -> ir.Value:
+        """What decodes `parts`, which `stored` names."""
 
     @property
     def nbytes(self) -> int:
-        zeros = 0 if self.zero_point is None else _stored_bytes(self.zero_point)
-        return _stored_bytes(self.codes) + self.scale.nbytes + zeros
+        return sum(map(_stored_bytes, self.stored().values()))
 
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        return {"axis": self.axis, "block": self.block}
-
-    def decoded(self, op: Builder, source: ir.Value, axis: int, graph: object) -> ir.Value:
-        return decoded(op, source, self, graph)
+    def decoded(self, op: Builder, source: ir.Value, graph: object, *, transposed: bool = False) -> ir.Value:
+        """What stands for `source` in `graph`, made once; `transposed`: with its last two axes exchanged behind it."""
+        name, key = source.name or "weight", (source, self.axis)
+        parts = [op.shared((end, *key), functools.partial(op.const, array, f"{name}_{end}")) for end, array in self.stored().items()]
+        value = op.shared(("decoded", *key, graph), lambda: self.nodes(op, parts))
+        if not transposed:
+            return value
+        rank = self.codes.ndim
+        order = [*range(rank - 2), rank - 1, rank - 2]
+        return op.shared(("transposed", *key, graph), lambda: op.Transpose(value, perm=order))
 
 
 @dataclasses.dataclass(frozen=True)
-class Tabled:
-    """table[codes] * scale.
+class Blocked(Form):
+    """(codes - zero_point) * scale; one scale for `block` neighbours along `axis`. `block` 0: `axis` is the channel axis, `scale` a vector."""
+
+    scale: Array
+    zero_point: Array | None
+
+    def stored(self) -> Mapping[str, Array]:
+        zero = {} if self.zero_point is None else {"zero_point": self.zero_point}
+        return {np.dtype(self.codes.dtype).name: self.codes, "scale": self.scale, **zero}
+
+    def nodes(self, op: Builder, parts: Sequence[ir.Value]) -> ir.Value:
+        return op.DequantizeLinear(*parts, axis=self.axis, block_size=self.block or None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tabled(Form):
+    """table[codes] * scale; `axis` is that of the input features.
 
     Attributes:
         table: [entries], or one for each row: the shape of the codes with the entries along `axis`.
         scale: None; with a `block`, the shape of the codes with `axis` split into blocks and 1; else with 1 along `axis`.
-        axis: of the input features.
     """
 
-    codes: Array
+    axis: int
     table: Array
     scale: Array | None
-    axis: int
-    block: int
-    error: float
-    kind: str
 
-    @property
-    def nbytes(self) -> int:
-        return _stored_bytes(self.codes) + self.table.nbytes + (0 if self.scale is None else self.scale.nbytes)
+    def stored(self) -> Mapping[str, Array]:
+        scale = {} if self.scale is None else {"scale": self.scale}
+        return {np.dtype(self.codes.dtype).name: self.codes, "codebook": self.table, **scale}
 
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        entries = self.table.shape[0 if self.table.ndim == 1 else self.axis]
-        return {"axis": self.axis, "block": self.block, "codes": self.kind, "entries": entries, "tables": self.table.size // entries}
-
-    def decoded(self, op: Builder, source: ir.Value, axis: int, graph: object) -> ir.Value:
-        value: ir.Value = op.shared(("decoded", source, axis, graph), lambda: self._nodes(op, source))
-        return value
-
-    def _nodes(self, op: Builder, source: ir.Value) -> Any:
-        name, key, shape = source.name or "weight", (source, self.axis), self.codes.shape
-        codes = op.shared(("codes", *key), lambda: op.const(self.codes, f"{name}_{np.dtype(self.codes.dtype).name}"))
-        table = op.shared(("table", *key), lambda: op.const(self.table, f"{name}_codebook"))
+    def nodes(self, op: Builder, parts: Sequence[ir.Value]) -> ir.Value:
+        (codes, table, *scales), shape = parts, self.codes.shape
         index = op.Cast(codes, to=ir.DataType.INT32)
         value: ir.Value = op.Gather(table, index, axis=0) if self.table.ndim == 1 else op.GatherElements(table, index, axis=self.axis)
-        scale = self.scale
-        if scale is None:
+        if self.scale is None:
             return value
-        stored = op.shared(("scale", *key), lambda: op.const(scale, f"{name}_scale"))
-        parts = (*shape[: self.axis], scale.shape[self.axis], self.block, *shape[self.axis + 1 :])
+        split = (*shape[: self.axis], self.scale.shape[self.axis], self.block, *shape[self.axis + 1 :])
         if self.block:
-            value = op.Reshape(value, op.const(np.array(parts, np.int64), "blocks"))
-        value = op.Mul(value, stored)
+            value = op.Reshape(value, op.const(np.array(split, np.int64), "blocks"))
+        value = op.Mul(value, *scales)
         return op.Reshape(value, op.const(np.array(shape, np.int64), "shape")) if self.block else value
 
 
@@ -118,10 +116,10 @@ def blocked(shape: tuple[int, ...], axis: int, rows: Array, grid: Steps, codes: 
     stored = np.ascontiguousarray(np.moveaxis(codes.reshape(*moved, -1), -1, axis)).astype(kind)
     zero = None if grid.low < 0 else back(grid.zero, kind)
     where, block = (1 - axis, 0) if grid.whole else (axis, grid.block)
-    return Blocked(stored, back(grid.scale, np.float32), zero, where, block, worst_error(rows, grid.decode(codes)))
+    return Blocked(stored, where, block, {"axis": where, "block": block, **_worst(rows, grid.decode(codes))}, back(grid.scale, np.float32), zero)
 
 
-def tabled(shape: tuple[int, ...], axis: int, rows: Array, grid: Lookup, codes: Array) -> Tabled:
+def tabled(shape: tuple[int, ...], axis: int, rows: Array, grid: CodebookGrid, codes: Array) -> Tabled:
     """Codes [rows, in] of a codebook, likewise."""
     moved = (*shape[:axis], *shape[axis + 1 :])
 
@@ -133,49 +131,16 @@ def tabled(shape: tuple[int, ...], axis: int, rows: Array, grid: Lookup, codes: 
     scale = None if grid.scale is None else back(grid.scale)
     if scale is not None and grid.block:
         scale = np.expand_dims(scale, axis + 1)
-    return Tabled(stored, table, scale, axis, grid.block, worst_error(rows, grid.decode(codes)), grid.kind)
+    facts = {"axis": axis, "block": grid.block, "codes": grid.kind, "entries": grid.entries, "tables": grid.table.size // grid.entries}
+    return Tabled(stored, axis, grid.block, {**facts, **_worst(rows, grid.decode(codes))}, table, scale)
 
 
-def worst_error(rows: Array, decoded: Array) -> float:
-    """The largest ||row - decoded|| / ||row||."""
+def _worst(rows: Array, decoded: Array) -> dict[str, float]:
+    """The largest ||row - decoded|| / ||row||, for the report."""
     off = np.square(decoded - rows).sum(1) / np.maximum(np.square(rows, dtype=np.float64).sum(1), 1e-300)
-    return float(np.sqrt(off.max()))
+    return {"worst_error": round(float(np.sqrt(off.max())), 6)}
 
 
 def _stored_bytes(array: Array) -> int:
     bits = 4 if array.dtype in (ml_dtypes.int4, ml_dtypes.uint4) else 8 * array.dtype.itemsize
     return -(-array.size * bits // 8)
-
-
-class Codes(Protocol):
-    """(codes - zero_point) * scale, in the shape of the constant; `block` > 0: one scale for so many neighbours along `axis`."""
-
-    @property
-    def codes(self) -> Array: ...
-    @property
-    def scale(self) -> Array: ...
-    @property
-    def zero_point(self) -> Array | None: ...
-    @property
-    def axis(self) -> int | None: ...
-    @property
-    def block(self) -> int: ...
-
-
-def decoded(op: Builder, source: ir.Value, coded: Codes, graph: Any, *, transposed: bool = False) -> ir.Value:
-    """The DequantizeLinear of `source` in `graph`; `transposed`: with its last two axes exchanged behind it."""
-    name, key = source.name or "weight", (source, coded.axis)
-
-    def stored(part: str, array: Array, suffix: str) -> ir.Value:
-        return op.shared((part, *key), lambda: op.const(array, f"{name}_{suffix}"))
-
-    parts = [stored("codes", coded.codes, np.dtype(coded.codes.dtype).name), stored("scale", coded.scale, "scale")]
-    if coded.zero_point is not None:
-        parts.append(stored("zero", coded.zero_point, "zero_point"))
-    block = coded.block or None
-    value: ir.Value = op.shared(("decoded", *key, graph), lambda: op.DequantizeLinear(*parts, axis=coded.axis, block_size=block))
-    if not transposed:
-        return value
-    rank = coded.codes.ndim
-    order = [*range(rank - 2), rank - 1, rank - 2]
-    return op.shared(("transposed", *key, graph), lambda: op.Transpose(value, perm=order))

@@ -14,7 +14,7 @@ _PANEL = 128  # columns that are rounded before the rest of the matrix hears of 
 _DAMPING = 0.01  # of the mean of the diagonal
 
 
-class Grid(Protocol):
+class ColumnGrid(Protocol):
     """What the numbers of a weight may become."""
 
     def columns(self, order: Array) -> Callable[[int, Array], tuple[Array, Array]]:
@@ -41,7 +41,7 @@ class Inputs:
         return cls(order, _inverse_root(moments[np.ix_(order, order)]))
 
 
-def gptq(rows: Array, inputs: Inputs, grid: Grid) -> Array:
+def gptq(rows: Array, inputs: Inputs, grid: ColumnGrid) -> Array:
     """Codes int16 [rows, in] that keep rows @ x near what it was, for inputs x with these second moments.
 
     Columns are taken in the order of falling moments, with the scales of the original weight (Frantar et al. 2022, "GPTQ: Accurate

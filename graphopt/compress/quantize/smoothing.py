@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Linear
-from graphopt.calibration.activations import Activation
+from graphopt.calibration.activations import ActivationStats
 from graphopt.core.contract import Array
 from graphopt.graph.questions import consumers, is_constant, producer, static_dim, used_once
 
@@ -21,7 +21,7 @@ _NO_SOURCE = "no norm with stored scale, or gate behind a stored weight, makes i
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class ChannelGroup:
     """`x` is divided channel by channel where `source` makes it (a norm, or the Linear before a gate), and all its readers multiply back.
 
     Without a source others read x, too, or its channels cannot be scaled where it is made: a multiplication in front of `readers` divides it,
@@ -39,23 +39,23 @@ class Group:
     stiff: bool = False
 
 
-def groups(linears: Sequence[Linear]) -> list[Group]:
+def groups(linears: Sequence[Linear]) -> list[ChannelGroup]:
     """One for each input, also where nothing can be divided."""
     by_input: dict[ir.Value, list[Linear]] = {}
     for linear in linears:
         by_input.setdefault(linear.x, []).append(linear)
     by_output = {linear.output: linear for linear in linears}
-    found: list[Group] = []
+    found: list[ChannelGroup] = []
     for x, readers in by_input.items():
         stiff = _why_not(readers)
         alone = not x.is_graph_output() and {r.node for r in readers} == set(consumers(x))
         source = _source(x, by_output) if alone and stiff is None else None
         why = _NO_SOURCE if alone else f"`{x.name}` is read by more than multiplies with stored weights"
-        found.append(Group(x, source, tuple(readers), stiff or ("" if source is not None else why), stiff is not None))
+        found.append(ChannelGroup(x, source, tuple(readers), stiff or ("" if source is not None else why), stiff is not None))
     return found
 
 
-def scales(group: Group, seen: Activation, strength: float | None, rows: bool) -> tuple[Array, float, float, float]:
+def scales(group: ChannelGroup, seen: ActivationStats, strength: float | None, rows: bool) -> tuple[Array, float, float, float]:
     """The power of two for each channel, the strength, and the relative output error before and after.
 
     `strength` None: searched over GRID against the error of the quantized output on the sampled rows. One scale for all rows is made at run time,
@@ -89,7 +89,7 @@ def _powers(magnitude: Array, largest: Array, a: float) -> Array:
     return powers
 
 
-def _error(seen: Activation, weights: Sequence[Array], bases: Sequence[Array], s: Array, rows: bool) -> float:
+def _error(seen: ActivationStats, weights: Sequence[Array], bases: Sequence[Array], s: Array, rows: bool) -> float:
     """Root mean square over rows and multiplies of ||y - quantized y|| / ||y||: weights int8 per channel, activations 8 bit."""
     x = seen.rows / s
     if rows:

@@ -134,11 +134,19 @@ class Applier:
             if value in seen:
                 continue
             seen.add(value)
-            known = known_integers(value)
-            if known is not None and not value.is_graph_output():
-                value.replace_all_uses_with(self.op.const(known, f"{value.name}_before"))
-            elif value.dtype is not None and value.dtype.is_integer():
-                todo += [out for node in consumers(value) for out in node.outputs if node.op_type not in _TARGETS]
+            known, sizes = known_integers(value), contents(value) or ()
+            if known is not None:
+                if not value.is_graph_output():
+                    value.replace_all_uses_with(self.op.const(known, f"{value.name}_before"))
+                continue
+            if value.dtype is None or not value.dtype.is_integer() or not any(isinstance(n, int) for n in sizes):
+                continue  # free of numbers: nothing of it changes
+            for node in consumers(value):
+                index = _TARGETS.get(node.op_type)
+                if index is None:
+                    todo += node.outputs
+                elif node.inputs[index] is value and not self.s.removed.get(node.outputs[0]):
+                    self._replace_target(node, index, value, sizes)  # of another block, whose sizes were the same
 
     def target(self, node: ir.Node, index: int) -> None:
         """Operand `index` holds the sizes of the result: write those after the removal."""
@@ -165,15 +173,16 @@ class Applier:
         known: Sequence[object] = contents(value) or [None] * size
         if len(inferred) > (1 if node.op_type == "Reshape" else 0) or static_dim(value, 0) != size:
             raise Refusal(f"{node.op_type} `{node.name}`: its target is computed, and what it must become is not known")
+        self._replace_target(node, index, value, [wanted.get(k, -1) if k in wanted or k in inferred else old for k, old in enumerate(known)])
+
+    def _replace_target(self, node: ir.Node, index: int, value: ir.Value, sizes: Sequence[object]) -> None:
+        """These numbers, and pieces of the old target where there is none."""
         parts: list[ir.Value] = []
-        for k, old in zip(range(size), known, strict=False):
-            if k in wanted or k in inferred:
-                parts.append(self.integers([wanted.get(k, -1)]))
-            elif isinstance(old, int):
-                parts.append(self.integers([old]))
+        for k, size in enumerate(sizes):
+            if isinstance(size, int):
+                parts.append(self.integers([size]))
             else:
-                bounds = [self.integers([k]), self.integers([k + 1]), self.integers([0])]
-                parts.append(self._node(node, "Slice", [value, *bounds]))
+                parts.append(self._node(node, "Slice", [value, *(self.integers([n]) for n in (k, k + 1, 0))]))
         node.replace_input_with(index, self._node(node, "Concat", parts, axis=0))
 
     def _resize(self) -> None:

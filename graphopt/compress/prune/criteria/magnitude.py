@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from graphopt.core.contract import Array
 
 class Magnitude(Scores):
     """||W_out[unit]||^2 (Han et al. 2015; for structures Li et al. 2017). Needs no samples."""
+
+    needs_samples: ClassVar[bool] = False
 
     def scores(self, candidates: Sequence[Candidate], asked: Question) -> Iterable[tuple[Candidate, Array]]:
         for c in candidates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from graphopt.core.contract import Array
 
 class Random(Scores):
     """Random numbers."""
+
+    needs_samples: ClassVar[bool] = False
 
     def scores(self, candidates: Sequence[Candidate], asked: Question) -> Iterable[tuple[Candidate, Array]]:
         rng = np.random.default_rng(asked.seed)
