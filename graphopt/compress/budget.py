@@ -13,7 +13,7 @@ import numpy as np
 from graphopt.core.contract import Array
 
 T = TypeVar("T")
-Table = tuple[Array, Array]  # of one menu: what counts against the limit, and what becomes least
+Trade = tuple[Array, Array]  # of one menu: what counts against the limit, and what becomes least
 
 _WORK = 2**26  # of solving exactly: units of the limit times settings
 _TRIALS = 6  # choices that are measured, at most
@@ -65,17 +65,17 @@ def solve(menus: Sequence[Menu[T]], *, cost: float | None = None, loss: float | 
     """
     assert (cost is None) != (loss is None), "one limit, of cost or of loss"
     limit = cost if cost is not None else loss if loss is not None else 0.0
-    tables = [_finite(*((m.cost, m.loss) if loss is None else (m.loss, m.cost))) for m in menus]
-    spare = limit - sum(float(spent.min()) for spent, _ in tables)
+    trades = [_finite(*((m.cost, m.loss) if loss is None else (m.loss, m.cost))) for m in menus]
+    spare = limit - sum(float(spent.min()) for spent, _ in trades)
     if spare < -_ROUNDING * max(1.0, abs(limit)):
         return None
-    picks, gap = _exact(tables, spare) or _along_hulls(tables, max(spare, 0.0))
+    picks, gap = _exact(trades, spare) or _along_hulls(trades, max(spare, 0.0))
     chosen = list(zip(menus, picks, strict=True))
     sums = (sum(float(m.cost[k]) for m, k in chosen), sum(float(m.loss[k]) for m, k in chosen))
     return Allocation(tuple(picks), tuple(m.settings[k] for m, k in chosen), *sums, gap)
 
 
-def _finite(spent: Array, won: Array) -> Table:
+def _finite(spent: Array, won: Array) -> Trade:
     """What would win infinitely little takes infinitely much."""
     spent, won = np.asarray(spent, np.float64), np.asarray(won, np.float64)
     return np.where(np.isfinite(won), spent, np.inf), won
@@ -136,9 +136,9 @@ def either(menus: Sequence[Menu[T]]) -> Menu[T]:
 # ---- exact ------------------------------------------------------------------------------------------------------------------------------
 
 
-def _exact(tables: Sequence[Table], spare: float) -> tuple[list[int], float] | None:
+def _exact(trades: Sequence[Trade], spare: float) -> tuple[list[int], float] | None:
     """The picks, and no gap; None where there are too many units for that."""
-    extra = [spent - spent.min() for spent, _ in tables]
+    extra = [spent - spent.min() for spent, _ in trades]
     unit = _unit(extra)
     if unit is None:
         return None
@@ -147,7 +147,7 @@ def _exact(tables: Sequence[Table], spare: float) -> tuple[list[int], float] | N
     if (size + 1) * sum(map(len, extra)) > _WORK:
         return None
     best, taken = np.zeros(size + 1), list[Array]()  # best[j]: the least within j units
-    for spent, (_, won) in zip(extra, tables, strict=True):
+    for spent, (_, won) in zip(extra, trades, strict=True):
         best, picks = _with(best, np.rint(spent / unit).astype(np.int64), won)
         taken.append(picks)
     found, left = list[int](), size
@@ -177,26 +177,26 @@ def _with(best: Array, units: Array, won: Array) -> tuple[Array, Array]:
 # ---- along convex hulls -----------------------------------------------------------------------------------------------------------------
 
 
-def _along_hulls(tables: Sequence[Table], left: float) -> tuple[list[int], float]:
+def _along_hulls(trades: Sequence[Trade], left: float) -> tuple[list[int], float]:
     """Picks, and the gap to what the linear relaxation reaches, which no choice goes below."""
     chosen, steps = list[int](), list[tuple[float, int, int, int]]()
-    for number, table in enumerate(tables):
+    for number, table in enumerate(trades):
         hull = _hull(*table)
         chosen.append(hull[0])
         steps += [(_slope(*table, a, b), number, a, b) for a, b in itertools.pairwise(hull)]
     bound: float | None = None
     for slope, number, a, b in sorted(steps):
-        need = float(tables[number][0][b] - tables[number][0][a])
+        need = float(trades[number][0][b] - trades[number][0][a])
         if chosen[number] == a and need <= left:
             chosen[number], left = b, left - need
         elif bound is None:
-            bound = _won(tables, chosen) + slope * left
-    _fill(tables, chosen, left)
-    return chosen, 0.0 if bound is None else max(_won(tables, chosen) - bound, 0.0)
+            bound = _won(trades, chosen) + slope * left
+    _fill(trades, chosen, left)
+    return chosen, 0.0 if bound is None else max(_won(trades, chosen) - bound, 0.0)
 
 
-def _won(tables: Sequence[Table], chosen: Iterable[int]) -> float:
-    return sum(float(won[k]) for (_, won), k in zip(tables, chosen, strict=True))
+def _won(trades: Sequence[Trade], chosen: Iterable[int]) -> float:
+    return sum(float(won[k]) for (_, won), k in zip(trades, chosen, strict=True))
 
 
 def _front(spent: Array, won: Array) -> Array:
@@ -221,11 +221,11 @@ def _slope(spent: Array, won: Array, a: int, b: int) -> float:
     return float((won[b] - won[a]) / (spent[b] - spent[a]))
 
 
-def _fill(tables: Sequence[Table], chosen: list[int], left: float) -> None:
+def _fill(trades: Sequence[Trade], chosen: list[int], left: float) -> None:
     """The single change that gains most for what it takes, until none fits."""
     while True:
         best: tuple[float, int, int] | None = None
-        for number, (spent, won) in enumerate(tables):
+        for number, (spent, won) in enumerate(trades):
             extra, gain = spent - spent[chosen[number]], won[chosen[number]] - won
             rate = np.divide(gain, extra, out=np.full(len(extra), -np.inf), where=(extra > 0) & (extra <= left) & (gain > 0))
             k = int(np.argmax(rate))
@@ -234,5 +234,5 @@ def _fill(tables: Sequence[Table], chosen: list[int], left: float) -> None:
         if best is None:
             return
         _, number, k = best
-        left -= float(tables[number][0][k] - tables[number][0][chosen[number]])
+        left -= float(trades[number][0][k] - trades[number][0][chosen[number]])
         chosen[number] = k

@@ -63,13 +63,13 @@ def kept(job: Job, whole: Outcome, history: History) -> Outcome:
         return whole
     try:
         assert whole.graph is not None
-        return _Keeper(job, history, race.feeds_of(job.target, whole.graph, job.samples, job.shapes)).keep(whole)
+        return _Promise(job, history, race.feeds_of(job.target, whole.graph, job.samples, job.shapes)).keep(whole)
     except GraphoptError as error:
         whole.reason = f"not measured: {error}"
         return whole
 
 
-class _Keeper:
+class _Promise:
     """Keeps the promise for one run of a job. The input's session is kept, and races every candidate.
 
     Raises:

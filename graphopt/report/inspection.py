@@ -25,7 +25,7 @@ from graphopt.report.recognized import FUSE, RECOGNIZE, read_behind
 from graphopt.report.words import called, head, megabytes
 from graphopt.run.race import sizes_for
 
-Facts = dict[str, Any]
+Json = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Inspection(Document):
     ops: Counter[str]
     inputs: list[tuple[str, str]]
     outputs: list[tuple[str, str]]
-    blocks: list[Facts]
-    declined: list[Facts]
-    remarks: list[Facts]
+    blocks: list[Json]
+    declined: list[Json]
+    remarks: list[Json]
     card: Card
 
-    def as_dict(self) -> Facts:
+    def as_dict(self) -> Json:
         out = dataclasses.asdict(self.size)
         for field in dataclasses.fields(self):
             if field.name != "size":
@@ -114,7 +114,7 @@ def _card(model: ir.Model, plugins: tuple[str, ...]) -> Card:
     return card(model, read_behind(FUSE, model, plugins), list(sizes_for(model).values())[:2][-1])
 
 
-def attention(model: ir.Model, plugins: tuple[str, ...] = ()) -> tuple[list[Facts], list[Facts]]:
+def attention(model: ir.Model, plugins: tuple[str, ...] = ()) -> tuple[list[Json], list[Json]]:
     """The attentions of a model in normal form, and the candidates that are none, in the order of the graph; `model` is canonicalized."""
     ctx = read_behind(RECOGNIZE, model, plugins)
     blocks, declined = [], []
@@ -137,7 +137,7 @@ def _scale(facts: AttentionFacts) -> float:
     return scale
 
 
-def _operator(node: ir.Node) -> Facts | None:
+def _operator(node: ir.Node) -> Json | None:
     """The facts that an Attention operator states itself."""
     a = AttentionNode.of(node)
     if a is None or not a.heads or not a.kv_heads:
@@ -154,5 +154,5 @@ def _operator(node: ir.Node) -> Facts | None:
     }
 
 
-def _ports(ports: list[tuple[str, str]]) -> list[Facts]:
+def _ports(ports: list[tuple[str, str]]) -> list[Json]:
     return [{"name": name, "type": kind} for name, kind in ports]

@@ -14,7 +14,7 @@ from graphopt.graph.questions import Names, initializer
 _SMALL = 1024  # bytes; equal constants up to this size are stored once
 
 
-class Operator(Protocol):
+class Emitter(Protocol):
     """Adds a node of one operator: its output, or with `_outputs` a sequence of so many."""
 
     @overload
@@ -32,7 +32,7 @@ class Builder:
         self.made: dict[Any, ir.Value] = {}  # joins the memo if the splice succeeds
         self._names, self._memo, self._graph = names, memo, graph
 
-    def __getattr__(self, op_type: str) -> Operator:
+    def __getattr__(self, op_type: str) -> Emitter:
         if op_type.startswith("_"):
             raise AttributeError(op_type)
         return lambda *inputs, **options: self.node(op_type, inputs, **options)

@@ -21,7 +21,7 @@ from graphopt.core.registry import Registry
 from graphopt.run import Feeds
 from graphopt.run.observe import Limited
 
-Loss = Callable[[Mapping[str, Any], Mapping[str, Any]], Any]  # (outputs, feeds), torch tensors by name -> one number
+LossFunction = Callable[[Mapping[str, Any], Mapping[str, Any]], Any]  # (outputs, feeds), torch tensors by name -> one number
 
 _STEPS = 48  # of a block with many neurons
 
@@ -50,7 +50,7 @@ class Question:
 
     ctx: Context
     criterion: str
-    loss: str | Loss
+    loss: str | LossFunction
     rows: int
     multiple: int
     seed: int

@@ -14,7 +14,7 @@ from graphopt.analysis.linear import Embeddings
 from graphopt.calibration.attention_maps import mean_maps
 from graphopt.calibration.moments import within
 from graphopt.calibration.padding import Kept, Paddings
-from graphopt.compress.prune.criterion import Loss, Question
+from graphopt.compress.prune.criterion import LossFunction, Question
 from graphopt.compress.prune.removable import Candidate
 from graphopt.core.contract import Array, Context
 from graphopt.core.errors import GraphoptError
@@ -159,7 +159,7 @@ class _SecondMoments(_Collector[tuple[Array, Array]]):
         return inputs, np.sum([self.gradients[k] for k in ks], axis=0) / self.rows
 
 
-def loss_of(model: ir.Model, loss: str | Loss) -> Any:
+def loss_of(model: ir.Model, loss: str | LossFunction) -> Any:
     """loss(outputs, feeds, generator) -> one number; see `Importance`.
 
     Raises:

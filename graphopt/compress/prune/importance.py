@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from graphopt.compress.prune.criterion import Criterion, Loss, Question, Ranking, check_importance, criteria
+from graphopt.compress.prune.criterion import Criterion, LossFunction, Question, Ranking, check_importance, criteria
 from graphopt.compress.prune.removable import Candidate, Removable
 from graphopt.core.contract import Analysis, Context
 from graphopt.core.errors import SampleError
@@ -36,7 +36,7 @@ class Importance(Analysis[Mapping[Candidate, Ranking]]):
     """
 
     criterion: str = "obs"
-    loss: str | Loss = "auto"
+    loss: str | LossFunction = "auto"
     rows: int = 32768
     multiple: int = 32
     seed: int = 0

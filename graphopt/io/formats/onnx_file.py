@@ -74,7 +74,7 @@ def from_file(path: Path) -> Loaded:
         found = "text" if _is_text(head) else "what no ONNX parser reads"
         raise LoadError(f"{path}: expected an ONNX model, found {found}, or the file is truncated ({error}); export or download it again") from None
     model = _deserialize(proto, str(path))
-    keeper = _Keeper(str(path), path.absolute().parent, shared=False)
+    keeper = _Weights(str(path), path.absolute().parent, shared=False)
     _map_tensors(model, keeper)
     return model, str(path), [str(path.absolute()), *sorted(keeper.files)]
 
@@ -82,7 +82,7 @@ def from_file(path: Path) -> Loaded:
 def from_proto(proto: onnx.ModelProto) -> Loaded:
     """Read a caller's ModelProto, which is not changed; external data are looked up from the working directory."""
     model, name = _deserialize(proto, "the ModelProto"), "the ModelProto"
-    keeper = _Keeper(name, Path.cwd(), shared=True)
+    keeper = _Weights(name, Path.cwd(), shared=True)
     _map_tensors(model, keeper)
     return model, name, sorted(keeper.files)
 
@@ -94,7 +94,7 @@ def from_model(source: ir.Model) -> Loaded:
         model = source.clone()
     except RuntimeError as error:
         raise LoadError(f"{name} cannot be copied: {_root_line(error)}; pass onnx_ir.to_proto(model) instead") from None
-    keeper = _Keeper(name, None, shared=True)
+    keeper = _Weights(name, None, shared=True)
     _map_tensors(model, keeper)
     return model, name, sorted(keeper.files)
 
@@ -145,7 +145,7 @@ def _map_tensors(model: ir.Model, change: Callable[[Any], Any]) -> None:
                     node.attributes[key] = ir.AttrTensor(key, change(attribute.value))
 
 
-class _Keeper:
+class _Weights:
     """What each tensor of a source becomes; no data are read.
 
     An external tensor gets the absolute place of its data, so that a later change of the working directory does not matter. Any other

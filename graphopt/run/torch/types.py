@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -13,6 +14,7 @@ from graphopt.core.contract import Array
 from graphopt.core.errors import TargetError
 
 Tensor: TypeAlias = torch.Tensor
+Ints = Sequence[int]
 
 DTYPES: dict[ir.DataType, torch.dtype] = {
     ir.DataType.FLOAT: torch.float32,

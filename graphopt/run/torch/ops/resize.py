@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
 from graphopt.run.torch.table import op
-from graphopt.run.torch.types import Tensor, along
-
-Ints = Sequence[int]
+from graphopt.run.torch.types import Ints, Tensor, along
 
 
 @op("Resize")

@@ -13,9 +13,7 @@ import torch
 from torch.nn import functional
 
 from graphopt.run.torch.table import F, enter, op
-from graphopt.run.torch.types import Tensor, along
-
-Ints = Sequence[int]
+from graphopt.run.torch.types import Ints, Tensor, along
 
 
 @dataclasses.dataclass(frozen=True)
