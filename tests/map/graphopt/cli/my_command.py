@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from graphopt.cli.shell import Json, Model, show
+from graphopt.cli.shell import Json, ModelPath, show
 
 
-def my_command(model: Model, report: Path | None = None, as_json: Json = False) -> None:
+def my_command(model: ModelPath, report: Path | None = None, as_json: Json = False) -> None:
     """Count the operators of a model."""
     from graphopt.report.my_report import count
 
