@@ -9,7 +9,7 @@ import onnx_ir as ir
 from graphopt.analysis.linear import Linears
 from graphopt.calibration.activations import LinearInputs
 from graphopt.compress.quantize.folding import fold
-from graphopt.compress.quantize.smoothing import Group, groups, scales
+from graphopt.compress.quantize.smoothing import ChannelGroup, groups, scales
 from graphopt.core.contract import Context, Pass
 from graphopt.core.options import option_error
 from graphopt.rewrite.insert import Inserter
@@ -68,7 +68,7 @@ class Smooth(Pass):
             changes += 1
         return changes
 
-    def _even(self, group: Group, before: float) -> str:
+    def _even(self, group: ChannelGroup, before: float) -> str:
         """Why every factor is 1."""
         fixed = self._strength()
         if fixed is not None and group.source is not None:

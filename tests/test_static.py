@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import graphopt
 from graphopt.analysis.pieces import IntegerMatmul
-from graphopt.calibration.ranges import Histogram, Ranges
+from graphopt.calibration.ranges import ValueHistogram, Ranges
 from graphopt.cli.root import app
 from graphopt.core.contract import Context, Target
 from graphopt.core.errors import PassError, PipelineError
@@ -236,7 +236,7 @@ def squared_error(x: Array, low: float, high: float) -> float:
 def test_what_each_method_makes_of_an_outlier() -> None:
     x = np.random.default_rng(0).standard_normal(100_000).astype(np.float32)
     x[0], x[1] = 60, -20
-    seen = Histogram()
+    seen = ValueHistogram()
     for part in np.split(x, 50):
         seen.add(part)
     found = {method: seen.range(method, 99.9) for method in METHODS}
