@@ -40,7 +40,7 @@ class MixPrecision(Pass):
     """Measure what each choice does to the outputs, weight by weight, and take the smallest model within a budget.
 
     The effect of a choice for one weight is the relative L2 distance of the outputs with everything else as it is: one run of what stands behind it,
-    for each weight, choice and batch (graphopt.analysis.sensitivity). Effects add up as squares; the assembled model is measured, and where it
+    for each weight, choice and batch (graphopt.calibration.effects). Effects add up as squares; the assembled model is measured, and where it
     misses the budget, or has much left of it, the predicted budget is corrected. Weights that are read several times, or tied, get one choice.
 
     Args:

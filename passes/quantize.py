@@ -43,7 +43,7 @@ class Quantize(Pass):
     Args:
         mode: `dynamic`: integer products; `static`: the same, and needs samples; activations are uint8 in both, and a bias stays float.
             `weight-only`: float products with weights of `bits` bits, for size and memory traffic.
-        calibrate: what the range of a static activation is: `minmax`, `percentile`, `mse` or `entropy` (graphopt.analysis.ranges).
+        calibrate: what the range of a static activation is: `minmax`, `percentile`, `mse` or `entropy` (graphopt.calibration.ranges).
         percentile: how many percent of its values calibrate=percentile covers.
         per_channel: one scale for each output feature; False: one for the whole weight. Embedding tables always have one for each row.
         symmetric: codes around zero ([-127, 127] in mode `dynamic`); False: a zero point as well.
