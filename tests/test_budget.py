@@ -122,3 +122,11 @@ def test_the_measured_error_decides_not_the_predicted_one(factor: float) -> None
     assert 0.08 < error <= 0.1
     chosen, error = settle(given, 0.1, lambda choice: 1.0 if choice.loss else 0.0)
     assert (chosen.picks, error) == ((0,) * 24, 0.0)
+
+
+def test_a_hair_over_the_limit_is_within_it() -> None:
+    big = [menu([6e11, 1e12], [1.0, 0.0]), menu([4e11 + 500, 1e12], [1.0, 0.0])]
+    found = solve(big, cost=1e12)
+    assert found is not None
+    assert found.picks == (0, 0)
+    assert solve(big, cost=0.9e12) is None

@@ -59,6 +59,21 @@ def test_a_job_runs_again_with_other_fuel_and_loads_once() -> None:
     assert told.count("load") == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"level": "2"}, "level expects a whole number, such as 2, found '2'"),
+        ({"fuel": -1}, "fuel expects 0 or more changes, found -1"),
+        ({"max_loss": float("nan")}, "max_loss expects a fraction of 0 or more, such as 0.01 for 1 %, found nan"),
+        ({"max_loss": -1.0}, "found -1.0"),
+        ({"require": "quantize"}, "require expects a list of names"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused_before_loading(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PipelineError, match=message.replace("[", r"\[")):
+        Job.make("absent.onnx", **options)
+
+
 def test_its_parts_know_the_run(lossy: str) -> None:
     job = Job.make(block_model(BLOCK), "shift-weights", samples=FEEDS, max_loss=0.1, plugins=[lossy], target="cpu{tune=off}")
     ctx = job.context(job.model)

@@ -69,7 +69,8 @@ def solve(menus: Sequence[Menu[T]], *, cost: float | None = None, loss: float | 
     spare = limit - sum(float(spent.min()) for spent, _ in trades)
     if spare < -_ROUNDING * max(1.0, abs(limit)):
         return None
-    picks, gap = _exact(trades, spare) or _along_hulls(trades, max(spare, 0.0))
+    spare = max(spare, 0.0)
+    picks, gap = _exact(trades, spare) or _along_hulls(trades, spare)
     chosen = list(zip(menus, picks, strict=True))
     sums = (sum(float(m.cost[k]) for m, k in chosen), sum(float(m.loss[k]) for m, k in chosen))
     return Allocation(tuple(picks), tuple(m.settings[k] for m, k in chosen), *sums, gap)

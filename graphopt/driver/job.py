@@ -93,6 +93,7 @@ class Job:
         check_options(options, RunOptions)
         plugins, required, shapes = tuple(options.get("plugins", ())), tuple(options.get("require", ())), options.get("shapes")
         level, fuel, max_loss, out = options.get("level", 1), options.get("fuel"), options.get("max_loss"), options.get("out")
+        _check_values(options)
         target = _shaped(parse_target(options.get("target", "cpu"), plugins), shapes)
         known = registry.passes(plugins)
         passes = tuple(parse(target.pipeline(level) if pipeline is None else pipeline, known))
@@ -215,6 +216,20 @@ def _samples(data: Any, tokenizer: Any, model: ir.Model, source: Path | None) ->
     if tokenizer is None and beside is not None and beside.is_file():
         tokenizer = beside
     return Samples.load(data, model, tokenizer=tokenizer)
+
+
+def _check_values(options: RunOptions) -> None:
+    """What the command line checks by itself: numbers that are none, and names as one text, which would be read letter by letter."""
+    level, fuel, max_loss = options.get("level", 1), options.get("fuel"), options.get("max_loss")
+    if not isinstance(level, int):
+        raise PipelineError(f"level expects a whole number, such as 2, found {level!r}")
+    if fuel is not None and fuel < 0:
+        raise PipelineError(f"fuel expects 0 or more changes, found {fuel}")
+    if max_loss is not None and not max_loss >= 0:
+        raise PipelineError(f"max_loss expects a fraction of 0 or more, such as 0.01 for 1 %, found {max_loss}")
+    for key in ("require", "plugins"):
+        if isinstance(found := options.get(key), str):
+            raise PipelineError(f"{key} expects a list of names, such as [{found!r}], found one text")
 
 
 def _check_required(required: Iterable[str], passes: Sequence[Pass], lowerings: Sequence[Pass]) -> None:
