@@ -1,4 +1,4 @@
-"""graphopt.analysis.sensitivity: the effect of one change alone, measured by running what stands behind it and no more."""
+"""graphopt.calibration.effects: the effect of one change alone, measured by running what stands behind it and no more."""
 
 from __future__ import annotations
 

@@ -26,12 +26,8 @@ from graphopt.run.roles import role
 Layout = Callable[[Array], Array]  # an array of the graph -> its rows [rows, ..]
 
 _TOLERANCE = 1e-4  # what is read moves a value by far more
-_KINDS = (
-    "positions",
-    "heads",
-    "flat",
-    "columns",
-)  # [batch, positions, ..], [batch, heads, positions, ..], [batch * positions, ..], [batch, .., positions]
+# [batch, positions, ..], [batch, heads, positions, ..], [batch * positions, ..], [batch, .., positions]
+_KINDS = ("positions", "heads", "flat", "columns")
 _NOTHING = np.zeros(0)
 
 

@@ -52,5 +52,5 @@ class Machine:
 
     @property
     def own_threads(self) -> int | None:
-        """What `measure.steady_clock` asks for."""
+        """What `run.clock.steady_clock` asks for."""
         return self.threads if self.in_process else None
