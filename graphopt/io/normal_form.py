@@ -16,7 +16,7 @@ from graphopt.core.errors import LoadError
 from graphopt.core.remarks import Remarks
 from graphopt.graph.opset import versions as opset
 from graphopt.graph.questions import Names, all_nodes, graphs, is_read
-from graphopt.graph.shapes import infer_shapes
+from graphopt.graph.shapes import drop_contradicted, infer_shapes
 from graphopt.io import advisories as notices
 from graphopt.io import inline
 from graphopt.io.repair import repair
@@ -49,6 +49,7 @@ def normalize(model: ir.Model, remarks: Remarks) -> None:
         remove_dead(model)
         reason = infer_shapes(model)
     name_everything(model)
+    notices.contradicted(drop_contradicted(model), remarks)
     repair(model, remarks)
     notices.random_nodes(model, remarks)
     notices.foreign_nodes(model, remarks)
@@ -171,6 +172,7 @@ def _freeze_listed_weights(model: ir.Model) -> None:
     kept = [v for v in model.graph.inputs if not v.is_initializer()]
     model.graph.inputs.clear()
     model.graph.inputs.extend(kept)
+    model.ir_version = _FREE_INITIALIZERS
 
 
 # ---- names --------------------------------------------------------------------------------------------------------------------------------
