@@ -19,6 +19,8 @@ from graphopt.graph.questions import Names, all_nodes, graphs, is_read
 from graphopt.graph.shapes import drop_contradicted, infer_shapes
 from graphopt.io import advisories as notices
 from graphopt.io import inline
+from graphopt.io.dim_names import hide_names
+from graphopt.io.order import sort
 from graphopt.io.repair import repair
 from graphopt.io.save import STATES_SHAPES
 from graphopt.rewrite.dead import remove_dead
@@ -37,15 +39,16 @@ def normalize(model: ir.Model, remarks: Remarks) -> None:
     _check_sources(model)
     lift_constants(model)
     _freeze_listed_weights(model)
-    _sort(model)
+    sort(model.graph)
     name_everything(model)
+    hide_names(model)
     claims = notices.take_claims(model)
     model.graph.meta.setdefault(STATES_SHAPES, any(not v.is_graph_output() for v in claims))
     opset.lift(model)
     remove_dead(model)
     reason = infer_shapes(model)
     if inline.decided_ifs(model):
-        _sort(model)
+        sort(model.graph)
         remove_dead(model)
         reason = infer_shapes(model)
     name_everything(model)
@@ -83,13 +86,6 @@ def _check_sources(model: ir.Model) -> None:
 
 def _has_source(value: ir.Value) -> bool:
     return value.producer() is not None or value.is_graph_input() or value.is_initializer()
-
-
-def _sort(model: ir.Model) -> None:
-    try:
-        model.graph.sort()
-    except ValueError:
-        raise LoadError("invalid graph: its nodes form a cycle") from None
 
 
 # ---- constants ----------------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from graphopt.graph.questions import all_nodes, graphs
 from graphopt.graph.serialize import fits, inside, read, to_bytes
 from graphopt.graph.shapes import declared_shape
 from graphopt.io.advisories import input_symbols
+from graphopt.io.dim_names import show_names
 
 SOURCE_FILES = "graphopt.files"  # graph.meta: the files of the input, which no output may overwrite
 STATES_SHAPES = "graphopt.states_shapes"  # graph.meta: whether the input has value_info
@@ -49,6 +50,7 @@ def finish(model: ir.Model, opset: int | None = None) -> tuple[ir.Model, tuple[R
     floor, ir_floor = versions.origin(model)
     rises = versions.lower(copy, floor, ceiling=opset, ir_floor=ir_floor)
     _scrub(copy)
+    show_names(copy)
     return copy, tuple(rises)
 
 
@@ -189,7 +191,7 @@ def _scrub(model: ir.Model) -> None:
     symbols = input_symbols(model)
     keep = model.graph.meta.get(STATES_SHAPES, True)
     for value in model.graph.outputs:
-        value.shape = _public_shape(value, symbols)
+        value.shape = declared_shape(value)
     for graph in graphs(model):
         for value in graph.initializers.values():
             if value not in public:
@@ -209,15 +211,3 @@ def _sound(shape: ir.Shape | None, symbols: frozenset[str]) -> bool:
 
 def _sound_dim(dim: Any, symbols: frozenset[str]) -> bool:
     return isinstance(dim, int) or (dim.value is not None and str(dim) in symbols)
-
-
-def _public_shape(value: ir.Value, symbols: frozenset[str]) -> ir.Shape | None:
-    """The declared shape of a graph output. Where it says nothing, or is contradicted, what follows from the inputs."""
-    declared, known = declared_shape(value), value.shape
-    if known is None or (declared is not None and len(declared) == len(known) and not _contradicts(declared, known)):
-        return declared
-    return ir.Shape([d if _sound_dim(d, symbols) else None for d in known])
-
-
-def _contradicts(declared: ir.Shape, known: ir.Shape) -> bool:
-    return any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(declared, known, strict=True))

@@ -12,7 +12,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from graphopt.core.errors import LoadError, TargetError
 from graphopt.graph.opset.newer import Converter
-from graphopt.graph.opset.node_form import SOFTMAX, WORKING, NodeForm, accepts
+from graphopt.graph.opset.node_form import ARITHMETIC, SOFTMAX, WORKING, NodeForm, accepts
 from graphopt.graph.opset.older import respell
 from graphopt.graph.questions import all_nodes, graphs
 from graphopt.graph.shapes import infer_shapes
@@ -51,8 +51,7 @@ def lift(model: ir.Model, to: int = WORKING) -> int:
         LoadError: a node cannot be written at `to`; it names the node and why.
     """
     source, converter, changed = model.opset_imports.get("", to), Converter(model, to), 0
-    if source < 13:
-        _find_ranks(model)
+    _find_ranks(model, source)
     for node in list(all_nodes(model)):
         if node.domain not in _STANDARD:
             continue
@@ -70,10 +69,11 @@ def lift(model: ir.Model, to: int = WORKING) -> int:
     return changed
 
 
-def _find_ranks(model: ir.Model) -> None:
-    """Softmax before opset 13 depends on the rank of its input, which a file may state wrongly. Our own inference first; it knows few
-    operators as they were then, so that of ONNX has to help (on a copy without weights)."""
-    inputs = [n.inputs[0] for n in all_nodes(model) if n.op_type in SOFTMAX]
+def _find_ranks(model: ir.Model, source: int) -> None:
+    """Softmax before opset 13, and arithmetic before opset 7, depend on the ranks of their inputs, which a file may state wrongly. Our own
+    inference first; it knows few operators as they were then, so that of ONNX has to help (on a copy without weights)."""
+    ranked = (*(SOFTMAX if source < 13 else ()), *(ARITHMETIC if source < 7 else ()))
+    inputs = [v for n in all_nodes(model) if n.op_type in ranked for v in n.inputs[:2]]
     if inputs:
         infer_shapes(model)
     if any(v is not None and v.shape is None for v in inputs):

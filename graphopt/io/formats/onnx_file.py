@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import onnx
 import onnx_ir as ir
 
-from graphopt.core.errors import LoadError
+from graphopt.core.errors import LoadError, about
 from graphopt.core.remarks import Remarks
 from graphopt.graph.serialize import read
 from graphopt.io.formats.format import Format, Loaded, is_path
+from graphopt.io.order import put_in_order
 
 _MAGIC = {
     b"PK\x03\x04": "a zip archive; unpack it, or, if it is a PyTorch checkpoint, load the module in Python and pass it with example_inputs",
@@ -118,9 +119,12 @@ def _deserialize(proto: onnx.ModelProto, name: str) -> ir.Model:
     if proto.graph.sparse_initializer:
         raise LoadError(f"{name}: it has sparse initializers, which graphopt does not read; store them as dense tensors")
     try:
-        return ir.from_proto(proto)
+        model = ir.from_proto(proto)
     except Exception as error:  # noqa: BLE001 -- the deserializer wraps every kind of error; the innermost one says what is wrong
-        raise LoadError(f"{name}: invalid ONNX model: {_root_line(error)}") from None
+        raise LoadError(f"{name}: invalid ONNX model: {_root_line(error)}; check it with onnx.checker.check_model, and export it again") from None
+    with about(name):
+        put_in_order(model)
+    return model
 
 
 def _root_line(error: BaseException) -> str:
