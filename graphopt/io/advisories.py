@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import onnx
 import onnx_ir as ir
 
-from graphopt.core.remarks import Remarks
+from graphopt.core.remarks import Remarks, plural
 from graphopt.graph.dims import is_opaque
 from graphopt.graph.fold import is_random
 from graphopt.graph.opset.node_form import WORKING, schema
 from graphopt.graph.questions import all_nodes
+from graphopt.io.order import MOVED
 
 
 def random_nodes(model: ir.Model, remarks: Remarks) -> None:
@@ -71,7 +72,24 @@ def shape_claims(model: ir.Model, declared: dict[ir.Value, ir.Shape], reason: st
     for value, claimed in declared.items():
         if value.shape is None or value.producer() is None or _agree(claimed, value.shape, symbols):
             continue
-        remarks.warning(value.name or "", f"the file states the shape {claimed}, but {value.shape} follows from the inputs; the statement is dropped")
+        text = f"the file states the shape {claimed}, but {value.shape} follows from the inputs; "
+        if value.is_graph_output():
+            remarks.warning(value.name or "", f"{text}it is not believed, and written as it came")
+        else:
+            remarks.warning(value.name or "", f"{text}the statement is dropped", repaired=True)
+
+
+def disorder(model: ir.Model, repeated: Sequence[str], remarks: Remarks) -> None:
+    """What is wrong about the order and the names of nodes, and mended."""
+    if model.graph.meta.pop(MOVED, False):
+        remarks.warning("", "the nodes of the file were not in topological order; they are sorted", repaired=True)
+    if repeated:
+        remarks.warning(repeated[0], f"{plural(len(repeated), 'name')} belonged to several nodes; each has one of its own", repaired=True)
+
+
+def decided(count: int, remarks: Remarks) -> None:
+    verb = "has a condition that is known; the branch that runs stands in its place"
+    remarks.warning("", f"{plural(count, 'If')} {verb if count == 1 else verb.replace('has', 'have', 1)}", repaired=True)
 
 
 def contradicted(dropped: Iterable[tuple[ir.Value, str, str]], remarks: Remarks) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack, cast
 import onnx
 import onnx_ir as ir
 
-from graphopt.core.errors import LoadError, about
+from graphopt.core.errors import GraphoptError, LoadError, about
 from graphopt.core.options import near
 from graphopt.core.remarks import Remarks
 from graphopt.graph.opset import versions as opset
@@ -99,7 +99,7 @@ def _open(source: Source, options: LoadOptions, remarks: Remarks) -> tuple[ir.Mo
     shapes = options.get("input_shapes")
     model, name, files = read(source, options, remarks)
     remember(model, name, files)
-    with about(name):
+    with about(name), _explained("the shapes of the inputs cannot be set"):
         check_outputs(model)
         if shapes:
             override_shapes(model, shapes)
@@ -107,9 +107,22 @@ def _open(source: Source, options: LoadOptions, remarks: Remarks) -> tuple[ir.Mo
 
 
 def _normal(model: ir.Model, name: str, remarks: Remarks) -> ir.Model:
-    with about(name):
+    with about(name), _explained("the graph cannot be brought into normal form"):
         normalize(model, remarks)
     return model
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """What a library raises, or we did not think of, is an error of loading, with what to do."""
+    try:
+        yield
+    except GraphoptError:
+        raise
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [""])[0]
+        text = f"{what}: {type(error).__name__}: {line[:300]}; check the model with onnx.checker.check_model, and export it again"
+        raise LoadError(f"{text} (GRAPHOPT_TRACEBACK=1 shows where)") from error
 
 
 @contextlib.contextmanager

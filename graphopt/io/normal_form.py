@@ -7,6 +7,7 @@ names, metadata, random nodes.
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Iterable, Iterator
 
@@ -15,10 +16,10 @@ import onnx_ir as ir
 from graphopt.core.errors import LoadError
 from graphopt.core.remarks import Remarks
 from graphopt.graph.opset import versions as opset
-from graphopt.graph.questions import Names, all_nodes, graphs, is_read
+from graphopt.graph.questions import Names, all_nodes, captured, closed_nodes, graphs, is_read, open_nodes
 from graphopt.graph.shapes import drop_contradicted, infer_shapes
 from graphopt.io import advisories as notices
-from graphopt.io import inline
+from graphopt.io import closed, inline
 from graphopt.io.dim_names import hide_names
 from graphopt.io.order import sort
 from graphopt.io.repair import repair
@@ -34,8 +35,10 @@ def normalize(model: ir.Model, remarks: Remarks) -> None:
     Raises:
         LoadError: the graph is not valid, or a node cannot be written at the working opset.
     """
+    notices.disorder(model, _repeated_names(model), remarks)
     _spell_standard_domain(model)
     inline.functions(model)
+    closed.keep_names(model)
     _check_sources(model)
     lift_constants(model)
     _freeze_listed_weights(model)
@@ -47,12 +50,15 @@ def normalize(model: ir.Model, remarks: Remarks) -> None:
     opset.lift(model)
     remove_dead(model)
     reason = infer_shapes(model)
-    if inline.decided_ifs(model):
+    decided = inline.decided_ifs(model)
+    if decided:
+        notices.decided(decided, remarks)
         sort(model.graph)
         remove_dead(model)
         reason = infer_shapes(model)
     name_everything(model)
     notices.contradicted(drop_contradicted(model), remarks)
+    closed.close_impossible(model, remarks)
     repair(model, remarks)
     notices.random_nodes(model, remarks)
     notices.foreign_nodes(model, remarks)
@@ -62,12 +68,18 @@ def normalize(model: ir.Model, remarks: Remarks) -> None:
 # ---- validity and order -------------------------------------------------------------------------------------------------------------------
 
 
+def _repeated_names(model: ir.Model) -> list[str]:
+    """Names that several nodes of the file have."""
+    counts = collections.Counter(n.name for n in all_nodes(model) if n.name)
+    return [name for name, count in counts.items() if count > 1]
+
+
 def _spell_standard_domain(model: ir.Model) -> None:
     """`ai.onnx` is another name of the empty domain."""
     for imports in (model.opset_imports, *(f.opset_imports for f in model.functions.values())):
         if "ai.onnx" in imports:
             imports.setdefault("", imports.pop("ai.onnx"))
-    for node in itertools.chain(all_nodes(model), *(f.all_nodes() for f in model.functions.values())):
+    for node in itertools.chain(all_nodes(model), *(open_nodes(f) for f in model.functions.values())):
         if node.domain == "ai.onnx":
             node.domain = ""
 
@@ -193,7 +205,7 @@ class _Unique:
 
 def name_everything(model: ir.Model) -> None:
     """Give every value and node a name that no other has, in the main graph and all subgraphs; the interface keeps its names."""
-    public = dict.fromkeys((*model.graph.inputs, *model.graph.outputs))
+    public = dict.fromkeys((*model.graph.inputs, *model.graph.outputs, *(v for n in closed_nodes(model) for v in captured(n))))
     values = [*public, *(v for v in _all_values(model) if v not in public)]
     unique = _Unique(v.name for v in values)
     for value in values:

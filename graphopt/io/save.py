@@ -19,6 +19,7 @@ from graphopt.graph.opset.versions import Rise
 from graphopt.graph.questions import all_nodes, graphs
 from graphopt.graph.serialize import fits, inside, read, to_bytes
 from graphopt.graph.shapes import declared_shape
+from graphopt.io import closed
 from graphopt.io.advisories import input_symbols
 from graphopt.io.dim_names import show_names
 
@@ -47,10 +48,12 @@ def finish(model: ir.Model, opset: int | None = None) -> tuple[ir.Model, tuple[R
         TargetError: the limit cannot hold; it names the first node that needs more.
     """
     copy = model.clone()
+    closed.open_again(copy)
     floor, ir_floor = versions.origin(model)
     rises = versions.lower(copy, floor, ceiling=opset, ir_floor=ir_floor)
     _scrub(copy)
     show_names(copy)
+    closed.restore_names(copy)
     return copy, tuple(rises)
 
 
@@ -153,14 +156,14 @@ def _refers(model_file: Path, data: Path) -> bool:
 
 
 def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    for graph in graphs(model):
+    for graph in model.graphs():
         yield from (v.const_value for v in graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor))
 
 
 def _write_data(model: ir.Model, file: Path) -> None:
     """Write the large weights one after the other into a new file, and let the model refer to it by its bare name."""
     with file.open("wb") as stream:
-        for graph in graphs(model):
+        for graph in model.graphs():
             for value in graph.initializers.values():
                 tensor = value.const_value
                 if tensor is None or tensor.dtype == ir.DataType.STRING:

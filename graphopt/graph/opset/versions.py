@@ -14,7 +14,7 @@ from graphopt.core.errors import LoadError, TargetError
 from graphopt.graph.opset.newer import Converter
 from graphopt.graph.opset.node_form import ARITHMETIC, SOFTMAX, WORKING, NodeForm, accepts
 from graphopt.graph.opset.older import respell
-from graphopt.graph.questions import all_nodes, graphs
+from graphopt.graph.questions import all_nodes, closed_nodes, graphs, within
 from graphopt.graph.shapes import infer_shapes
 
 OLDEST = 7  # the first opset with numpy broadcasting; nothing is written below it
@@ -104,13 +104,16 @@ def lower(model: ir.Model, floor: int, *, ceiling: int | None = None, ir_floor: 
         raise TargetError(f"opset {top} is too old: the oldest that graphopt writes is {OLDEST}")
     nodes = [n for n in all_nodes(model) if n.domain in _STANDARD]
     blame = f"graphopt writes nothing below opset {OLDEST}"
+    held = foreign_nodes(model)
     for version in range(max(OLDEST, min(floor, top)), top + 1):
         plan, refused = _plan(nodes, version, home)
+        refused = refused or _held(held, version, floor)
         if refused is None:
             break
         blame = refused
     else:
-        if ceiling is not None:
+        if ceiling is not None or _held(held, home, floor):
+            ceiling = top if ceiling is None else ceiling
             raise TargetError(f"cannot write opset {ceiling}: {blame}; allow a newer opset, or leave out the pass that made this node")
         version, plan = home, []
     for node, form in plan:
@@ -120,6 +123,27 @@ def lower(model: ir.Model, floor: int, *, ceiling: int | None = None, ir_floor: 
     rises = [Rise("opset", floor, version, blame)] if version > floor or (ceiling is None and version < floor) else []
     before = model.ir_version if ir_floor is None else ir_floor
     return rises + _raise_ir(model, before if ceiling is None else min(before, _ir_of_opset(ceiling)))
+
+
+def ceiling(model: ir.Model, floor: int | None = None) -> int | None:
+    """The newest opset that the file can have, as operators of other domains hold bodies that are written for opset `floor` (by default that of
+    the input) and stay as they are; None where it can have any."""
+    floor = origin(model)[0] if floor is None else floor
+    held = foreign_nodes(model)
+    if _held(held, WORKING, floor) is None:
+        return None
+    return next((version for version in range(WORKING, floor, -1) if _held(held, version, floor) is None), floor)
+
+
+def foreign_nodes(model: ir.Model) -> list[ir.Node]:
+    """The standard nodes in bodies under operators of other domains."""
+    return [inner for node in closed_nodes(model) if node.domain not in _STANDARD for inner in within(node) if inner.domain in _STANDARD]
+
+
+def _held(nodes: Sequence[ir.Node], version: int, floor: int) -> str | None:
+    """Why bodies that were written for opset `floor`, and stay as they are, cannot stand in a file of opset `version`."""
+    reasons = (accepts(NodeForm.of(node), version, floor) for node in nodes) if version != floor else ()
+    return next((f"a body that is left as it is: {reason}" for reason in reasons if reason is not None), None)
 
 
 def _plan(nodes: Sequence[ir.Node], version: int, home: int) -> tuple[list[tuple[ir.Node, NodeForm]], str | None]:
@@ -141,7 +165,7 @@ def _set_imports(model: ir.Model, version: int) -> None:
     imports, old = model.graph.opset_imports, dict(model.graph.opset_imports)
     imports.clear()
     imports[""] = version
-    for node in all_nodes(model):
+    for node in (*ir.traversal.RecursiveGraphIterator(model.graph), *(n for f in model.functions.values() for n in f.all_nodes())):
         if node.domain not in _STANDARD and node.domain not in imports:
             imports[node.domain] = old.get(node.domain, 1)
 
