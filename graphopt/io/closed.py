@@ -103,21 +103,22 @@ def _impossible(model: ir.Model) -> ir.Node | None:
 
 
 def _sized(model: ir.Model) -> ir.Model:
-    """A copy in which the integers that follow from the shapes of the inputs are weights, inside of bodies."""
+    """A copy in which the integers that follow from the shapes of the inputs, and small weights, are weights of the bodies that read them."""
     copy = model.clone()
     names = Names(copy)
     for node in _inner(copy):
         for index, value in enumerate(node.inputs):
-            known = contents(value) if value is not None and value.const_value is None else None
+            known = contents(value)
             if value is None or known is None or value.shape is None or value.dtype is None or not all(isinstance(x, int) for x in known):
                 continue
             array = np.array(known, value.dtype.numpy()).reshape((-1,) if len(value.shape) else ())
             name = names.fresh(f"{value.name}_known")
             stored = ir.Value(name=name, type=value.type, shape=ir.Shape(array.shape), const_value=ir.tensor(array, name=name))
-            copy.graph.register_initializer(stored)
+            assert node.graph is not None
+            node.graph.register_initializer(stored)  # here, and not in the main graph: ONNX looks no further for contents
             node.replace_input_with(index, stored)
     return copy
 
 
 def _inner(model: ir.Model) -> Iterator[ir.Node]:
-    return (node for node in all_nodes(model) if node.graph is not model.graph)
+    return (node for node in list(all_nodes(model)) if node.graph is not model.graph)

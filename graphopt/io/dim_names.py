@@ -92,7 +92,9 @@ def _fresh(name: str, taken: Collection[str]) -> str:
 
 
 def _hidden(dim: Any, hidden: dict[str, str], words: Collection[str]) -> Any:
-    if isinstance(dim, int) or dim.value is None:
+    if isinstance(dim, int):
+        return dim if dim >= 0 else None  # as runtimes read it
+    if dim.value is None:
         return dim
     if dim.value in hidden:
         return hidden[dim.value]

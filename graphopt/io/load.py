@@ -100,7 +100,7 @@ def _open(source: Source, options: LoadOptions, remarks: Remarks) -> tuple[ir.Mo
     model, name, files = read(source, options, remarks)
     remember(model, name, files)
     with about(name), _explained("the shapes of the inputs cannot be set"):
-        check_outputs(model)
+        check_interface(model)
         if shapes:
             override_shapes(model, shapes)
     return model, name
@@ -195,9 +195,10 @@ def remember(model: ir.Model, name: str, files: list[str]) -> None:
         model.meta[key] = model.graph.meta[key] = model.graph.meta.get(key, value)
 
 
-def check_outputs(model: ir.Model) -> None:
-    """Raises LoadError if one output is listed twice: runtimes load that, but the normal form has a name for each."""
-    names = [v.name for v in model.graph.outputs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise LoadError(f"the output `{twice}` is listed {names.count(twice)} times; list it once, or give the others names by Identity nodes")
+def check_interface(model: ir.Model) -> None:
+    """Raises LoadError if one input or output is listed twice: the normal form has a name for each."""
+    for what, values, remedy in (("input", model.graph.inputs, ""), ("output", model.graph.outputs, ", or give the others names by Identity nodes")):
+        names = [v.name for v in values]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise LoadError(f"the {what} `{twice}` is listed {names.count(twice)} times; list it once{remedy}")

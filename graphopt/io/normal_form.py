@@ -21,7 +21,7 @@ from graphopt.graph.shapes import drop_contradicted, infer_shapes
 from graphopt.io import advisories as notices
 from graphopt.io import closed, inline
 from graphopt.io.dim_names import hide_names
-from graphopt.io.order import sort
+from graphopt.io.order import check_sources, sort
 from graphopt.io.repair import repair
 from graphopt.io.save import STATES_SHAPES
 from graphopt.rewrite.dead import remove_dead
@@ -39,7 +39,7 @@ def normalize(model: ir.Model, remarks: Remarks) -> None:
     _spell_standard_domain(model)
     inline.functions(model)
     closed.keep_names(model)
-    _check_sources(model)
+    check_sources(model)
     lift_constants(model)
     _freeze_listed_weights(model)
     sort(model.graph)
@@ -82,22 +82,6 @@ def _spell_standard_domain(model: ir.Model) -> None:
     for node in itertools.chain(all_nodes(model), *(open_nodes(f) for f in model.functions.values())):
         if node.domain == "ai.onnx":
             node.domain = ""
-
-
-def _check_sources(model: ir.Model) -> None:
-    for node in all_nodes(model):
-        for value in node.inputs:
-            if value is not None and not _has_source(value):
-                raise LoadError(
-                    f"invalid graph: node `{node.name}` ({node.op_type}) reads `{value.name}`, which nothing makes; export the model again"
-                )
-    for value in model.graph.outputs:
-        if not _has_source(value):
-            raise LoadError(f"invalid graph: nothing makes the output `{value.name}`")
-
-
-def _has_source(value: ir.Value) -> bool:
-    return value.producer() is not None or value.is_graph_input() or value.is_initializer()
 
 
 # ---- constants ----------------------------------------------------------------------------------------------------------------------------

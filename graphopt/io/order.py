@@ -5,16 +5,35 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graphopt.core.errors import LoadError
+from graphopt.graph.questions import all_nodes
 
 MOVED = "graphopt.moved"  # graph.meta: the nodes of the file were not in order
+
+
+def check_sources(model: ir.Model) -> None:
+    """Raises LoadError where something is read that nothing makes, feeds or stores."""
+    for node in all_nodes(model):
+        for value in node.inputs:
+            if value is not None and not _has_source(value):
+                raise LoadError(
+                    f"invalid graph: node `{node.name}` ({node.op_type}) reads `{value.name}`, which nothing makes; export the model again"
+                )
+    for value in model.graph.outputs:
+        if not _has_source(value):
+            raise LoadError(f"invalid graph: nothing makes the output `{value.name}`; export the model again")
+
+
+def _has_source(value: ir.Value) -> bool:
+    return value.producer() is not None or value.is_graph_input() or value.is_initializer()
 
 
 def put_in_order(model: ir.Model) -> None:
     """Sort the nodes of every graph that is not in order, in place; which is noted.
 
     Raises:
-        LoadError: they form a cycle.
+        LoadError: they form a cycle, or read what nothing makes.
     """
+    check_sources(model)
     for root in (model.graph, *model.functions.values()):
         if not _in_order(root):
             sort(root)

@@ -186,7 +186,8 @@ def check_same_interface(a: ir.Model, b: ir.Model) -> None:
             names = [", ".join(p.name for p in ports) or "none" for ports in (ours, theirs)]
             raise GraphoptError(f"the models cannot be compared: A has the {what} {names[0]}, B has {names[1]}; export both with the same {what}")
         for port in ours:
-            if port.dtype != known[port.name].dtype or (what == "inputs" and not _fit(port.dims, known[port.name].dims)):
+            types = {port.dtype, known[port.name].dtype} - {"?"}
+            if len(types) > 1 or (what == "inputs" and not _fit(port.dims, known[port.name].dims)):
                 raise GraphoptError(f"the models cannot be compared: of their {what}, A has `{port}` and B has `{known[port.name]}`")
 
 

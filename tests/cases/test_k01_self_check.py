@@ -12,7 +12,7 @@ from models import Array, assert_same, parse, run  # type: ignore[import-not-fou
 from onnx import numpy_helper
 
 import graphopt
-from graphopt.core.errors import VerifyError
+from graphopt.core.errors import TargetError, VerifyError
 from graphopt.core.remarks import Remarks
 from graphopt.graph.verify import complaints, verify
 from graphopt.io.load import load
@@ -33,8 +33,8 @@ def optimized(source: Any, tmp_path: Path, level: int = 1, **options: Any) -> Pa
     return out
 
 
-def check(source: Any, tmp_path: Path, *feeds: dict[str, Array], **options: Any) -> list[Path]:
-    """The artifact of each level gives the numbers of the input, with the runtime's optimizations off and on."""
+def check(source: Any, tmp_path: Path, *feeds: dict[str, Array], loads: bool = True, **options: Any) -> list[Path]:
+    """The artifact of each level gives the numbers of the input, with the runtime's optimizations off and on (where the input `loads` so)."""
     from graphopt.run.ort import session
 
     outs = [optimized(source, tmp_path, level, **options) for level in LEVELS]
@@ -42,7 +42,8 @@ def check(source: Any, tmp_path: Path, *feeds: dict[str, Array], **options: Any)
         base = run(source, feed)
         for out in outs:
             assert_same(base, run(out, feed))
-            assert_same(base, session(out).run(feed))
+            if loads:
+                assert_same(base, session(out).run(feed))
     return outs
 
 
@@ -138,6 +139,49 @@ def test_k1_4_unique_along_an_axis(tmp_path: Path) -> None:
     assert [str(d) for d in unique.outputs[0].shape or ()][::2] == ["2", "4"]
     assert list(unique.outputs[2].shape or ()) == [3]
     check(proto, tmp_path, {"x": normal(2, 3, 4)})
+
+
+# ---- K1.5: what can never run -------------------------------------------------------------------------------------------------------------------
+
+SILERO = """<ir_version: 8, opset_import: ["" : 17]> g (float[b,n] x, int64 rate) => (float[b,r,128] y)
+    <float[1,4,128] wide, float[1,2,128] narrow, int64 high = {16000}, int64[1] one = {1}, int64[1] two = {2}, int64[1] width = {128}, int64[1] all = {0}> {
+  fast = Equal (rate, high)
+  y = If (fast) <
+    then_branch = t () => (float[1,f,128] p) { %s  p = Add (tr, wide) },
+    else_branch = e () => (float[1,g,128] q) { %s  q = Mul (er, narrow) }>
+}"""
+FRAMES = "{0}s = Shape (x)  {0}n = Slice ({0}s, one, two)  {0}d = Div ({0}n, width)  {0}t = Concat <axis = 0> (one, {0}d, width)  {0}r = Reshape (x, {0}t)"
+LOOP = """<ir_version: 8, opset_import: ["" : 17]> g (float[1,n] x, int64 times) => (float[1,2,128] y)
+    <float[1,2,128] start, bool yes = {1}, int64[1] one = {1}, int64[1] two = {2}, int64[1] width = {128}> {
+  y = Loop (times, yes, start) <body = b (int64 i, bool c, float[1,2,128] state) => (bool more, float[1,2,128] next) {
+    more = Identity (c)  %s  next = Add (lr, state) }>
+}"""
+
+
+def test_k1_5_a_branch_that_fixed_shapes_make_impossible(tmp_path: Path) -> None:
+    """A frame of 512 samples is 4 rows, and the branch for the lower rate adds 2; the rate is known when the model runs."""
+    from graphopt.run.ort import session
+
+    text = SILERO % (FRAMES.format("t"), FRAMES.format("e"))
+    proto, remarks = parse(text, wide=normal(1, 4, 128), narrow=normal(1, 2, 128)), Remarks()
+    shapes: dict[str, Any] = {"input_shapes": {"x": [1, 512]}}
+    load(proto, remarks=remarks, **shapes)
+    assert any("can never run" in r.message for r in remarks)
+    feed = {"x": normal(1, 512), "rate": np.array(16000)}
+    with pytest.raises(TargetError, match="Incompatible dimensions"):
+        session(graphopt.optimize(proto, level=0, promise=False, **shapes).original)  # which folds as well, and looks at what comes of it
+    for out in check(proto, tmp_path, feed, loads=False, **shapes):
+        assert [n.op_type for n in onnx.load(out).graph.node] == ["Equal", "If"]
+    remarks = Remarks()
+    load(proto, remarks=remarks)
+    assert not list(remarks), "with other sizes both can run"
+    check(proto, tmp_path, feed, {"x": normal(1, 256), "rate": np.array(8000)})
+
+
+def test_k1_5_a_loop_body_that_fixed_shapes_make_impossible(tmp_path: Path) -> None:
+    proto = parse(LOOP % FRAMES.format("l"), start=normal(1, 2, 128))
+    check(proto, tmp_path, {"x": normal(1, 512), "times": np.array(0)}, loads=False, input_shapes={"x": [1, 512]})
+    check(proto, tmp_path, {"x": normal(1, 256), "times": np.array(3)}, input_shapes={"x": [1, 256]})
 
 
 # ---- the check itself -------------------------------------------------------------------------------------------------------------------------

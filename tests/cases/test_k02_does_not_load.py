@@ -12,8 +12,11 @@ from models import assert_same, parse  # type: ignore[import-not-found]
 from onnx import helper
 
 import graphopt
+from graphopt.core.errors import TargetError
+from graphopt.graph.opset import versions
 from graphopt.graph.verify import verify
 from graphopt.io.load import load
+from graphopt.io.save import finish
 
 # ---- K2.1: bodies under operators of other domains ---------------------------------------------------------------------------------------------
 
@@ -68,13 +71,17 @@ def test_k2_1_a_body_under_a_foreign_operator_stays_byte_for_byte(opset: int, le
 
 
 def test_k2_1_the_opset_rises_only_as_far_as_the_body_allows() -> None:
-    """An Attention of opset 23 cannot stand beside a Squeeze of opset 12 that nobody may write anew."""
-    proto = search(12)
-    attention = helper.make_node("Attention", ["q4", "q4", "q4"], ["a4"], q_num_heads=1, kv_num_heads=1)
-    result = graphopt.optimize(proto, level=1, promise=False)
+    """A Squeeze of opset 12 that nobody may write anew cannot stand in a file of opset 13."""
+    assert versions.ceiling(load(search(17))) is None
+    assert versions.ceiling(load(search(12))) == 12
+    result = graphopt.optimize(search(12), level=1, promise=False)
     told = [r.message for record in result.report.passes for r in record.remarks]
     assert any("stays at opset 12" in text for text in told)
-    assert attention.op_type not in {n.op_type for n in result.model.graph}
+    assert "cpu{opset=12}" in str(result.target)
+    newer = load(search(12))
+    next(n for n in newer.graph if n.op_type == "Relu").op_type = "Mish"  # of opset 18
+    with pytest.raises(TargetError, match="cannot write opset .*a body that is left as it is: .*queeze`"):
+        finish(newer)
 
 
 def test_k2_1_functions_that_only_the_body_calls_stay(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from graphopt.core.errors import LoadError, about
 from graphopt.core.remarks import Remarks
 from graphopt.graph.serialize import read
 from graphopt.io.formats.format import Format, Loaded, is_path
-from graphopt.io.order import put_in_order
+from graphopt.io.order import check_sources, put_in_order
 
 _MAGIC = {
     b"PK\x03\x04": "a zip archive; unpack it, or, if it is a PyTorch checkpoint, load the module in Python and pass it with example_inputs",
@@ -22,6 +22,9 @@ _MAGIC = {
     b"\x80\x02": "a pickle; load the module in Python and pass it with example_inputs",
     b"GGUF": "a GGUF file; save the model with transformers and give the folder",
 }
+
+
+_BESIDE = 64  # bytes of a stored tensor, for each axis and for itself, besides its data and its texts
 
 
 class OnnxFile(Format):
@@ -91,6 +94,8 @@ def from_proto(proto: onnx.ModelProto) -> Loaded:
 def from_model(source: ir.Model) -> Loaded:
     """Copy a caller's model; the weights are shared."""
     name = "the ir.Model"
+    with about(name):
+        check_sources(source)
     try:
         model = source.clone()
     except RuntimeError as error:
@@ -163,12 +168,22 @@ class _Weights:
     def __call__(self, tensor: Any) -> Any:
         if isinstance(tensor, ir.ExternalTensor):
             return self._external(tensor)
+        self._check(tensor)
         if not self.shared:
             return tensor
         shape = ir.Shape(tensor.shape.numpy())
         if tensor.dtype == ir.DataType.STRING:
             return ir.StringTensor(list(tensor.numpy().reshape(-1)), shape=shape, name=tensor.name)
         return ir.LazyTensor(lambda: tensor, dtype=tensor.dtype, shape=shape, name=tensor.name)
+
+    def _check(self, tensor: Any) -> None:
+        """What it says of its length; the data are not copied out of the message for it."""
+        if not isinstance(tensor, ir.TensorProtoTensor) or tensor.dtype == ir.DataType.STRING or not tensor.raw.HasField("raw_data"):
+            return
+        held, rest = tensor.raw.ByteSize(), len(tensor.name or "") + len(tensor.doc_string or "") + _BESIDE * (len(tensor.shape) + 1)
+        if not tensor.nbytes <= held <= tensor.nbytes + rest + sum(map(len, tensor.metadata_props.values())):
+            text = f"the weight `{tensor.name}` is {tensor.dtype.name.lower()}{list(tensor.shape)}, {tensor.nbytes} bytes, and its data are not as long"
+            raise LoadError(f"{self.name}: {text}; download or export it again")
 
     def _external(self, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
         path = self._place(tensor)
