@@ -135,6 +135,7 @@ def is_graph(attribute: ir.Attr) -> bool:
     return attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
+ISLAND = "ai.onnx.newer"  # the domain of a standard node that has no form at the working opset; its version is that of the file
 CLOSED = "graphopt.closed"  # node.meta: why the bodies of a standard operator stay as they are
 
 

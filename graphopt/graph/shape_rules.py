@@ -15,6 +15,7 @@ from typing import Any
 import onnx_ir as ir
 
 from graphopt.graph.dims import extent, nonnegative, quotient
+from graphopt.graph.questions import ISLAND
 
 Contents = list[int | ir.SymbolicDim]
 _LOSSLESS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.UINT64, ir.DataType.UINT32)  # hold the length of any axis
@@ -40,6 +41,17 @@ def register() -> None:
         registry.register("", op_type, since_version=23)(functools.partial(ours, registry.get("", op_type, version=23)))
     for op_type, extra in {"ConstantOfShape": _constant_of_shape, "Equal": _equal, "Where": _where, "Div": _div}.items():
         registry.register("", op_type, since_version=23)(_then(registry.get("", op_type, version=23), extra))
+
+
+@functools.cache
+def register_island(op_type: str, version: int) -> None:
+    """The library's rule for a standard operator at an opset, also where its node stands apart (see `questions.ISLAND`)."""
+    from onnx_shape_inference import registry
+
+    registry.collect()
+    rule = registry.get("", op_type, version=version)
+    if rule is not None:
+        registry.register(ISLAND, op_type, since_version=1)(rule)
 
 
 def _then(rule: Callable[..., None], extra: Callable[..., Contents | None]) -> Callable[..., None]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import onnx_ir as ir
 
-from graphopt.graph.questions import CLOSED, all_nodes, closed_nodes, is_graph, static_dim
+from graphopt.graph.questions import CLOSED, ISLAND, all_nodes, closed_nodes, is_graph, static_dim
 from graphopt.graph.serialize import DECLARED, light
 from graphopt.graph.shape_rules import INITIAL, Contents, register
 
@@ -39,7 +39,7 @@ def infer_shapes(model: ir.Model) -> str | None:
     for value in model.graph.outputs:
         value.meta.setdefault(DECLARED, value.shape)
     for node in all_nodes(model):
-        if node.domain in ("", "ai.onnx") and CLOSED not in node.meta:
+        if node.domain in ("", "ai.onnx", ISLAND) and CLOSED not in node.meta:
             for value in node.outputs:
                 value.shape = None
                 value.meta.pop(_CONTENTS, None)
@@ -115,7 +115,7 @@ def drop_contradicted(model: ir.Model) -> list[tuple[ir.Value, str, str]]:
     dropped: list[tuple[ir.Value, str, str]] = []
     for _ in range(_FAILURES):
         facts = _onnx_facts(model)
-        values = (v for n in all_nodes(model) if n.domain == "" for v in n.outputs)
+        values = (v for n in all_nodes(model) if n.domain in ("", ISLAND) for v in n.outputs)
         wrong = {v: other for v in values if (other := _clash(v, facts.get(v.name or ""))) is not None}
         first = [v for v in wrong if (node := v.producer()) and not any(i in wrong for i in node.inputs)]
         if not first:

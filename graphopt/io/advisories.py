@@ -13,7 +13,8 @@ from graphopt.core.remarks import Remarks, plural
 from graphopt.graph.dims import is_opaque
 from graphopt.graph.fold import is_random
 from graphopt.graph.opset.node_form import WORKING, schema
-from graphopt.graph.questions import all_nodes
+from graphopt.graph.opset.versions import WHY
+from graphopt.graph.questions import ISLAND, all_nodes
 from graphopt.io.order import MOVED
 
 
@@ -33,7 +34,10 @@ def foreign_nodes(model: ir.Model, remarks: Remarks) -> None:
     """Name each node of a runtime's own domain, and each without schema, behind which shapes are unknown."""
     for node in all_nodes(model):
         name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-        if not _known(node):
+        if node.domain == ISLAND:
+            text = f"{node.op_type} has no form at opset {WORKING}: {node.meta.get(WHY)}; the file stays at opset {model.opset_imports[ISLAND]}, and no pass"
+            remarks.missed(node.name or "", f"{text} reads this node")
+        elif not _known(node):
             text = f"shapes end here: {name} has no schema; the node is left alone, and what depends on it is optimized less"
             remarks.warning(node.name or "", text, outputs=[v.name for v in node.outputs])
         elif not _standard(node):
@@ -41,6 +45,8 @@ def foreign_nodes(model: ir.Model, remarks: Remarks) -> None:
 
 
 def _standard(node: ir.Node) -> bool:
+    if node.domain == ISLAND:
+        return True
     return schema(node.op_type, WORKING) is not None if node.domain == "" else onnx.defs.has(node.op_type, node.domain)
 
 

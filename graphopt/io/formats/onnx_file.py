@@ -14,6 +14,7 @@ from graphopt.core.errors import LoadError, about
 from graphopt.core.remarks import Remarks
 from graphopt.graph.serialize import read
 from graphopt.io.formats.format import Format, Loaded, is_path
+from graphopt.io.formats.sparse import densified
 from graphopt.io.order import check_sources, put_in_order
 
 _MAGIC = {
@@ -24,6 +25,7 @@ _MAGIC = {
 }
 
 
+_FIELDS = {ir.DataType.FLOAT: "float_data", ir.DataType.DOUBLE: "double_data", ir.DataType.INT64: "int64_data"}  # one element for each
 _BESIDE = 64  # bytes of a stored tensor, for each axis and for itself, besides its data and its texts
 
 
@@ -121,8 +123,8 @@ def _deserialize(proto: onnx.ModelProto, name: str) -> ir.Model:
         raise LoadError(f"{name}: the model imports no opset; it is truncated, or was written by hand: add opset_import")
     if standard is not None and standard > onnx.defs.onnx_opset_version():
         raise LoadError(f"{name}: opset {standard} is newer than the installed onnx knows ({onnx.defs.onnx_opset_version()}); update onnx")
-    if proto.graph.sparse_initializer:
-        raise LoadError(f"{name}: it has sparse initializers, which graphopt does not read; store them as dense tensors")
+    with about(name):
+        proto = densified(proto)
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # noqa: BLE001 -- the deserializer wraps every kind of error; the innermost one says what is wrong
@@ -178,10 +180,14 @@ class _Weights:
 
     def _check(self, tensor: Any) -> None:
         """What it says of its length; the data are not copied out of the message for it."""
-        if not isinstance(tensor, ir.TensorProtoTensor) or tensor.dtype == ir.DataType.STRING or not tensor.raw.HasField("raw_data"):
+        if not isinstance(tensor, ir.TensorProtoTensor) or tensor.dtype == ir.DataType.STRING:
             return
         held, rest = tensor.raw.ByteSize(), len(tensor.name or "") + len(tensor.doc_string or "") + _BESIDE * (len(tensor.shape) + 1)
-        if not tensor.nbytes <= held <= tensor.nbytes + rest + sum(map(len, tensor.metadata_props.values())):
+        fits = tensor.nbytes <= held <= tensor.nbytes + rest + sum(map(len, tensor.metadata_props.values()))
+        if not tensor.raw.HasField("raw_data"):
+            field = _FIELDS.get(tensor.dtype)
+            fits = field is None or len(getattr(tensor.raw, field)) == tensor.size
+        if not fits:
             text = f"the weight `{tensor.name}` is {tensor.dtype.name.lower()}{list(tensor.shape)}, {tensor.nbytes} bytes, and its data are not as long"
             raise LoadError(f"{self.name}: {text}; download or export it again")
 
