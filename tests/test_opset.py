@@ -17,8 +17,8 @@ import graphopt
 from graphopt.core.errors import LoadError, TargetError
 from graphopt.graph.opset.node_form import WORKING
 from graphopt.graph.opset.versions import lower
-from graphopt.io.load import load
 from graphopt.graph.verify import verify
+from graphopt.io.load import load
 from graphopt.io.save import finish
 from graphopt.report.inspection import inspect
 
@@ -253,7 +253,10 @@ def test_one_newer_node_is_an_island(name: str, pipeline: str | None, tmp_path: 
     from graphopt.run.reference import session
 
     version, node = ISLANDS[name]
-    proto, out = parse(NEWER % (version, node), scale=RNG.normal(size=8).astype(np.float32), w=RNG.normal(size=(8, 8)).astype(np.float32)), tmp_path / "out.onnx"
+    proto, out = (
+        parse(NEWER % (version, node), scale=RNG.normal(size=8).astype(np.float32), w=RNG.normal(size=(8, 8)).astype(np.float32)),
+        tmp_path / "out.onnx",
+    )
     verify(load(proto))
     result = graphopt.optimize(proto, pipeline, level=1, target="cpu{vendor=false}", promise=False, verify_each=True)
     result.save(out)

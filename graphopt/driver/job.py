@@ -221,7 +221,7 @@ def _held(target: Target, model: ir.Model, remarks: Remarks) -> Target:
     if limit is None or (target.opset is not None and target.opset <= limit) or all(f.name != "opset" for f in dataclasses.fields(target)):  # type: ignore[arg-type]
         return target
     remarks.warning("", f"the output stays at opset {limit}: bodies under operators of other domains are written for it, and left as they are")
-    return dataclasses.replace(target, opset=limit)  # type: ignore[call-arg]
+    return dataclasses.replace(target, opset=limit)  # type: ignore[type-var]
 
 
 def _promised(promise: bool | None, pipeline: str | None, level: int, fuel: int | None) -> bool:

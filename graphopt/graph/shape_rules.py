@@ -125,7 +125,7 @@ def _join(a: Any, b: Any) -> Any:
             return full
     parts = sorted(_parts(a) | _parts(b))
     name = "join_" + "_".join(re.sub(r"\W+", "_", p) for p in parts)
-    if len(name) > _LONG or name in _JOINS and _JOINS[name] != frozenset(parts):
+    if len(name) > _LONG or (name in _JOINS and _JOINS[name] != frozenset(parts)):
         name = "join_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     _JOINS[name] = frozenset(parts)
     return ir.SymbolicDim(name)

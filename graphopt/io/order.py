@@ -34,7 +34,8 @@ def put_in_order(model: ir.Model) -> None:
         LoadError: they form a cycle, or read what nothing makes.
     """
     check_sources(model)
-    for root in (model.graph, *model.functions.values()):
+    roots: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for root in roots:
         if not _in_order(root):
             sort(root)
             model.graph.meta[MOVED] = True

@@ -150,7 +150,9 @@ SILERO = """<ir_version: 8, opset_import: ["" : 17]> g (float[b,n] x, int64 rate
     then_branch = t () => (float[1,f,128] p) { %s  p = Add (tr, wide) },
     else_branch = e () => (float[1,g,128] q) { %s  q = Mul (er, narrow) }>
 }"""
-FRAMES = "{0}s = Shape (x)  {0}n = Slice ({0}s, one, two)  {0}d = Div ({0}n, width)  {0}t = Concat <axis = 0> (one, {0}d, width)  {0}r = Reshape (x, {0}t)"
+FRAMES = (
+    "{0}s = Shape (x)  {0}n = Slice ({0}s, one, two)  {0}d = Div ({0}n, width)  {0}t = Concat <axis = 0> (one, {0}d, width)  {0}r = Reshape (x, {0}t)"
+)
 LOOP = """<ir_version: 8, opset_import: ["" : 17]> g (float[1,n] x, int64 times) => (float[1,2,128] y)
     <float[1,2,128] start, bool yes = {1}, int64[1] one = {1}, int64[1] two = {2}, int64[1] width = {128}> {
   y = Loop (times, yes, start) <body = b (int64 i, bool c, float[1,2,128] state) => (bool more, float[1,2,128] next) {

@@ -111,7 +111,9 @@ def test_k4_2_where_inference_ends_early_types_are_still_found(monkeypatch: pyte
     load(named("b", "s"))
     rules = registry.registry if hasattr(registry, "registry") else registry
     get = rules.get
-    monkeypatch.setattr(rules, "get", lambda domain, op_type, version: broken if (domain, op_type) == ("", "MatMul") else get(domain, op_type, version=version))
+    monkeypatch.setattr(
+        rules, "get", lambda domain, op_type, version: broken if (domain, op_type) == ("", "MatMul") else get(domain, op_type, version=version)
+    )
     model = load(named("b", "s"))
     assert not [v.name for n in model.graph for v in n.outputs if v.dtype is None]
     assert next(n for n in model.graph if n.op_type == "Mul").outputs[0].shape is not None, "the others are inferred all the same"

@@ -188,7 +188,9 @@ class _Weights:
             field = _FIELDS.get(tensor.dtype)
             fits = field is None or len(getattr(tensor.raw, field)) == tensor.size
         if not fits:
-            text = f"the weight `{tensor.name}` is {tensor.dtype.name.lower()}{list(tensor.shape)}, {tensor.nbytes} bytes, and its data are not as long"
+            text = (
+                f"the weight `{tensor.name}` is {tensor.dtype.name.lower()}{list(tensor.shape)}, {tensor.nbytes} bytes, and its data are not as long"
+            )
             raise LoadError(f"{self.name}: {text}; download or export it again")
 
     def _external(self, tensor: ir.ExternalTensor) -> ir.ExternalTensor:

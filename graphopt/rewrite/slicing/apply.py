@@ -22,7 +22,6 @@ from graphopt.rewrite.slicing.places import rank
 from graphopt.rewrite.slicing.plan import AxisMasks, Refusal, Removals, Slot, kept
 
 
-
 def apply(s: Removals) -> None:
     """Change the graph of `s` as planned; it is in normal form afterwards, with new shapes. `s` must not be used again.
 
