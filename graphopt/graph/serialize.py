@@ -85,7 +85,7 @@ def to_bytes(model: ir.Model) -> bytes:
 
 
 def join_islands(proto: onnx.ModelProto) -> None:
-    """Write nodes that have no form at the working opset as what they are, in place; the file has their opset then, where the others mean the same."""
+    """Write nodes that have no form at the working opset as what they are, in place; the file has their opset, where the others mean the same."""
     versions = {o.domain: o.version for o in proto.opset_import}
     if ISLAND not in versions:
         return

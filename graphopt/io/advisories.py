@@ -35,8 +35,8 @@ def foreign_nodes(model: ir.Model, remarks: Remarks) -> None:
     for node in all_nodes(model):
         name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
         if node.domain == ISLAND:
-            text = f"{node.op_type} has no form at opset {WORKING}: {node.meta.get(WHY)}; the file stays at opset {model.opset_imports[ISLAND]}, and no pass"
-            remarks.missed(node.name or "", f"{text} reads this node")
+            text = f"{node.op_type} has no form at opset {WORKING}: {node.meta.get(WHY)}"
+            remarks.missed(node.name or "", f"{text}; the file stays at opset {model.opset_imports[ISLAND]}, and no pass reads this node")
         elif not _known(node):
             text = f"shapes end here: {name} has no schema; the node is left alone, and what depends on it is optimized less"
             remarks.warning(node.name or "", text, outputs=[v.name for v in node.outputs])
