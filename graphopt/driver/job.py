@@ -31,7 +31,9 @@ from graphopt.driver.result import Result, report_of
 from graphopt.driver.transaction import TransactionManager
 from graphopt.graph.interface import interface
 from graphopt.graph.opset import versions
+from graphopt.graph.shapes import drop_contradicted
 from graphopt.graph.verify import complaints, verify
+from graphopt.io import advisories
 from graphopt.io.load import check_options, keeps_bytes, load_both, load_options
 from graphopt.io.save import sources_of
 from graphopt.report.words import called
@@ -164,6 +166,7 @@ class Job:
         records = [self.loaded, *outcome.records]
         if outcome.model is not None:
             self._check(outcome.model)
+            records += _settled(outcome.model)
         _require(self.required, records)
         changed = any(record.changes for record in records)
         plain = self.model.clone() if self.loaded.changes else self.original  # what the door mended is in the output
@@ -189,6 +192,13 @@ class Job:
             head, _, rest = str(error).partition("\n")
             text = f"the passes left a broken graph, and nothing was written; --verify-each names the pass: {head}\n{rest}"
             raise VerifyError(text.rstrip()) from error
+
+
+def _settled(model: ir.Model) -> list[PassRecord]:
+    """What the passes made may have shapes that ONNX contradicts; the file states none of them."""
+    remarks = Remarks()
+    advisories.contradicted(drop_contradicted(model), remarks)
+    return [PassRecord("check", 0, 0.0, list(remarks))] if len(remarks) else []
 
 
 def parse_target(text: str | Target, plugins: tuple[str, ...] = ()) -> Target:
