@@ -59,6 +59,7 @@ class Job:
         known: the classes of passes by name, with the user's plugins.
         watchers: instruments.
         fuel: how many changes may happen at most; None = all.
+        skip: numbers of changes of the run, from 1, that are left out alone.
         promise: whether the artifact is timed against the input, and lossless changes are taken back where it is slower.
         shapes: (batch, length) to time at; none = the samples, or those of the target.
         tell: is told what is done now, and the fraction of all steps.
@@ -82,6 +83,7 @@ class Job:
     promise: bool = False
     shapes: Sequence[tuple[int, ...]] = ()
     tell: Progress = lambda text, done: None
+    skip: frozenset[int] = frozenset()
 
     @classmethod
     def make(cls, source: Source, pipeline: str | None = None, **options: Unpack[RunOptions]) -> Job:
@@ -123,11 +125,11 @@ class Job:
     def steps(self) -> tuple[Pass, ...]:
         return (*self.passes, *self.lowerings)
 
-    def context(self, model: ir.Model, fuel: int | None = None) -> Context:
-        """What the passes are given besides the graph; its remarks are empty."""
+    def context(self, model: ir.Model, fuel: Fuel | None = None) -> Context:
+        """What the passes are given besides the graph; its remarks are empty, and `fuel` None never runs out."""
         budget = None if self.max_loss is None else Budget(self.max_loss)
         return Context(
-            model, target=self.target, samples=self.samples, fuel=Fuel(fuel), original=self.original, budget=budget, passes=self.known
+            model, target=self.target, samples=self.samples, fuel=fuel, original=self.original, budget=budget, passes=self.known
         )  # fmt: skip
 
     def manager(self, steps: Sequence[Pass], watchers: Sequence[Instrument] = ()) -> PassManager:
@@ -154,7 +156,7 @@ class Job:
             PassError, SampleError, VerifyError, GraphoptError: see `optimize`.
         """
         model, history = self.model.clone(), History(len(self.passes) + 1, len(self.steps), self.tell)
-        done = self.manager(self.steps, (*self.watchers, history)).run(model, self.context(model, self.fuel))
+        done = self.manager(self.steps, (*self.watchers, history)).run(model, self.context(model, Fuel(self.fuel, self.skip)))
         outcome = Outcome(model, history.graph or model, done)
         if self.promise and any(record.changes for record in done):
             outcome = promises.kept(self, outcome, history)
