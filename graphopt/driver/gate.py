@@ -108,9 +108,7 @@ class Gate:
             return self._failed(finished, str(error))
         if self.feed is None:
             return Gated(True, f"loaded, and not run: {self.unfed}")
-        if exact and isinstance(self.input, str):
-            return Gated(None, f"it loads and runs, and the input does not: {self.input}")
-        if exact and not isinstance(self.input, str) and excess(self.input, found, self._grain).times <= _ROUNDING:
+        if exact and isinstance(self.input, dict) and excess(self.input, found, self._grain).times <= _ROUNDING:
             return Gated(True, "loaded and run; its numbers are those of the input")
         return self._compared(self.job.original if exact else finished, found, self._grain if exact else _grain(model))
 
@@ -136,6 +134,8 @@ class Gate:
         if excess(expected, found, grain).times > _ROUNDING:
             steady = _steady(base, self.feed, expected)
             off = excess(steady, {name: found[name] for name in found if name in steady or name not in expected}, grain)
+            if isinstance(self.input, str):
+                return Gated(None, f"loaded and run; the input does not run: {self.input}; the numbers of its own are others: {off}")
             if off.times > _ROUNDING * max(1.0, self._own_error):
                 return Gated(False, f"onnxruntime's default level computes it wrongly: {off}")
         whose = "its own" if base is not self.job.original else "those of the input"
