@@ -24,6 +24,18 @@ REPORTS = "FILE.json|FILE.html|FILE.md"  # as in report/document.py, which is to
 
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="An .onnx file, or a Hugging Face model folder.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Level = Annotated[
+    int | None, typer.Option("-O", "--level", min=0, max=3, help="0 normal form, 1 exact passes, 2 also int8, 3 also compression.  [default: 1]")
+]
+PipelineText = Annotated[str | None, typer.Option("--pipeline", metavar="TEXT|@FILE", help="Passes to run, instead of a level.")]
+TargetText = Annotated[str, typer.Option("--target", metavar="T", help="Where the model will run, such as cpu{threads=2}.")]
+InputShapes = Annotated[list[str] | None, typer.Option("--input-shape", metavar="NAME:DIM,...", help="Fix the shape of an input; repeatable.")]
+Evidence = Annotated[str | None, typer.Option("--samples", metavar="DATA", help="Inputs to check on: .npz, a folder of .npz, or a text file.")]
+Check = Annotated[
+    str | None,
+    typer.Option("--check", metavar="FILE.py:FUNCTION", help="From the path of a model to True (good) or False.  [default: it loads, same numbers]"),
+]
+CheckCommand = Annotated[str | None, typer.Option(metavar="CMD", help="A command with {} for the path of a model; exit code 0 is good.")]
 Plugins = Annotated[list[str] | None, typer.Option("--plugin", metavar="FILE|MODULE", help="Bring passes, targets or metrics from here; repeatable.")]
 Task = Annotated[str | None, typer.Option(metavar="T", help="What to load from a Hugging Face folder, such as text-classification.")]
 WithPast = Annotated[bool, typer.Option("--with-past", help="Export a decoder with its key/value cache.")]
@@ -32,6 +44,13 @@ Threads = Annotated[int, typer.Option(min=0, help="Threads of the runtime; 0 = i
 Tokenizer = Annotated[str | None, typer.Option(metavar="FILE", help="tokenizer.json for samples that are text.")]
 Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this one in full.", show_default=False)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also options and purpose; this imports every module.")]
+
+
+def passes_asked(level: int | None, pipeline: str | None) -> int:
+    """The level, of which there is none beside a pipeline."""
+    if level is not None and pipeline is not None:
+        raise typer.BadParameter("give either -O LEVEL or --pipeline, not both")
+    return 1 if level is None else level
 
 
 def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
@@ -45,8 +64,8 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
             fail(str(error))
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+        except KeyboardInterrupt as stop:
+            print(": ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away (`| head`); Python must not complain at exit
