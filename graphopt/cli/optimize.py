@@ -15,11 +15,13 @@ from graphopt.cli.shell import (
     ModelPath,
     PipelineText,
     Plugins,
+    Repro,
     Shapes,
     TargetText,
     Task,
     Tokenizer,
     WithPast,
+    WithWeights,
     passes_asked,
     progress,
     show,
@@ -51,28 +53,34 @@ def optimize(  # long, as it is the list of options: typer reads each from its a
     input_shape: InputShapes = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time input and output; take back what is slower.")] = True,
     shapes: Shapes = None,
+    repro: Repro = None,
+    with_weights: WithWeights = False,
     as_json: Json = False,
 ) -> None:
     """Optimize a model for a target and write it."""
     level = passes_asked(level, pipeline)
     from graphopt.core import registry
     from graphopt.driver import optimize as api
+    from graphopt.driver.debug.repro import reproducible
+    from graphopt.driver.options import RunOptions
     from graphopt.io import bind_shapes
     from graphopt.report.document import checked
 
     writes = [] if report is None else [checked(report)]  # a run of minutes must not end at a report of an unknown kind
     shaped = dict(bind_shapes.parse_shape(text) for text in input_shape or ())
     judge = None if metric is None else registry.load_metric(metric, tuple(plugin or ()))
-    with progress() as tell:
-        result = api.optimize(
-            model, pipeline, level=level, target=target, samples=samples, tokenizer=tokenizer, metric=judge,
-            max_loss=max_loss, require=require or (), plugins=plugin or (), input_shapes=shaped or None, task=task, with_past=with_past,
-            verify_each=verify_each, check_numerics=check_numerics, time=time, print_changed=print_changed, dump=dump, fuel=fuel, progress=tell,
-            promise=measure and level != 0 and fuel is None, shapes=shapes, out=out, writes=writes,
-        )  # fmt: skip
-        if measure and result.report.speed_up.value is None:
-            result.measure(shapes, progress=lambda done: tell("timing input and output, interleaved", done))
-    result.save(out, report)
+    options = RunOptions(
+        level=level, target=target, samples=samples, tokenizer=tokenizer, metric=judge, max_loss=max_loss, require=require or (),
+        plugins=plugin or (), input_shapes=shaped or None, task=task, with_past=with_past, verify_each=verify_each, check_numerics=check_numerics,
+        time=time, print_changed=print_changed, dump=dump, fuel=fuel, promise=measure and level != 0 and fuel is None, shapes=shapes, out=out,
+        writes=writes,
+    )  # fmt: skip
+    with reproducible(repro, "optimize", [model], pipeline, {**options, "metric": metric}, with_weights=with_weights):
+        with progress() as tell:
+            result = api.optimize(model, pipeline, **(options | RunOptions(progress=tell)))
+            if measure and result.report.speed_up.value is None:
+                result.measure(shapes, progress=lambda done: tell("timing input and output, interleaved", done))
+        result.save(out, report)
     show(result.report, as_json)
     told = [] if remarks is None or as_json else result.report.remarks(remarks)
     if told:

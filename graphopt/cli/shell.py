@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec, TypeVar
 
 import typer
@@ -31,6 +32,8 @@ PipelineText = Annotated[str | None, typer.Option("--pipeline", metavar="TEXT|@F
 TargetText = Annotated[str, typer.Option("--target", metavar="T", help="Where the model will run, such as cpu{threads=2}.")]
 InputShapes = Annotated[list[str] | None, typer.Option("--input-shape", metavar="NAME:DIM,...", help="Fix the shape of an input; repeatable.")]
 Evidence = Annotated[str | None, typer.Option("--samples", metavar="DATA", help="Inputs to check on: .npz, a folder of .npz, or a text file.")]
+Repro = Annotated[Path | None, typer.Option("--repro", metavar="DIR", help="On an error, write a folder that reproduces it.")]
+WithWeights = Annotated[bool, typer.Option("--with-weights", help="In --repro: the weights of the model, instead of made-up ones.")]
 Check = Annotated[
     str | None,
     typer.Option("--check", metavar="FILE.py:FUNCTION", help="From the path of a model to True (good) or False.  [default: it loads, same numbers]"),
@@ -61,7 +64,7 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except GraphoptError as error:
-            fail(str(error))
+            fail(str(error), *getattr(error, "__notes__", ()))
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except KeyboardInterrupt as stop:
@@ -72,18 +75,20 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(1) from None
         except Exception as error:  # noqa: BLE001 -- the last door: a defect of ours is still one line for the user
             first = str(error).strip().splitlines() or [""]
-            fail(f"internal: {type(error).__name__}: {first[0]} (GRAPHOPT_TRACEBACK=1 shows where; please report it)")
+            told = f"internal: {type(error).__name__}: {first[0]} (GRAPHOPT_TRACEBACK=1 shows where; please report it)"
+            fail(told, *getattr(error, "__notes__", ()))
 
     return run
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str, *notes: str) -> NoReturn:
+    """Notes are said after the error, one a line."""
     if os.environ.get("GRAPHOPT_TRACEBACK"):
         import traceback
 
         traceback.print_exc()
     sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr)
+    print("\n".join([f"error: {message}", *notes]), file=sys.stderr)
     raise typer.Exit(1)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 _FLAGS = {  # option -> flag, for those with a value; a list gives the flag once for each
     "target": "--target", "plugins": "--plugin", "samples": "--samples", "tokenizer": "--tokenizer", "metric": "--metric", "max_loss": "--max-loss",
     "require": "--require", "fuel": "--fuel", "shapes": "--shapes", "task": "--task", "check": "--check", "command": "--check-command",
-    "out": "--output",
+    "out": "--output", "threads": "--threads",
 }  # fmt: skip
 _SWITCHES = {"verify_each": "--verify-each", "check_numerics": "--check-numerics", "with_past": "--with-past"}
 
