@@ -52,6 +52,7 @@ def optimize(  # long, as it is the list of options: typer reads each from its a
     with_past: WithPast = False,
     input_shape: InputShapes = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time input and output; take back what is slower.")] = True,
+    gate: Annotated[bool, typer.Option("--gate/--no-gate", help="Open and run the output once before it is written.")] = True,
     shapes: Shapes = None,
     repro: Repro = None,
     with_weights: WithWeights = False,
@@ -73,7 +74,7 @@ def optimize(  # long, as it is the list of options: typer reads each from its a
         level=level, target=target, samples=samples, tokenizer=tokenizer, metric=judge, max_loss=max_loss, require=require or (),
         plugins=plugin or (), input_shapes=shaped or None, task=task, with_past=with_past, verify_each=verify_each, check_numerics=check_numerics,
         time=time, print_changed=print_changed, dump=dump, fuel=fuel, promise=measure and level != 0 and fuel is None, shapes=shapes, out=out,
-        writes=writes,
+        writes=writes, gate=gate,
     )  # fmt: skip
     with reproducible(repro, "optimize", [model], pipeline, {**options, "metric": metric}, with_weights=with_weights):
         with progress() as tell:

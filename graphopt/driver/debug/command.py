@@ -27,6 +27,7 @@ def spelled(verb: str, model: str, pipeline: str | None, options: Mapping[str, A
         words += [word for one in many if str(one) != "" for word in (flag, str(one))]
     words += [flag for name, flag in _SWITCHES.items() if options.get(name)]
     words += ["--no-measure"] if options.get("promise") is False and verb == "optimize" else []
+    words += ["--no-gate"] if options.get("gate") is False else []
     for name, dims in (options.get("input_shapes") or {}).items():
         words += ["--input-shape", f"{name}:{','.join(map(str, dims))}"]
     return shlex.join(words)
