@@ -11,7 +11,7 @@ import shlex
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from graphopt.core import registry
 from graphopt.core.contract import Array, Target
 from graphopt.core.errors import GraphoptError, SampleError, TargetError
 from graphopt.driver.bisect import Check
+from graphopt.driver.gate import Gate, tensors
 from graphopt.driver.instruments import broken, free_outputs
 from graphopt.driver.job import Job
-from graphopt.run import Feeds, guarded, one_line, ort
+from graphopt.run import guarded, one_line, ort
 from graphopt.run.distance import compare_outputs
 from graphopt.run.samples import runnable_samples
 
@@ -34,50 +35,42 @@ Make = Callable[[Job], Check]  # the check of the graphs of a job
 
 
 class Numbers:
-    """A graph is opened and run as its target does it, in a process that may die; with optimizations off, its numbers are those of the input.
+    """With runtime optimizations off, a graph gives the numbers of the input; and the gate lets it through: it loads and runs on its target.
 
     After a pipeline with lossy passes, only shapes, dtypes and NaN count. Outputs that differ between two runs of the input are not looked at.
-    There are two loads: the first sample is run as the target does it, and must give the same shapes; the last with optimizations off.
 
     Attributes:
         unsteady: the names of these outputs.
+
+    Raises:
+        TargetError: the input itself does not run.
     """
 
     def __init__(self, job: Job) -> None:
-        self.target = job.target
+        self.target, self.gate = job.target, Gate(job)
         self.exact = all(step.exact for step in job.steps)
         try:
-            session = ort.session(job.original, optimize=False)  # one for all: a random node gives the same again in the next one
-            feeds = list(itertools.islice(job.samples or runnable_samples(job.model, session), FEEDS))
-            self.feeds: tuple[Feeds, Feeds] = feeds[0], feeds[-1]
-            *self.expected, again = (_tensors(session.run(feed)) for feed in (*self.feeds, self.feeds[1]))
+            session = ort.session(job.original, optimize=False)  # one for both runs: a random node gives the same again in the next one
+            *_, self.feed = itertools.islice(job.samples or runnable_samples(job.model, session), FEEDS)
+            self.expected, again = (tensors(session.run(self.feed)) for _ in range(2))
         except (SampleError, TargetError) as error:
             raise TargetError(f"the input itself does not run, so there is nothing to compare with; say by --check what is right: {error}") from error
-        self.unsteady = {name for name, array in self.expected[1].items() if compare_outputs({name: array}, {name: again[name]})}
+        self.unsteady = {name for name, array in self.expected.items() if compare_outputs({name: array}, {name: again[name]})}
 
     def __call__(self, model: ir.Model) -> str | None:
-        rough = functools.partial(broken, free=free_outputs(model))
         try:
             finished, _ = self.target.finish(model)
-            served = _tensors(self.target.probe(finished, self.feeds[0]))
-            plain = _plain(finished, self.feeds[1])
+            found = tensors(guarded.probe(finished, self.feed, ort.settings(optimize=False)))
         except GraphoptError as error:
             return str(error)
-        compared = (rough, self.expected[0], served), (compare_outputs if self.exact else rough, self.expected[1], plain)
-        found = (compare(self._steady(expected), self._steady(outputs)) for compare, expected, outputs in compared)
-        return next((str(difference) for difference in found if difference is not None), None)
+        compare = compare_outputs if self.exact else functools.partial(broken, free=free_outputs(model))
+        difference = compare(self._steady(self.expected), self._steady(found))
+        if difference is not None:
+            return str(difference)
+        return None if self.gate.off else self.gate.check(model, self.exact)
 
     def _steady(self, outputs: dict[str, Array]) -> dict[str, Array]:
         return {name: array for name, array in outputs.items() if name not in self.unsteady}
-
-
-def _plain(model: ir.Model, feed: Feeds) -> dict[str, Array]:
-    """What a graph gives with runtime optimizations off."""
-    return _tensors(guarded.probe(model, feed, ort.settings(optimize=False)))
-
-
-def _tensors(outputs: Mapping[str, Any]) -> dict[str, Array]:
-    return {name: value for name, value in outputs.items() if isinstance(value, np.ndarray)}
 
 
 # ---- of the user ----------------------------------------------------------------------------------------------------------------------

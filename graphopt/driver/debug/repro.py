@@ -18,7 +18,6 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-import graphopt
 from graphopt.core.errors import GraphoptError, SaveError
 from graphopt.core.places import beside, check_places
 from graphopt.core.remarks import Remarks
@@ -29,6 +28,7 @@ from graphopt.io.load import keeps_bytes, load_options, read
 from graphopt.report.words import versions
 from graphopt.run.samples import random_samples
 
+_ROOT = str(Path(__file__).parents[3]) + os.sep  # where the package stands
 _MARK = "repro.json"  # a folder that holds it was written by us, and may be written anew
 _PATH = re.compile(r"(?<![\w.~])(?:[A-Za-z]:)?[/\\](?:[^\s/\\'\"`:,;()]+[/\\])+([^\s/\\'\"`:,;()]*)")
 
@@ -170,9 +170,8 @@ def _frames(error: BaseException | None) -> list[str]:
     """Where it was raised, the cause last: `graphopt/driver/job.py:159 run`."""
     if error is None:
         return []
-    root = str(Path(graphopt.__file__).parent.parent) + os.sep
     found = traceback.extract_tb(error.__traceback__)
-    own = [f"{_public(frame.filename.removeprefix(root))}:{frame.lineno} {frame.name}" for frame in found]
+    own = [f"{_public(frame.filename.removeprefix(_ROOT))}:{frame.lineno} {frame.name}" for frame in found]
     return [f"{type(error).__name__}: {_public(str(error))}", *own, *_frames(error.__cause__)]
 
 
