@@ -26,6 +26,7 @@ from graphopt.driver.options import RunOptions
 from graphopt.graph.questions import all_nodes
 from graphopt.graph.serialize import write
 from graphopt.graph.text import graph_text
+from graphopt.io.load import load
 from graphopt.io.save import save, sources_of
 from graphopt.report.document import Document
 from graphopt.report.elements import Element, Line, Text
@@ -120,6 +121,7 @@ class _Output:
             form = next((form for form in forms if self._shows(case.model, draft, *form)), None) if sure else None
             plain, feed = form or forms[-1]
             _draft(case.model, draft, plain)
+            told = load(draft) if form is not None else case.model  # inference has filled in the shapes
             command = self._command(model, None if feed is None else sample)
             (folder / script.name).write_text(f"#!/bin/sh\n# {self._failure()}\n{command}\n", encoding="utf-8")
             drafts = [(draft, model), (folder / script.name, script)]
@@ -129,7 +131,7 @@ class _Output:
             for made, place in drafts:
                 os.replace(made, place)
         note = "" if form is not None else "not run again from the file: the search was interrupted" if not sure else _ELUSIVE
-        return self._told(case.model, [str(place) for _, place in drafts], command, note)
+        return self._told(told, [str(place) for _, place in drafts], command, note)
 
     def _shows(self, model: ir.Model, draft: Path, plain: bool, feed: Feeds | None) -> bool:
         """Whether what was written shows the failure when it is loaded again."""
