@@ -148,6 +148,24 @@ def test_a_check_of_the_user_decides(plugin: Path, tmp_path: Path) -> None:
     assert again(small.with_suffix(".sh"))["step"] == "unloadable-sigmoid"
 
 
+def test_a_model_that_only_the_user_can_run(plugin: Path, tmp_path: Path) -> None:
+    """It has an operator that no runtime here knows; the check of the user needs none."""
+    checks = tmp_path / "checks.py"
+    checks.write_text("import onnx\ndef good(path): return all(n.op_type != 'Nope' for n in onnx.load(path).graph.node)\n", encoding="utf-8")
+    source = tmp_path / "model.onnx"
+    text = CHAIN.replace("[n7] v7 = Sigmoid (v6)", "[n7] v7 = own.Thing (v6)")
+    onnx.save(build(f'<ir_version: 10, opset_import: ["": 18, "own": 1]> g {text}'), source)
+    asked = ("reduce", source, "-o", tmp_path / "small.onnx", "--plugin", plugin, "--pipeline", "canonicalize, unloadable-sigmoid")
+    assert "say by --check what is right" in run(*asked, code=1).stderr
+    run(*asked, "--check", f"{checks}:good")
+    assert [node.name for node in onnx.load(tmp_path / "small.onnx").graph.node] == ["n5"]
+
+
+def test_a_step_without_fuel_is_searched_in_the_whole_model(plugin: Path, tmp_path: Path) -> None:
+    found = reduced(saved(tmp_path, CHAIN), "canonicalize, shifty", Asked(), tmp_path / "small.onnx", plugins=(str(plugin),))
+    assert (found.step, found.nodes) == ("shifty", 1)
+
+
 def test_a_pass_that_raises(plugin: Path, tmp_path: Path) -> None:
     found = reduced(saved(tmp_path, CHAIN), "canonicalize, raises", Asked(), tmp_path / "small.onnx", plugins=(str(plugin),))
     assert (found.step, found.nodes) == ("raises", 3)

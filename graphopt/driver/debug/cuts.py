@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.core.contract import Array
+from graphopt.graph.dims import fed_inputs
 from graphopt.graph.questions import all_nodes, attr, bodies, graphs, is_constant, same_shape
 from graphopt.rewrite.dead import detach, remove_dead
 
@@ -21,20 +22,21 @@ _INDEX = 64  # elements up to which an integer weight may hold sizes
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A graph, and the array of every value that may become an input of it, for each sample."""
+    """A graph, and the array of every value that may become an input of it, for each sample; without samples there is none."""
 
     model: ir.Model
     table: tuple[Mapping[str, Array], ...]
 
     @property
-    def feeds(self) -> list[dict[str, Array]]:
-        names = [str(v.name) for v in self.model.graph.inputs if v.const_value is None]
-        return [{name: values[name] for name in names} for values in self.table]
+    def feeds(self) -> list[dict[str, Array]] | None:
+        """For each sample; None where they are to be made up."""
+        names = [str(v.name) for v in fed_inputs(self.model)]
+        return [{name: values[name] for name in names} for values in self.table] or None
 
     @property
-    def fed(self) -> bool:
-        """Whether there is an array for every input."""
-        return all(str(v.name) in values for v in self.model.graph.inputs if v.const_value is None for values in self.table)
+    def missing(self) -> list[str]:
+        """Inputs for which there is no array."""
+        return [name for v in fed_inputs(self.model) if any((name := str(v.name)) not in values for values in self.table)]
 
 
 def names(model: ir.Model) -> list[str]:

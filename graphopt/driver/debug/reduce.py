@@ -10,11 +10,14 @@ in the same way (Zeller and Hildebrandt, Simplifying and Isolating Failure-Induc
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.core.contract import Array
@@ -29,6 +32,7 @@ from graphopt.driver.debug.memo import Memo
 from graphopt.driver.history import History
 from graphopt.driver.job import Job
 from graphopt.driver.loss import Loss
+from graphopt.graph.dims import fed_inputs
 from graphopt.graph.questions import all_nodes
 from graphopt.graph.verify import verify
 from graphopt.io.load import load_both
@@ -36,7 +40,8 @@ from graphopt.run import Feeds, ort
 from graphopt.run.observe import exposed
 from graphopt.run.samples import Samples, runnable_samples
 
-_ROUNDS = 4  # of all moves, after the last that helped
+_ROUNDS = 4  # of all moves, at most
+_SMALL = 64  # nodes up to which all values of a case are kept
 
 
 @dataclasses.dataclass
@@ -55,6 +60,7 @@ class Reduction:
     best: Case | None = None
     culprit: Culprit | None = None
     tried: int = 0
+    _table: tuple[dict[str, Array], ...] = ()  # what is known of the values of the whole model
 
     @property
     def nodes(self) -> int:
@@ -64,12 +70,12 @@ class Reduction:
         """The smallest case."""
         self.tell("bisect", 0.0)
         found = self.culprit = bisect(dataclasses.replace(self.job, tell=_quiet), self.memo.keep(self.make(self.job)))
-        whole = Case(self.job.model, self._values())
-        case = self.best = self._begin(whole, found.stands_for)
+        self._table = self._feeds()
+        case = self._begin(Case(self.job.model, self._table), found.stands_for)
         for _ in range(_ROUNDS):
             size = _size(case)
             for move in (self._fewer_outputs, self._fewer_nodes, self._bypassed, self._one_branch, self._emptied, self._resized, self._bare):
-                case = self.best = move(case)
+                case = move(case)
             if _size(case) == size:
                 break
         return case
@@ -78,7 +84,7 @@ class Reduction:
 
     def fails(self, case: Case | None) -> bool:
         """Whether it fails in the same way by the same step, and is sound before."""
-        if case is None or not case.fed:
+        if case is None or not self._fed(case):
             return False
         key = "candidate " + self.memo.contents.of(case.model)
         there, said = self.memo.recall(key)
@@ -114,16 +120,39 @@ class Reduction:
             return "fails before the pipeline"
         return "another step breaks it" if kind(check(history.at[position])) == wanted else None
 
-    # ---- where to begin -------------------------------------------------------------------------------------------------------------------
+    def _better(self, case: Case, smaller: Case | None) -> Case:
+        """The smaller one if it fails, too. A small case has its own values inside, which go on with what was changed in it."""
+        if smaller is None or not self.fails(smaller):
+            return case
+        if len(smaller.model.graph) <= _SMALL and smaller.table:
+            with contextlib.suppress(GraphoptError):  # a runtime that cannot show them leaves what is known
+                smaller = Case(smaller.model, tuple({**feed, **_inside(smaller.model, feed)} for feed in smaller.feeds or ()))
+        self.best = smaller
+        return smaller
 
-    def _values(self) -> tuple[dict[str, Array], ...]:
-        """What the whole model computes on the samples, by name; only its inputs where it cannot be run so."""
+    # ---- values ---------------------------------------------------------------------------------------------------------------------------
+
+    def _feeds(self) -> tuple[dict[str, Array], ...]:
+        """The first samples; none where nothing can be made up, as for a model that only a check of the user can run."""
         job = self.job
-        session = ort.session(job.model, optimize=False)
-        feeds = list(job.samples or runnable_samples(job.model, session))[:FEEDS]
-        inside = [str(v.name) for node in job.model.graph for v in node.outputs if v.name and isinstance(v.type, ir.TensorType)]
-        watched = ort.session(exposed(job.model, inside), optimize=False)
-        return tuple({**feed, **watched.run(feed)} for feed in feeds)
+        try:
+            samples = job.samples or runnable_samples(job.model, ort.session(job.model, optimize=False))
+        except GraphoptError:
+            return ()
+        return tuple(dict(feed) for feed in itertools.islice(samples, FEEDS))
+
+    def _fed(self, case: Case) -> bool:
+        """Whether there is an array for every input; what the whole model computes there is looked up when it is first needed."""
+        missing = case.missing
+        if missing and case.table is self._table:
+            try:
+                for values in self._table:
+                    values.update(_inside(self.job.model, {str(v.name): values[str(v.name)] for v in fed_inputs(self.job.model)}, missing))
+            except GraphoptError:
+                return False
+        return not case.missing
+
+    # ---- where to begin -------------------------------------------------------------------------------------------------------------------
 
     def _begin(self, whole: Case, start: Sequence[str]) -> Case:
         """The nodes around the culprit that fail alone; else the whole model."""
@@ -132,36 +161,32 @@ class Reduction:
             near = cuts.around(whole.model, start, hops)
             if not near or len(near) > everything / 2 or len(near) == seen:
                 break
-            case = _part(whole, near)
-            if self.fails(case):
-                assert case is not None
+            case = self._better(whole, _with(whole, cuts.part(whole.model, near)))
+            if case is not whole:
                 return case
             hops, seen = max(1, 2 * hops), len(near)
         if not self.fails(whole):
             raise GraphoptError("the failure does not show on the model in normal form with the first samples alone, so it cannot be reduced")
+        self.best = whole
         return whole
 
     # ---- moves ----------------------------------------------------------------------------------------------------------------------------
 
     def _fewer_outputs(self, case: Case) -> Case:
-        return self._without(case, lambda c: [str(v.name) for v in c.model.graph.outputs], lambda c, kept: cuts.with_outputs(c.model, kept))
+        return self._without(case, lambda c: [str(v.name) for v in c.model.graph.outputs], cuts.with_outputs)
 
     def _fewer_nodes(self, case: Case) -> Case:
-        return self._without(case, lambda c: cuts.names(c.model), lambda c, kept: cuts.part(c.model, kept))
+        return self._without(case, lambda c: cuts.names(c.model), cuts.part)
 
-    def _without(self, case: Case, items: Callable[[Case], list[str]], rest: Callable[[Case, set[str]], ir.Model | None]) -> Case:
+    def _without(self, case: Case, items: Callable[[Case], list[str]], rest: Callable[[ir.Model, set[str]], ir.Model | None]) -> Case:
         """Leave out neighbours, at first half of all, then fewer and fewer."""
         chunk = max(1, len(items(case)) // 2)
         while True:
             at = 0
             while at < len(now := items(case)):
-                kept = set(now[:at] + now[at + chunk :])
-                smaller = _with(case, rest(case, kept))
-                if self.fails(smaller):
-                    assert smaller is not None
-                    case = self.best = smaller  # what stands at this place now is new
-                else:
-                    at += chunk
+                before = case
+                case = self._better(case, _with(case, rest(case.model, set(now[:at] + now[at + chunk :]))))
+                at += chunk if case is before else 0  # else what stands at this place is new
             if chunk == 1:
                 return case
             chunk = max(1, min(chunk, len(now)) // 2)
@@ -175,20 +200,16 @@ class Reduction:
 
     def _each(self, case: Case, places: Iterable[tuple[Any, ...]], move: Callable[..., ir.Model | None]) -> Case:
         for place in places:
-            smaller = _with(case, move(case.model, *place))
-            if self.fails(smaller):
-                assert smaller is not None
-                case = self.best = smaller
+            case = self._better(case, _with(case, move(case.model, *place)))
         return case
 
     def _emptied(self, case: Case) -> Case:
         """All weights at once, else one after the other."""
         found = cuts.weights(case.model)
-        for chosen in [found, *([name] for name in found)] if len(found) > 1 else [found] if found else []:
+        for chosen in dict.fromkeys([tuple(found), *((name,) for name in found)]):
             for number in (0, 1):
-                if set(chosen) <= set(cuts.weights(case.model)) and self.fails(smaller := _with(case, cuts.filled(case.model, chosen, number))):
-                    assert smaller is not None
-                    case = self.best = smaller
+                if chosen and set(chosen) <= set(cuts.weights(case.model)):
+                    case = self._better(case, _with(case, cuts.filled(case.model, chosen, number)))
         return case
 
     def _resized(self, case: Case) -> Case:
@@ -198,20 +219,25 @@ class Reduction:
             size = todo[0]
             done.add(size)
             multiples = [m for m in cuts.sizes(case.model) if m > size and m % size == 0]
-            for new in dict.fromkeys((1, 2, max(2, size // 8))):
-                if new >= size:
-                    continue
+            for new in dict.fromkeys(new for new in (1, 2, size // 8) if 0 < new < size):
                 alone, whole = {size: new}, {size: new, **{m: m // size * new for m in multiples}}
-                found = next((c for c in (cuts.resized(case, m) for m in ((alone, whole) if multiples else (alone,))) if self.fails(c)), None)
-                if found is not None:
-                    case = self.best = found
+                before = case
+                for mapping in (alone, whole) if multiples else (alone,):
+                    case = self._better(case, cuts.resized(case, mapping)) if case is before else case
+                if case is not before:
                     done.update(whole.values())
                     break
         return case
 
     def _bare(self, case: Case) -> Case:
-        smaller = _with(case, cuts.bare(case.model))
-        return case if smaller is None or not self.fails(smaller) else smaller
+        return self._better(case, _with(case, cuts.bare(case.model)))
+
+
+def _inside(model: ir.Model, feed: Feeds, names: Iterable[str] | None = None) -> dict[str, Array]:
+    """What a graph computes with runtime optimizations off, by name; by default every tensor of the main graph."""
+    made = [str(v.name) for node in model.graph for v in node.outputs if v.name and isinstance(v.type, ir.TensorType)]
+    found = ort.session(exposed(model, made if names is None else names), optimize=False).run(feed)
+    return {name: array for name, array in found.items() if isinstance(array, np.ndarray)}
 
 
 def on(job: Job, source: ir.Model | Path, feeds: Sequence[Feeds] | None) -> Job:
@@ -220,10 +246,6 @@ def on(job: Job, source: ir.Model | Path, feeds: Sequence[Feeds] | None) -> Job:
     samples = None if feeds is None else Samples(feeds).fit(model)
     loss = Loss(job.target, original, samples, None)
     return dataclasses.replace(job, original=original, model=model, samples=samples, loss=loss, source=None, tell=_quiet)
-
-
-def _part(case: Case, keep: set[str]) -> Case | None:
-    return _with(case, cuts.part(case.model, keep))
 
 
 def _with(case: Case, model: ir.Model | None) -> Case | None:

@@ -117,7 +117,8 @@ class _Output:
         model, script, sample = self.places
         with beside(model.absolute()) as folder:
             draft = folder / model.name
-            forms: list[tuple[bool, Feeds | None]] = [(True, None), (True, case.feeds[-1]), (True, case.feeds[0]), (False, case.feeds[-1])]
+            last, first = (case.feeds[-1], case.feeds[0]) if case.feeds else (None, None)
+            forms: list[tuple[bool, Feeds | None]] = [(True, None), (True, last), (True, first), (False, last)]
             form = next((form for form in forms if self._shows(case.model, draft, *form)), None) if sure else None
             plain, feed = form or forms[-1]
             _draft(case.model, draft, plain)
