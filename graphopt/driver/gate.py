@@ -103,7 +103,7 @@ class Gate:
         """
         finished, _ = self.job.target.finish(model)
         try:
-            found = _arrays(self.job.target.probe(finished, self.feed))
+            found = tensors(self.job.target.probe(finished, self.feed))
         except TargetError as error:
             return self._failed(finished, str(error))
         if self.feed is None:
@@ -145,7 +145,7 @@ class Gate:
     def input(self) -> dict[str, Array] | str:
         """The outputs of the input as its target opens it, or why there are none."""
         try:
-            return _arrays(self.job.target.probe(self.job.original, self.feed))
+            return tensors(self.job.target.probe(self.job.original, self.feed))
         except GraphoptError as error:
             return str(error)
 
@@ -178,7 +178,7 @@ class Gate:
                 return ran
             why, job = said.reason, ran.job
             try:
-                found = bisect(job, functools.partial(self._check, exact=job.exact(ran.outcome.records)))
+                found = bisect(job, functools.partial(self.check, exact=job.exact(ran.outcome.records)))
             except GraphoptError as error:
                 return self._input(ran, f"{why} (no single step is to blame: {error})")
             if not job.lossless(job.steps[found.position - 1]):
@@ -188,7 +188,7 @@ class Gate:
             ran = without(job, found.position, str(found), alone)
         return ran if self.verdict(ran.outcome).passed is not False else self._input(ran, why)
 
-    def _check(self, graph: ir.Model, exact: bool) -> str | None:
+    def check(self, graph: ir.Model, exact: bool) -> str | None:
         """For the bisection: what is wrong with a graph between two steps."""
         try:
             said = self._judge(graph, exact)
@@ -256,7 +256,7 @@ def _feed(job: Job) -> tuple[Feeds | None, str]:
 def _plain(model: ir.Model, feed: Feeds | None) -> dict[str, Array] | str:
     """What a graph gives with runtime optimizations off; or why it gives nothing."""
     try:
-        return _arrays(guarded.probe(model, feed, ort.settings(optimize=False)))
+        return tensors(guarded.probe(model, feed, ort.settings(optimize=False)))
     except GraphoptError as error:
         return str(error)
 
@@ -267,7 +267,7 @@ def _steady(model: ir.Model, feed: Feeds | None, once: Mapping[str, Array]) -> d
     return {} if isinstance(again, str) else {k: v for k, v in once.items() if compare_outputs({k: v}, {k: again[k]}) is None}
 
 
-def _arrays(outputs: Mapping[str, Any]) -> dict[str, Array]:
+def tensors(outputs: Mapping[str, Any]) -> dict[str, Array]:
     """Those that are tensors."""
     return {name: value for name, value in outputs.items() if isinstance(value, np.ndarray)}
 
