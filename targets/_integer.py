@@ -29,8 +29,10 @@ from ._vendored import VENDOR, blocked_weights
 _EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
 WEIGHT_ONLY = "its input is not quantized to 8 bits by one scale (weight-only)"
 _SIGNED = "its input has signed codes, for which there is no kernel of its own; between codes the runtime multiplies integers"
+_CONVOLVED = "a Conv reads it"
 _LOOKED_UP = "its codes are looked up in a codebook when the runtime loads it, which then holds and multiplies floats"
 _UNSPELLED = "it was left as DequantizeLinear, and the runtime does not fuse it"
+_AT_LOAD = (_UNSPELLED, WEIGHT_ONLY, _SIGNED, _CONVOLVED)  # true unless the runtime makes an integer product of it when it loads the file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,13 +256,13 @@ def integer_report(model: ir.Model, shipped: ir.Model) -> dict[str, Any]:
             floats[weight.value.name or ""] = _why_decoded(node, readers)
     floats.update((name, _LOOKED_UP) for x in operands.values() if x.codebook is not None and (name := x.codebook.codes.name or ""))
     report: dict[str, Any] = {}
-    if any(reason != _LOOKED_UP for reason in floats.values()):
+    if any(reason in _AT_LOAD for reason in floats.values()):
         try:
             fused, rounded = multiplied_at_load(shipped, operands.values())
         except TargetError as error:
             fused, rounded = set(), set()
             report["warnings"] = [f"which weights it multiplies as integers is not known: {error}"]
-            floats = {name: reason if reason == _LOOKED_UP else f"not known; {reason}" for name, reason in floats.items()}
+            floats = {name: f"not known; {reason}" if reason in _AT_LOAD else reason for name, reason in floats.items()}
         integer.update(dict.fromkeys(name for name in floats if name in fused or name in rounded))
         if rounded:
             report["rounded_at_load"] = [{"name": name, "reason": ROUNDED} for name in floats if name in rounded]
