@@ -23,7 +23,7 @@ from graphopt.run.distance import Difference, compare_outputs
 from graphopt.run.samples import Samples, runnable_samples
 
 Outputs = list[dict[str, Array]]  # for each sample, name -> array
-_FEEDS = 4  # samples that check-numerics runs, at most
+FEEDS = 4  # samples that check-numerics runs, at most
 
 
 class VerifyEach(Instrument):
@@ -99,7 +99,7 @@ class CheckNumerics(Instrument):
             try:
                 session = load(model)
                 fitted = runnable_samples(model, session) if samples is None else Samples.load(samples, model)
-                self._feeds = list(fitted)[:_FEEDS]
+                self._feeds = list(fitted)[:FEEDS]
                 session.run(self._feeds[0])
             except TargetError as error:
                 reason = reason or error
