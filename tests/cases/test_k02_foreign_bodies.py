@@ -18,7 +18,6 @@ from graphopt.graph.verify import verify
 from graphopt.io.load import load
 from graphopt.io.save import finish
 
-
 SEARCH = """<ir_version: 8, opset_import: ["" : %d, "com.microsoft" : 1]>
 g (int32[batch,seq] input_ids, float[batch,4] x) => (int32[batch,n,len] sequences, float[batch,4] y) <int32 longest = {8}, int32 beams = {2}, float[4,4] w> {
   shared = MatMul (x, w)  bias = Identity (shared)  again = Identity (shared)
