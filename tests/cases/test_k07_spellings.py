@@ -1,0 +1,153 @@
+"""Kind 7: spellings of other exporters are read as what they are: Keras' Einsum, tf2onnx's norm, scales and shifts behind a Conv."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from harness import build, check  # type: ignore[import-not-found]
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import graphopt
+from graphopt.core.contract import Context
+from graphopt.core.pipeline import PassManager, parse
+from graphopt.core.registry import passes
+from graphopt.core.remarks import Remarks
+from graphopt.run.ort import session
+
+EXACT = "canonicalize, simplify-masks, fuse-norm, fuse-activation, fuse-rotary, fuse-attention, canonicalize"
+
+# ---- K7.1: Einsum --------------------------------------------------------------------------------------------------------------------------
+
+KERAS = """(float[B,S,32] x, float[B,S] mask) => (float[B,S,32] y)
+<float[32,4,8] wq, float[32,4,8] wk, float[32,4,8] wv, float[4,8,32] wo, float[4,8] bq, float[4,8] bk, float[4,8] bv, float[32] bo,
+ float[32,64] w1, float[64,32] w2, float scale = {0.35355339}, float one = {1}, float low = {-10000.0}, int64[2] axes = {1,2}> {
+  q0 = Einsum<equation = "abc,cde->abde">(x, wq)
+  q1 = Add(q0, bq)
+  k0 = Einsum<equation = "abc,cde->abde">(x, wk)
+  k1 = Add(k0, bk)
+  v0 = Einsum<equation = "abc,cde->abde">(x, wv)
+  v1 = Add(v0, bv)
+  q2 = Mul(q1, scale)
+  s0 = Einsum<equation = "aecd,abcd->acbe">(k1, q2)
+  hidden = Sub(one, mask)
+  m0 = Mul(hidden, low)
+  m1 = Unsqueeze(m0, axes)
+  s1 = Add(s0, m1)
+  p = Softmax<axis = -1>(s1)
+  c = Einsum<equation = "acbe,aecd->abcd">(p, v1)
+  o0 = Einsum<equation = "abcd,cde->abe">(c, wo)
+  o1 = Add(o0, bo)
+  r = Add(x, o1)
+  f0 = Einsum<equation = "bsd,df->bsf">(r, w1)
+  f1 = Relu(f0)
+  f2 = Einsum<equation = "bsd,df->bsf">(f1, w2)
+  y = Add(r, f2)
+}"""
+SHAPES: dict[str, tuple[int, ...]] = dict.fromkeys(("wq", "wk", "wv"), (32, 4, 8)) | {"wo": (4, 8, 32), "w1": (32, 64), "w2": (64, 32)}
+
+
+def keras() -> onnx.ModelProto:
+    rng = np.random.default_rng(0)
+    return build(KERAS, {name: (rng.standard_normal(shape) * 0.15).astype(np.float32) for name, shape in SHAPES.items()})
+
+
+def test_k71_one_attention_and_no_einsum_is_left() -> None:
+    outcome = check(keras(), EXACT)
+    assert outcome.ops["Attention"] == 1
+    assert outcome.ops["Einsum"] == 0
+    assert outcome.ops["MatMul"] == 6
+    assert outcome.ops["Transpose"] == 0  # the stored weights were laid out once
+    assert any(r.facts.get("heads") == 4 and r.facts.get("head_dim") == 8 for r in outcome.remarks)
+
+
+def test_k71_quantize_reads_the_products() -> None:
+    outcome = check(keras(), f"{EXACT}, quantize", loss=0.03)
+    assert outcome.ops["MatMul"] == 6
+    assert outcome.ops["DynamicQuantizeLinear"] >= 4
+    stored = [v for v in outcome.model.graph.initializers.values() if v.const_value is not None and v.const_value.dtype.name == "INT8"]
+    assert len([v for v in stored if len(v.const_value.shape) == 2]) == 6  # type: ignore[union-attr]
+
+
+def test_k71_heads_and_neurons_can_go() -> None:
+    outcome = check(
+        keras(),
+        f"{EXACT}, prune-heads{{ratio=0.5 importance=magnitude refit=false}}, prune-ffn{{ratio=0.5 importance=magnitude refit=false}}",
+        loss=2.0,
+    )
+    widths = {tuple(map(int, v.shape)) for v in outcome.model.graph.initializers.values() if v.shape is not None and len(v.shape) == 2}
+    assert {(32, 16), (16, 32), (32, 32)} <= widths
+
+
+LABELS = "abcdE"
+
+
+@st.composite
+def equations(draw: st.DrawFn) -> tuple[str, list[list[str]], dict[str, bool], int]:
+    """An equation, its operands (`.` is the ellipsis, one axis), which labels have a symbolic size, and which operand may be stored."""
+    count = draw(st.sampled_from((1, 2, 2, 2, 2)))
+    unique = draw(st.integers(0, 7)) > 0
+    terms = [draw(st.lists(st.sampled_from(LABELS), min_size=1, max_size=4, unique=unique)) for _ in range(count)]
+    spread = draw(st.integers(0, 2)) == 0
+    for term in terms if spread else ():
+        term.insert(draw(st.integers(0, len(term))), ".")
+    result = draw(st.lists(st.sampled_from(sorted({i for t in terms for i in t if i != "."})), unique=True))
+    if spread:
+        result.insert(draw(st.integers(0, len(result))), ".")
+    left = ",".join("".join(t) for t in terms)
+    equation = left + ("" if draw(st.integers(0, 5)) == 0 else "->" + "".join(result))
+    return equation.replace(".", "..."), terms, {i: draw(st.booleans()) for i in LABELS + "."}, draw(st.integers(0, 3))
+
+
+def einsum_model(equation: str, terms: list[list[str]], symbolic: dict[str, bool], stored: int) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    sizes = {label: 2 + k for k, label in enumerate(LABELS + ".")}
+    rng = np.random.default_rng(0)
+    inputs, weights = [], {}
+    for k, term in enumerate(terms):
+        name, dims = f"x{k}", [f"N{i}" if symbolic[i] and i != "." else "M" if i == "." and symbolic[i] else sizes[i] for i in term]
+        if k == stored and len(terms) == 2 and all(isinstance(d, int) for d in dims):
+            weights[name] = rng.standard_normal([sizes[i] for i in term]).astype(np.float32)
+        else:
+            inputs.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, dims))
+    node = onnx.helper.make_node("Einsum", [f"x{k}" for k in range(len(terms))], ["y"], equation=equation)
+    output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
+    stored_weights = [onnx.numpy_helper.from_array(a, n) for n, a in weights.items()]
+    graph = onnx.helper.make_graph([node], "g", inputs, [output], stored_weights)
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=10), weights
+
+
+@settings(max_examples=60, deadline=None)
+@given(equations())
+def test_k71_any_equation_gives_the_numbers_of_numpy(case: tuple[str, list[list[str]], dict[str, bool], int]) -> None:
+    equation, terms, symbolic, stored = case
+    proto, weights = einsum_model(equation, terms, symbolic, stored)
+    remarks = Remarks()
+    model = graphopt.load(proto, remarks=remarks)
+    PassManager(parse("canonicalize", passes())).run(model, Context(model, remarks=remarks))
+    if any(node.op_type == "Einsum" for node in model.graph):
+        assert any("stays, and no pass reads it" in r.message for r in remarks), equation
+        return
+    engine, rng = session(model, optimize=False), np.random.default_rng(1)
+    for more in (0, 1):
+        sizes = {label: 2 + k + more * symbolic[label] for k, label in enumerate(LABELS + ".")}
+        feeds = {f"x{k}": rng.standard_normal([sizes[i] for i in term]).astype(np.float32) for k, term in enumerate(terms)} | weights
+        expected = np.einsum(equation, *(feeds[f"x{k}"].astype(np.float64) for k in range(len(terms))))
+        found = engine.run({k: v for k, v in feeds.items() if k not in weights})["y"]
+        assert found.shape == expected.shape, equation
+        np.testing.assert_allclose(found, expected, atol=1e-4, err_msg=equation)
+
+
+@pytest.mark.parametrize("equation", ["bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd", "bnqd,bnkd->bnqk", "bijd,bkd->bijk", "...id,...jd->...ij"])
+def test_k71_products_of_two_activations_are_one_matmul(equation: str) -> None:
+    left, right = equation.split("->")[0].split(",")
+    fixed = {"h": 2, "n": 2, "d": 4}
+    shapes = [",".join(str(fixed.get(i, i.upper())) for i in term.replace("...", "b")) for term in (left, right)]
+    text = f'(float[{shapes[0]}] x, float[{shapes[1]}] u) => (float y) {{ y = Einsum<equation = "{equation}">(x, u) }}'
+    counts = Counter(check(build(text), "canonicalize").ops)
+    assert counts["MatMul"] == 1
+    assert counts["Einsum"] == 0
+    assert counts["Reshape"] == 0
