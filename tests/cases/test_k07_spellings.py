@@ -151,3 +151,32 @@ def test_k71_products_of_two_activations_are_one_matmul(equation: str) -> None:
     assert counts["MatMul"] == 1
     assert counts["Einsum"] == 0
     assert counts["Reshape"] == 0
+
+
+# ---- K7.2: norms ---------------------------------------------------------------------------------------------------------------------------
+
+DIFFERENCE = """(float[B,S,64] x) => (float[B,S,64] y) <int64[1] axes = {-1}, float zero = {0}, float eps = {1e-6}> {
+  m = ReduceMean(x, axes)
+  p = Mul(x, x)
+  e = ReduceMean(p, axes)
+  q = Mul(m, m)
+  v0 = Sub(e, q)
+  v = Max(v0, zero)
+  a = Add(v, eps)
+  s = Sqrt(a)
+  r = Reciprocal(s)
+  d = Sub(x, m)
+  y = Mul(d, r)
+}"""
+
+
+@pytest.mark.parametrize("offset", [0.0, 3.0, 30.0, 300.0])
+def test_k72_the_operator_is_at_least_as_exact_as_a_difference_of_squares(offset: float) -> None:
+    proto = build(DIFFERENCE)
+    model = check(proto, "canonicalize, fuse-norm").model
+    assert [n.op_type for n in model.graph] == ["LayerNormalization"]
+    x = (np.random.default_rng(0).standard_normal((3, 5, 64)) + offset).astype(np.float32)
+    wide = x.astype(np.float64)
+    true = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-6)
+    spelled, fused = (np.abs(session(m, optimize=False).run({"x": x})["y"] - true).max() for m in (proto, model))
+    assert fused <= 2 * spelled + 1e-6
