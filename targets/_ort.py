@@ -20,7 +20,7 @@ from ._integer import integer_report
 from ._table import cpu_table
 from ._vendored import VENDOR
 
-EXACT = "canonicalize, simplify-masks, fuse-norm, fuse-activation, fuse-rotary, fuse-attention, canonicalize"
+EXACT = "canonicalize, fold-affine, simplify-masks, fuse-norm, fuse-activation, fuse-rotary, fuse-attention, canonicalize"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import graphopt
 from graphopt.core.contract import Context
 from graphopt.core.pipeline import PassManager, parse
-from graphopt.core.registry import passes
+from graphopt.core.registry import passes, targets
 from graphopt.core.remarks import Remarks
 from graphopt.run.ort import session
 
@@ -180,3 +180,11 @@ def test_k72_the_operator_is_at_least_as_exact_as_a_difference_of_squares(offset
     true = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-6)
     spelled, fused = (np.abs(session(m, optimize=False).run({"x": x})["y"] - true).max() for m in (proto, model))
     assert fused <= 2 * spelled + 1e-6
+
+
+# ---- K7.3: scales and shifts behind a product ------------------------------------------------------------------------------------------------
+
+
+def test_k73_every_target_folds_them_at_level_1() -> None:
+    for target in targets().values():
+        assert "fold-affine" in target().pipeline(1)
