@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import onnx
 import onnx_ir as ir
@@ -28,15 +28,17 @@ def random_nodes(model: ir.Model, remarks: Remarks) -> None:
         remarks.warning(others[0], f"{len(others)} random nodes: outputs change from run to run", nodes=others)
 
 
-def foreign_nodes(model: ir.Model, remarks: Remarks) -> None:
-    """Name each node of a runtime's own domain, and each without schema, behind which shapes are unknown."""
+def foreign_nodes(model: ir.Model, remarks: Remarks, reasons: Mapping[ir.Node, str]) -> None:
+    """Name each node of a runtime's own domain, and each without schema, behind which shapes are unknown. `reasons`: why one could not be read."""
     for node in all_nodes(model):
         name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
         if not _known(node):
-            text = f"shapes end here: {name} has no schema; the node is left alone, and what depends on it is optimized less"
+            why = f" ({reasons[node]})" if node in reasons else ""
+            text = f"shapes end here: {name} has no schema{why}; the node is left alone, and what depends on it is optimized less"
             remarks.warning(node.name or "", text, outputs=[v.name for v in node.outputs])
         elif not _standard(node):
-            remarks.missed(node.name or "", f"{name} is kept as it is: it belongs to one runtime, and no pass reads it")
+            why = reasons.get(node, "no pass reads it")
+            remarks.missed(node.name or "", f"{name} is kept as it is: it belongs to one runtime, and {why}")
 
 
 def _standard(node: ir.Node) -> bool:

@@ -20,6 +20,7 @@ from graphopt.graph.shapes import infer_shapes
 from graphopt.io import advisories as notices
 from graphopt.io import inline
 from graphopt.io.repair import repair
+from graphopt.io.runtime_ops import read as runtime_ops
 from graphopt.io.save import STATES_SHAPES
 from graphopt.rewrite.dead import remove_dead
 
@@ -49,9 +50,10 @@ def normalize(model: ir.Model, remarks: Remarks) -> None:
         remove_dead(model)
         reason = infer_shapes(model)
     name_everything(model)
+    islands = runtime_ops.read(model, remarks)
     repair(model, remarks)
     notices.random_nodes(model, remarks)
-    notices.foreign_nodes(model, remarks)
+    notices.foreign_nodes(model, remarks, islands)
     notices.shape_claims(model, claims, reason, remarks)
 
 

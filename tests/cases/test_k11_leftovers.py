@@ -1,0 +1,186 @@
+"""Kind 11: what was left of older cases, and their siblings."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from harness import check  # type: ignore[import-not-found]
+
+import graphopt
+from graphopt.core.remarks import Remarks
+
+RUNTIME = '<ir_version: 10, opset_import: ["": 17, "com.microsoft": 1]>\ng '
+EXACT = "canonicalize, simplify-masks, fuse-norm, fuse-activation, fuse-rotary, fuse-attention, canonicalize"
+
+# ---- operators of the runtime in the input ---------------------------------------------------------------------------------------------------
+
+BITS = "i = Cast<to = 6>(m)\n o = Mod(i, two)\n n = Abs(o)"  # int32 zeros and ones
+LENGTHS = f"{BITS.replace(' n = ', ' n0 = ')}\n n = Add(n0, one)"
+QKV, SELF = "float[B,S,32] q, float[B,T,32] k, float[B,T,32] v", "float[B,S,32] q, float[B,S,32] k, float[B,S,32] v"
+CACHE = "float[B,4,P,8] pk, float[B,4,P,8] pv) => (float[B,S,32] y, float[B,4,T,8] nk, float[B,4,T,8] nv)"
+PACKED = "float[B,S,32] x, float[2,B,4,P,8] past"
+WEIGHTS: dict[str, tuple[int, ...] | np.ndarray] = {
+    "b8": (8,), "c8": (8,), "g8": (8,), "b96": (96,), "w96": (32, 96), "w80": (32, 80), "b80": (80,), "w": (4, 3, 3, 3), "b4": (4,), "we": (10, 8),
+    "pe": (9, 8), "se": (2, 8), "cos4": (16, 4), "sin4": (16, 4), "cos2": (16, 2), "sin2": (16, 2), "w32": (32, 16), "b16": (16,),
+    "two": np.array(2, np.int32), "one": np.array(1, np.int32), "ten": np.array(10, np.int32), "start": np.array([3]), "n16": np.array(16),
+    "one64": np.array([1]),
+}  # fmt: skip
+READ = {
+    "Gelu": ("(float[B,S,8] x) => (float[B,S,8] y) { y = com.microsoft.Gelu(x) }", "Gelu"),
+    "FastGelu": ("(float[B,S,8] x) => (float[B,S,8] y) { y = com.microsoft.FastGelu(x, b8) }", "Gelu"),
+    "BiasGelu": ("(float[B,S,8] x) => (float[B,S,8] y) { y = com.microsoft.BiasGelu(x, b8) }", "Gelu"),
+    "QuickGelu": ("(float[B,S,8] x) => (float[B,S,8] y) { y = com.microsoft.QuickGelu<alpha = 1.5>(x) }", "Sigmoid"),
+    "FusedMatMul": (
+        "(float[B,S,8] x, float[B,T,8] u) => (float[B,S,T] y) { y = com.microsoft.FusedMatMul<transB = 1, alpha = 0.5>(x, u) }", "MatMul"
+    ),
+    "FusedConv": (
+        '(float[B,3,8,8] x, float[B,4,8,8] z) => (float[B,4,8,8] y) { y = com.microsoft.FusedConv<activation = "Relu", pads = [1,1,1,1]>(x, w, b4, z) }',
+        "Conv",
+    ),
+    "FusedGemm": ('(float[B,32] x) => (float[B,16] y) { y = com.microsoft.FusedGemm<activation = "Tanh", alpha = 0.5>(x, w32, b16) }', "Gemm"),
+    "SkipLayerNormalization": (
+        "(float[B,S,8] x, float[B,S,8] u) => (float[B,S,8] y, float[B,S,8] z) "
+        "{ y, m, v, z = com.microsoft.SkipLayerNormalization<epsilon = 1e-5>(x, u, g8, b8, c8) }",
+        "LayerNormalization",
+    ),
+    "SkipSimplified": (
+        "(float[B,S,8] x, float[B,S,8] u) => (float[B,S,8] y) { y = com.microsoft.SkipSimplifiedLayerNormalization<epsilon = 1e-5>(x, u, g8) }",
+        "RMSNormalization",
+    ),
+    "Simplified": ("(float[B,S,8] x) => (float[B,S,8] y) { y = SimplifiedLayerNormalization<epsilon = 1e-5>(x, g8) }", "RMSNormalization"),
+    "Embed": (
+        f"(int64[B,S] a, int64[B,S] m) => (float[B,S,8] y, int32[B] z) {{ {BITS}\n a0 = Cast<to = 6>(a)\n a1 = Mod(a0, ten)\n ids = Abs(a1)\n"
+        " y, z = com.microsoft.EmbedLayerNormalization<epsilon = 1e-5>(ids, n, we, pe, se, g8, b8, n) }",
+        "LayerNormalization",
+    ),
+    "Rotary": (
+        "(float[B,S,32] x, int64[B,S] p) => (float[B,S,32] y) { p0 = Mod(p, n16)\n p1 = Abs(p0)\n y = com.microsoft.RotaryEmbedding(x, p1, cos4, sin4) }",
+        "RotaryEmbedding",
+    ),
+    "Rotary of four axes, from a start on": (
+        "(float[B,4,S,8] x) => (float[B,4,S,8] y) { y = com.microsoft.RotaryEmbedding<interleaved = 1>(x, start, cos4, sin4) }", "RotaryEmbedding"
+    ),
+    "Rotary of a part": (
+        "(float[B,S,32] x, int64[B,S] p) => (float[B,S,32] y) { p0 = Mod(p, n16)\n p1 = Abs(p0)\n"
+        " y = com.microsoft.RotaryEmbedding<num_heads = 4, rotary_embedding_dim = 4>(x, p1, cos2, sin2) }",
+        "RotaryEmbedding",
+    ),
+    "MHA": (f"({QKV}) => (float[B,S,32] y) {{ y = com.microsoft.MultiHeadAttention<num_heads = 4>(q, k, v, b96) }}", "Attention"),
+    "MHA with padding": (
+        f"({QKV}, int64[B,T] m) => (float[B,S,32] y) {{ {BITS}\n y = com.microsoft.MultiHeadAttention<num_heads = 4, scale = 0.3>(q, k, v, , n) }}",
+        "Attention",
+    ),
+    "MHA with lengths": (
+        f"({QKV}, int64[B] m) => (float[B,S,32] y) {{ {LENGTHS}\n y = com.microsoft.MultiHeadAttention<num_heads = 4>(q, k, v, , n) }}", "Attention"
+    ),
+    "MHA with a mask for each row": (
+        f"({QKV}, int64[B,S,T] m) => (float[B,S,32] y) {{ {BITS}\n y = com.microsoft.MultiHeadAttention<num_heads = 4>(q, k, v, , n) }}", "Attention"
+    ),
+    "MHA with padding and a bias": (
+        f"({QKV}, int64[B,T] m, float[B,4,S,T] a) => (float[B,S,32] y) {{ {BITS}\n"
+        " y = com.microsoft.MultiHeadAttention<num_heads = 4, mask_filter_value = -3.0>(q, k, v, , n, a) }",
+        "Attention",
+    ),
+    "MHA, causal": (f"({SELF}) => (float[B,S,32] y) {{ y = com.microsoft.MultiHeadAttention<num_heads = 4, unidirectional = 1>(q, k, v) }}", "Attention"),
+    "MHA, causal with padding": (
+        f"({SELF}, int64[B,S] m) => (float[B,S,32] y) {{ {BITS}\n"
+        " y = com.microsoft.MultiHeadAttention<num_heads = 4, unidirectional = 1>(q, k, v, , n) }",
+        "Attention",
+    ),
+    "MHA behind a cache": (
+        f"({SELF}, {CACHE} {{ y, nk, nv = com.microsoft.MultiHeadAttention<num_heads = 4, unidirectional = 1>(q, k, v, b96, , , pk, pv) }}",
+        "Attention",
+    ),
+    "Attention": ("(float[B,S,32] x) => (float[B,S,32] y) { y = com.microsoft.Attention<num_heads = 4>(x, w96, b96) }", "Attention"),
+    "Attention with padding": (
+        f"(float[B,S,32] x, int64[B,S] m) => (float[B,S,32] y) {{ {BITS}\n"
+        " y = com.microsoft.Attention<num_heads = 4, mask_filter_value = -3.4028234663852886e+38>(x, w96, b96, n) }",
+        "Attention",
+    ),
+    "Attention with lengths": (
+        f"(float[B,S,32] x, int64[B] m) => (float[B,S,32] y) {{ {LENGTHS}\n y = com.microsoft.Attention<num_heads = 4>(x, w96, b96, n) }}", "Attention"
+    ),
+    "Attention of three widths": (
+        "(float[B,S,32] x) => (float[B,S,48] y) { y = com.microsoft.Attention<num_heads = 4, qkv_hidden_sizes = [16,16,48]>(x, w80, b80) }", "Attention"
+    ),
+    "Attention behind a cache": (
+        f"({PACKED}, int64[B,T] m) => (float[B,S,32] y, float[2,B,4,T,8] z) {{ {BITS}\n"
+        " y, z = com.microsoft.Attention<num_heads = 4, unidirectional = 1>(x, w96, b96, n, past) }",
+        "Attention",
+    ),
+    "GroupQueryAttention": (
+        "(float[B,S,32] q, float[B,S,16] k, float[B,S,16] v) => (float[B,S,32] y) {\n"
+        " n = Shape<start = 0, end = 1>(q)\n s = Shape<start = 1, end = 2>(q)\n s1 = Sub(s, one64)\n t = Expand(s1, n)\n l = Cast<to = 6>(t)\n"
+        " t2 = Squeeze(s)\n total = Cast<to = 6>(t2)\n"
+        " y, pk, pv = com.microsoft.GroupQueryAttention<num_heads = 4, kv_num_heads = 2>(q, k, v, , , l, total) }",
+        "Attention",
+    ),
+}  # fmt: skip
+KEPT = {
+    "the batch axis": ("(float[S,B,8] x, float[B,8,T] u) => (float y) { y = com.microsoft.FusedMatMul<transBatchA = 1>(x, u) }", "transBatchA"),
+    "statistics": (
+        "(float[B,S,8] x, float[B,S,8] u) => (float[B,S,8] y, float m) { y, m = com.microsoft.SkipLayerNormalization(x, u, g8, b8) }",
+        "its output mean is read",
+    ),
+    "another activation": (
+        '(float[B,32] x) => (float[B,16] y) { y = com.microsoft.FusedGemm<activation = "LeakyRelu">(x, w32, b16) }', "its activation is LeakyRelu"
+    ),
+    "packed operands": ("(float[B,S,4,3,8] q) => (float[B,S,32] y) { y = com.microsoft.MultiHeadAttention<num_heads = 4>(q) }", "it reads packed"),
+    "causal over other keys": (
+        f"({QKV}) => (float[B,S,32] y) {{ y = com.microsoft.MultiHeadAttention<num_heads = 4, unidirectional = 1>(q, k, v) }}",
+        "not proved to have as many rows as keys",
+    ),
+    "a mask of unproved length": (
+        "(float[B,S,32] x, int32[C] m) => (float[B,S,32] y) { y = com.microsoft.Attention<num_heads = 4>(x, w96, b96, m) }",
+        "not proved to hold one length for each row",
+    ),
+    "a cache by lengths": (
+        "(float[B,S,32] q, float[B,S,16] k, float[B,S,16] v, float[B,2,P,8] pk, float[B,2,P,8] pv, int32[B] l, int32 t) => (float[B,S,32] y) "
+        "{ y, nk, nv = com.microsoft.GroupQueryAttention<num_heads = 4, kv_num_heads = 2>(q, k, v, pk, pv, l, t) }",
+        "it writes each row of its cache where seqlens_k says",
+    ),
+}  # fmt: skip
+
+
+def of_runtime(text: str) -> onnx.ModelProto:
+    model, rng = onnx.parser.parse_model(RUNTIME + text), np.random.default_rng(0)
+    read = {name for node in model.graph.node for name in node.input}
+    for name, shape in WEIGHTS.items():
+        if name in read:
+            array = shape if isinstance(shape, np.ndarray) else (rng.standard_normal(shape) * 0.3).astype(np.float32)
+            model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    return model
+
+
+@pytest.mark.parametrize("name", READ)
+def test_an_operator_of_the_runtime_is_read_as_what_it_is(name: str) -> None:
+    """The numbers are those of the original operator in the runtime."""
+    text, standard = READ[name]
+    sizes = [{"B": 2, "S": 3, "P": 4, "T": 7}, {"B": 1, "S": 1, "P": 2, "T": 3}] if "behind" in name else ()
+    outcome = check(of_runtime(text), "canonicalize", sizes=sizes, again=False)
+    assert {node.domain for node in outcome.model.graph} == {""}
+    assert outcome.ops[standard] == 1
+    assert outcome.said("applied", "of the runtime is read as")
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_has_no_exact_form_stays_with_the_reason(name: str) -> None:
+    text, reason = KEPT[name]
+    remarks = Remarks()
+    model = graphopt.load(of_runtime(text), remarks=remarks)
+    assert "com.microsoft" in {node.domain for node in model.graph}
+    (said,) = [r for r in remarks if "is kept as it is" in r.message or "shapes end here" in r.message]
+    assert reason in said.message
+
+
+def test_attention_of_the_runtime_is_pruned() -> None:
+    text = (
+        "(float[B,S,32] x) => (float[B,S,32] y) { a = com.microsoft.Attention<num_heads = 4>(x, w96, b96)\n p = MatMul(a, wo)\n"
+        " y = com.microsoft.SkipLayerNormalization<epsilon = 1e-5>(p, x, gamma) }"
+    )
+    proto, rng = of_runtime(text), np.random.default_rng(1)
+    for name, shape in (("wo", (32, 32)), ("gamma", (32,))):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
+    outcome = check(proto, f"{EXACT}, prune-heads{{ratio=0.5 importance=magnitude refit=false}}", loss=2.0)
+    assert {v.const_value.shape.numpy() for v in outcome.model.graph.initializers.values() if v.const_value is not None} >= {(32, 48), (16, 32)}
