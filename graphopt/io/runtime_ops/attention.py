@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.graph.attention_node import LOWEST, head_counts
-from graphopt.graph.questions import attr, constant, is_constant, is_read, rank, same_dim, static_dim
+from graphopt.graph.questions import attr, constant, is_read, rank, same_dim, static_dim
 from graphopt.io.runtime_ops.unread import Reader, Unread, inputs, present, refuse
 from graphopt.rewrite.builder import Builder
 
@@ -28,14 +28,12 @@ def _multi_head(node: ir.Node, op: Builder) -> list[ir.Value]:
     q, k, v = present(q, "query"), present(k, "key (it reads packed queries, keys and values)"), present(v, "value (it reads packed keys and values)")
     if {rank(q), rank(k), rank(v)} != {3}:
         raise Unread("query, key and value are not of three axes each")
-    if bias is not None:
-        q, k, v = _biased(op, (q, k, v), bias)
     causal = bool(attr(node, "unidirectional", 0))
-    if causal and past_key is None and not _same_rows(node.inputs[0], node.inputs[1]):
+    if causal and past_key is None and not _same_rows(q, k):
         raise Unread("it is causal, and not proved to have as many rows as keys")
-    source = present(node.inputs[0], "query")
-    parts = [_padding(op, node, padding, source, present(node.inputs[1], "key")), _own_mask(scores)]
-    return _attention(op, node, (q, k, v), (heads, heads), parts, (past_key, past_value), causal, source)
+    parts = [_padding(op, node, padding, q, k), _own_mask(scores)]
+    operands = (q, k, v) if bias is None else _biased(op, (q, k, v), bias)
+    return _attention(op, node, operands, (heads, heads), parts, (past_key, past_value), causal, q)
 
 
 def _packed(node: ir.Node, op: Builder) -> list[ir.Value]:
@@ -125,21 +123,13 @@ def _same_rows(q: ir.Value | None, k: ir.Value | None) -> bool:
 
 
 def _biased(op: Builder, operands: tuple[ir.Value, ...], bias: ir.Value) -> tuple[ir.Value, ...]:
-    """One vector holds the biases of query, key and value."""
-    sizes = [static_dim(v, -1) for v in operands]
-    if None in sizes:
-        raise Unread("the widths of query, key and value are not known")
-    starts = np.cumsum([0, *sizes])  # type: ignore[list-item]
-    array = constant(bias) if is_constant(bias) else None
-    pieces = []
-    for first, last in zip(starts[:-1], starts[1:], strict=True):
-        if array is not None:
-            pieces.append(op.const(array[first:last], str(bias.name)))
-        else:
-            pieces.append(op.Slice(bias, op.ints(int(first)), op.ints(int(last))))
-    return tuple(
-        v if array is not None and not array[a:b].any() else op.Add(v, p) for v, p, a, b in zip(operands, pieces, starts, starts[1:], strict=False)
-    )
+    """One stored vector holds the biases of query, key and value."""
+    sizes = [size for v in operands if (size := static_dim(v, -1)) is not None]
+    array = constant(bias)
+    if array is None or sum(sizes) != array.size or len(sizes) < len(operands):
+        raise Unread("its bias is not stored, or has not the width of query, key and value")
+    pieces = np.split(array, np.cumsum(sizes)[:-1])
+    return tuple(op.Add(v, op.const(piece, str(bias.name))) if piece.any() else v for v, piece in zip(operands, pieces, strict=True))
 
 
 def _own_mask(scores: ir.Value | None) -> ir.Value | None:

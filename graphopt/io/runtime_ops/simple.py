@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -146,7 +147,11 @@ def _rotary(node: ir.Node, op: Builder) -> list[ir.Value]:
         rows = op.Add(op.Range(_number(op, 0), count, _number(op, 1)), where)
         shape = op.Concat(op.Shape(x, start=0, end=1), op.Shape(x, start=axis, end=axis + 1), axis=0)
         where = op.Expand(op.Unsqueeze(rows, op.ints(0)), shape)
-    given = {"interleaved": attr(node, "interleaved", 0) or None, "rotary_embedding_dim": part or None, "num_heads": heads if size == 3 else None}
+    given: dict[str, Any] = {
+        "interleaved": attr(node, "interleaved", 0) or None,
+        "rotary_embedding_dim": part or None,
+        "num_heads": heads if size == 3 else None,
+    }
     return [op.node("RotaryEmbedding", (x, cosines, sines, where), **given)]
 
 
