@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -184,3 +186,12 @@ def test_attention_of_the_runtime_is_pruned() -> None:
         proto.graph.initializer.append(onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
     outcome = check(proto, f"{EXACT}, prune-heads{{ratio=0.5 importance=magnitude refit=false}}", loss=2.0)
     assert {v.const_value.shape.numpy() for v in outcome.model.graph.initializers.values() if v.const_value is not None} >= {(32, 48), (16, 32)}
+
+
+def test_an_artifact_without_operators_of_the_runtime(tmp_path: Path) -> None:
+    """Also where no pass changes what the door read; without that limit the file stays what it was."""
+    proto = of_runtime(READ["MHA with padding"][0])
+    for options, domains in (("vendor=false tune=off", {""}), ("tune=off", {"", "com.microsoft"})):
+        result = graphopt.optimize(proto, "", target=f"cpu{{{options}}}")
+        result.save(tmp_path / "out.onnx")
+        assert {node.domain for node in onnx.load(tmp_path / "out.onnx").graph.node} == domains

@@ -22,6 +22,7 @@ from graphopt.rewrite.engine import Driver
 from graphopt.rewrite.match import Match, Miss
 
 _DOMAIN = "com.microsoft"  # named here and in targets/ only: nothing between the door and a target knows it
+READ_HERE = "graphopt.read_here"  # graph.meta: the domain whose operators in the input became standard ones
 _READERS: Mapping[str, Reader] = {**simple.READERS, **attention.READERS}
 _UNDER_STANDARD = ("SimplifiedLayerNormalization",)  # the runtime has it in the standard's domain, and no schema does
 
@@ -36,6 +37,7 @@ def read(model: ir.Model, remarks: Remarks) -> dict[ir.Node, str]:
         left = {node: reason for node, reason in done.items() if reason}
         if len(left) == len(done):
             break
+        model.graph.meta[READ_HERE] = _DOMAIN
         driver.clean()
         infer_shapes(model)
     if not any(node.domain == _DOMAIN for node in all_nodes(model)):
