@@ -15,6 +15,8 @@ from graphopt.graph.fold import is_random
 from graphopt.graph.opset.node_form import WORKING, schema
 from graphopt.graph.questions import all_nodes
 
+_MADE_UP = 500_000  # the first number of symbols made up here; inference of a whole model counts from 0, of single nodes from 1,000,000
+
 
 def random_nodes(model: ir.Model, remarks: Remarks) -> None:
     """Warn about nodes that make every run differ, so that no comparison of outputs can be trusted."""
@@ -54,14 +56,17 @@ def _known(node: ir.Node) -> bool:
 
 
 def take_claims(model: ir.Model) -> dict[ir.Value, ir.Shape]:
-    """The shapes that the file states. Of an operator without schema the rank is believed, and no more: nothing may be built on a claim."""
-    declared = {}
+    """The shapes that the file states. Of an operator without schema the rank is believed, and no more: nothing may be built on a claim.
+
+    Each of its axes has an unknown size of its own, the same for all that read it.
+    """
+    declared, serial = {}, itertools.count(_MADE_UP)
     for node in all_nodes(model):
         for value in node.outputs:
             if value.shape is not None:
                 declared[value] = value.shape
                 if not _known(node) and not value.is_graph_output():
-                    value.shape = ir.Shape([None] * len(value.shape))
+                    value.shape = ir.Shape([f"_d{next(serial)}" for _ in value.shape])
     return declared
 
 

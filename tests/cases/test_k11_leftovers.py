@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from harness import check  # type: ignore[import-not-found]
+from harness import build, check  # type: ignore[import-not-found]
 
 import graphopt
 from graphopt.core.remarks import Remarks
@@ -195,3 +195,45 @@ def test_an_artifact_without_operators_of_the_runtime(tmp_path: Path) -> None:
         result = graphopt.optimize(proto, "", target=f"cpu{{{options}}}")
         result.save(tmp_path / "out.onnx")
         assert {node.domain for node in onnx.load(tmp_path / "out.onnx").graph.node} == domains
+
+
+# ---- J05, E12 ------------------------------------------------------------------------------------------------------------------------------
+
+BLOCK = """
+  q{n} = MatMul({x}, wq)  k{n} = MatMul({x}, wk)  v{n} = MatMul({x}, wv)
+  qh{n} = Reshape(q{n}, split)  kh{n} = Reshape(k{n}, split)  vh{n} = Reshape(v{n}, split)
+  qt{n} = Transpose<perm = [0,2,1,3]>(qh{n})  kt{n} = Transpose<perm = [0,2,3,1]>(kh{n})  vt{n} = Transpose<perm = [0,2,1,3]>(vh{n})
+  s{n} = MatMul(qt{n}, kt{n})  c{n} = Mul(s{n}, scale)  p{n} = Softmax<axis = -1>(c{n})  a{n} = MatMul(p{n}, vt{n})
+  b{n} = Transpose<perm = [0,2,1,3]>(a{n})  m{n} = Reshape(b{n}, merge)  o{n} = MatMul(m{n}, wo)  y{n} = Add({x}, o{n})
+"""
+
+
+@pytest.mark.parametrize("foreign", ["my.Foo", "Identity"])
+def test_j05_attention_behind_an_operator_without_schema_is_fused(foreign: str) -> None:
+    """The exporter stated a rank, and that is enough; the sizes that it stated are not believed."""
+    head = '<ir_version: 8, opset_import: ["": 17, "my": 1]>\ng (float[B,S,32] x) => (float[B,S,32] y1) <float[B,S,32] f, float scale = {0.35}> {'
+    text = f"{head}{BLOCK.format(n=0, x='x')} f = {foreign}(y0) {BLOCK.format(n=1, x='f')} }}"
+    proto, rng = onnx.parser.parse_model(text), np.random.default_rng(0)
+    weights = {name: rng.standard_normal((32, 32)).astype(np.float32) * 0.1 for name in ("wq", "wk", "wv", "wo")}
+    for name, array in (weights | {"split": np.array([0, 0, 4, 8]), "merge": np.array([0, 0, 32])}).items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    if foreign == "Identity":
+        assert check(proto, EXACT).ops["Attention"] == 2
+        return
+    result = graphopt.optimize(proto, EXACT)
+    found = [node for node in result.graph.graph if node.op_type == "Attention"]
+    assert len(found) == 2, [str(r) for r in result.report.remarks("missed")]
+
+
+def test_e12_empty_arms_of_a_concat() -> None:
+    """A Slice that takes nothing, by its bounds, by clamping, or from the end; also at length 0, and where all arms but one are empty."""
+    text = """(float[N,8] x) => (float[N,8] y, float[N,8] z) <int64[1] one = {1}, int64[1] zero = {0}, int64[1] far = {99}, int64[1] last = {-1}> {
+      a = Slice(x, one, one, zero)
+      b = Slice(x, one, zero, zero)
+      c = Slice(x, last, last, zero)
+      y = Concat<axis = 0>(a, x, b)
+      d = Concat<axis = 0>(c, x)
+      z = Relu(d)
+    }"""
+    outcome = check(build(text), "canonicalize", sizes=[{"N": 3}, {"N": 1}, {"N": 0}])
+    assert outcome.ops["Concat"] == outcome.ops["Slice"] == 0
