@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from harness import build, check  # type: ignore[import-not-found]
+from harness import build, check, compare  # type: ignore[import-not-found]
 
 import graphopt
 from graphopt.core.remarks import Remarks
@@ -237,3 +237,48 @@ def test_e12_empty_arms_of_a_concat() -> None:
     }"""
     outcome = check(build(text), "canonicalize", sizes=[{"N": 3}, {"N": 1}, {"N": 0}])
     assert outcome.ops["Concat"] == outcome.ops["Slice"] == 0
+
+
+# ---- multi-query attention -------------------------------------------------------------------------------------------------------------------
+
+QUERIES = """
+  q = MatMul(x, wq)  k = MatMul(x, wk)  v = MatMul(x, wv)
+  qh = Reshape(q, split)  kh = Reshape(k, one)  vh = Reshape(v, one)
+  qt = Transpose<perm = [0,2,1,3]>(qh)  kt = Transpose<perm = [0,2,1,3]>(kh)  vt = Transpose<perm = [0,2,1,3]>(vh)
+"""
+MULTI_QUERY = {
+    "operator": "a = Attention(qt, kt, vt)",
+    "packed": "ap = Attention<q_num_heads = 8, kv_num_heads = 1>(q, k, v)  as = Reshape(ap, split)  a = Transpose<perm = [0,2,1,3]>(as)",
+    "broadcast": "kk = Transpose<perm = [0,1,3,2]>(kt)  s = MatMul(qt, kk)  c = Mul(s, scale)  p = Softmax<axis = -1>(c)  a = MatMul(p, vt)",
+    "expanded": "ke = Expand(kt, eight)  ve = Expand(vt, eight)  kk = Transpose<perm = [0,1,3,2]>(ke)  s = MatMul(qt, kk)  c = Mul(s, scale)"
+    "  p = Softmax<axis = -1>(c)  a = MatMul(p, ve)",
+}
+
+
+def multi_query(form: str) -> str:
+    return f"""(float[B,S,32] x) => (float[B,S,32] y)
+    <float[32,32] wq, float[32,4] wk, float[32,4] wv, float[32,32] wo, float scale = {{0.5}}, int64[4] split = {{0,0,8,4}}, int64[4] one = {{0,0,1,4}},
+     int64[4] eight = {{1,8,1,1}}, int64[3] merge = {{0,0,32}}> {{ {QUERIES} {MULTI_QUERY[form]}
+      b = Transpose<perm = [0,2,1,3]>(a)  m = Reshape(b, merge)  o = MatMul(m, wo)  y = Add(x, o) }}"""
+
+
+@pytest.mark.parametrize("form", MULTI_QUERY)
+def test_what_is_left_of_the_queries_is_exact(form: str) -> None:
+    """As if the heads that went had given zeros."""
+    proto, zeroed = build(multi_query(form)), build(multi_query(form))
+    outcome = check(proto, "canonicalize, prune-heads{heads=0:1+0:2+0:6 refit=false}", loss=5.0)
+    (output,) = [t for t in zeroed.graph.initializer if t.name == "wo"]
+    array = onnx.numpy_helper.to_array(output).copy()
+    array.reshape(8, 4, 32)[[1, 2, 6]] = 0
+    output.CopyFrom(onnx.numpy_helper.from_array(array, "wo"))
+    compare(zeroed, outcome.model, [{"x": np.random.default_rng(n).standard_normal((n, 5, 32)).astype(np.float32)} for n in (1, 3)])
+
+
+@pytest.mark.parametrize(("form", "fused"), [("operator", False), ("packed", True), ("broadcast", False), ("broadcast", True), ("expanded", True)])
+def test_queries_of_an_only_key_head_go_alone(form: str, fused: bool) -> None:
+    """Two of eight are left, and the key head."""
+    pipeline = f"{EXACT if fused else 'canonicalize'}, prune-heads{{ratio=0.75}}"
+    outcome = check(build(multi_query(form)), pipeline, loss=5.0, samples=3)
+    assert [len(r.facts["removed"]) for r in outcome.remarks if r.kind == "applied" and "removed" in r.facts] == [6]
+    shapes = {v.const_value.shape.numpy() for v in outcome.model.graph.initializers.values() if v.const_value is not None}
+    assert {(32, 8), (32, 4), (8, 32)} <= shapes
