@@ -10,6 +10,10 @@ import pytest
 from harness import build, check, compare  # type: ignore[import-not-found]
 
 import graphopt
+from graphopt.core.contract import Context
+from graphopt.core.pipeline import PassManager
+from graphopt.core.pipeline import parse as parse_pipeline
+from graphopt.core.registry import passes
 from graphopt.core.remarks import Remarks
 
 RUNTIME = '<ir_version: 10, opset_import: ["": 17, "com.microsoft": 1]>\ng '
@@ -282,3 +286,39 @@ def test_queries_of_an_only_key_head_go_alone(form: str, fused: bool) -> None:
     assert [len(r.facts["removed"]) for r in outcome.remarks if r.kind == "applied" and "removed" in r.facts] == [6]
     shapes = {v.const_value.shape.numpy() for v in outcome.model.graph.initializers.values() if v.const_value is not None}
     assert {(32, 8), (32, 4), (8, 32)} <= shapes
+
+
+# ---- simplify ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_simplify_leaves_random_nodes_apart() -> None:
+    text = """(float[B,8] x) => (float[B,8] y, float[B,8] z) <float one = {1}> {
+      a = RandomNormalLike(x)
+      b = RandomNormalLike(x)
+      i = Identity(a)
+      y = Add(i, x)
+      j = Identity(b)
+      k = Mul(j, one)
+      z = Add(k, x)
+    }"""
+    pytest.importorskip("onnxsim", reason="onnxsim is not installed")
+    model = graphopt.load(build(text))
+    PassManager(parse_pipeline("simplify", passes())).run(model, Context(model))
+    assert [n.op_type for n in model.graph].count("RandomNormalLike") == 2
+
+
+def test_simplify_writes_no_operator_of_a_runtime_and_nothing_larger() -> None:
+    """C15: quantize then sees the projections of query, key and value."""
+    pytest.importorskip("onnxsim", reason="onnxsim is not installed")
+    blocks = BLOCK.format(n=0, x="x") + BLOCK.format(n=1, x="y0")
+    weights = ", ".join(f"float[32,32] {name}" for name in ("wq", "wk", "wv", "wo"))
+    sizes = "float scale = {0.35}, int64[4] split = {0,0,4,8}, int64[3] merge = {0,0,32}"
+    proto = build(f"(float[B,S,32] x) => (float[B,S,32] y1) <{weights}, {sizes}> {{ {blocks} }}")
+    model, remarks = graphopt.load(proto), Remarks()
+    before = len(list(model.graph))
+    (record,) = PassManager(parse_pipeline("simplify", passes())).run(model, Context(model, remarks=remarks))
+    after = list(model.graph)
+    assert {n.domain for n in after} == {""}
+    assert (len(after) < before) if record.changes else (len(after) == before)
+    outcome = check(proto, "simplify, quantize", loss=0.2, again=False)
+    assert outcome.ops["MatMul"] == 12
