@@ -15,6 +15,7 @@ from graphopt.core.pipeline import PassManager
 from graphopt.core.pipeline import parse as parse_pipeline
 from graphopt.core.registry import passes
 from graphopt.core.remarks import Remarks
+from graphopt.run.ort import session
 
 RUNTIME = '<ir_version: 10, opset_import: ["": 17, "com.microsoft": 1]>\ng '
 EXACT = "canonicalize, simplify-masks, fuse-norm, fuse-activation, fuse-rotary, fuse-attention, canonicalize"
@@ -322,3 +323,51 @@ def test_simplify_writes_no_operator_of_a_runtime_and_nothing_larger() -> None:
     assert (len(after) < before) if record.changes else (len(after) == before)
     outcome = check(proto, "simplify, quantize", loss=0.2, again=False)
     assert outcome.ops["MatMul"] == 12
+
+
+# ---- rows without a visible key --------------------------------------------------------------------------------------------------------------
+
+TWO_MASKS = {
+    "one after the other": "t = Add(s, causal)  u = Add(t, padding)",
+    "their sum": "m = Add(causal, padding)  u = Add(s, m)",
+    "their sum, floored": "m = Add(causal, padding)  f = Max(m, low)  u = Add(s, f)",
+    "the scores floored": "t = Add(s, causal)  w = Add(t, padding)  u = Max(w, low)",
+    "a fill behind a sum": "t = Add(s, causal)  u = Where(seen, t, low)",
+    "a fill before a sum": "t = Where(seen, s, low)  u = Add(t, causal)",
+    "two fills": "t = Where(seen, s, low)  u = Where(past, t, low)",
+    "one fill for both": "b = And(seen, past)  u = Where(b, s, low)",
+    "a fill between sums": "t = Add(s, causal)  w = Where(seen, t, low)  u = Add(w, padding)",
+}
+
+
+@pytest.mark.parametrize("masks", TWO_MASKS)
+def test_a_row_without_a_visible_key_gives_what_it_gave(masks: str) -> None:
+    """Keys that two masks hide at the lowest number are at -inf, or not: that decides what such a row averages. (One that gave NaN gives a number.)"""
+    text = f"""(float[B,4,S,8] q, float[B,4,S,8] k, float[B,4,S,8] v, bool[B,S] mask) => (float[B,4,S,8] y)
+    <float low = {{-3.4028234663852886e38}}, float none = {{0}}, int64[2] two = {{1,2}}, int64 zero = {{0}}, int64 one = {{1}}, int64[1] first = {{0}}, int64[1] second = {{1}}> {{
+      n0 = Shape<start = 1, end = 2>(mask)  n = Squeeze(n0)  r = Range(zero, n, one)
+      row = Unsqueeze(r, second)  column = Unsqueeze(r, first)
+      past = LessOrEqual(column, row)  causal = Where(past, none, low)
+      seen = Unsqueeze(mask, two)  padding = Where(seen, none, low)
+      kt = Transpose<perm = [0,1,3,2]>(k)  s = MatMul(q, kt)
+      {TWO_MASKS[masks]}
+      p = Softmax<axis = -1>(u)  y = MatMul(p, v)
+    }}"""
+    rng, feeds = np.random.default_rng(0), []
+    for batch, size in ((3, 6), (2, 4)):
+        feed = {name: (rng.standard_normal((batch, 4, size, 8)) * 0.5).astype(np.float32) for name in "qkv"}
+        mask = np.ones((batch, size), bool)
+        mask[0, :2] = mask[1, :] = False
+        mask[0, -1] = False
+        feeds.append(feed | {"mask": mask})
+    proto = build(text)
+    model = graphopt.load(proto)
+    PassManager(parse_pipeline(EXACT, passes())).run(model, Context(model))
+    assert "Attention" in [n.op_type for n in model.graph]
+    for optimize in (False, True):
+        for feed in feeds:
+            before, after = session(proto, optimize=False).run(feed)["y"], session(model, optimize=optimize).run(feed)["y"]
+            known = np.isfinite(before)
+            assert known.any(axis=(1, 2, 3)).sum() >= len(before) - 1
+            np.testing.assert_allclose(after[known], before[known], atol=1e-5)
+            assert np.isfinite(after).all()
