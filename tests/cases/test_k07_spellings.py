@@ -188,3 +188,33 @@ def test_k72_the_operator_is_at_least_as_exact_as_a_difference_of_squares(offset
 def test_k73_every_target_folds_them_at_level_1() -> None:
     for target in targets().values():
         assert "fold-affine" in target().pipeline(1)
+
+
+# ---- K7.4: what Attention has no words for -----------------------------------------------------------------------------------------------
+
+UNREAD = {
+    "openai-gpt": (
+        "h = Mul(s, b)  one_less = Sub(one, b)  c = Mul(one_less, low)  u = Add(h, c)  p = Softmax<axis = -1>(u)",
+        "sets hidden scores to c",
+    ),
+    "gpt-oss": (
+        "n = Shape<start = 0, end = 3>(s)  size = Concat<axis = 0>(n, one64)  e = Expand(sink, size)  u = Concat<axis = -1>(s, e)\n"
+        "  w = Softmax<axis = -1>(u)  p = Slice(w, first, last, axis)",
+        "a sink say, has no place in Attention",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_k74_the_remark_says_what_attention_cannot(name: str) -> None:
+    """Exact only where a row sees a key, or in no case: both stay as they are."""
+    body, reason = UNREAD[name]
+    text = f"""(float[B,4,S,8] q, float[B,4,S,8] k, float[B,4,S,8] v, bool[B,1,S,S] m) => (float[B,4,S,8] y)
+    <float one = {{1}}, float low = {{-10000.0}}, float[1,4,1,1] sink, int64[1] one64 = {{1}}, int64[1] first = {{0}}, int64[1] last = {{-1}},
+     int64[1] axis = {{-1}}> {{
+      b = Cast<to = 1>(m)  kt = Transpose<perm = [0,1,3,2]>(k)  s = MatMul(q, kt)
+      {body}
+      y = MatMul(p, v) }}"""
+    outcome = check(build(text), EXACT)
+    assert outcome.ops["Attention"] == 0
+    assert outcome.said("missed", reason)
