@@ -218,3 +218,9 @@ def test_k74_the_remark_says_what_attention_cannot(name: str) -> None:
     outcome = check(build(text), EXACT)
     assert outcome.ops["Attention"] == 0
     assert outcome.said("missed", reason)
+
+
+def test_k71_quantize_names_an_einsum_that_it_leaves() -> None:
+    text = '(float[B,S,8] x) => (float[B,S,4] y) <float[8,4] w> { a = MatMul(x, v)  y = Einsum<equation = "bsd,df->bsf">(a, w) }'
+    outcome = check(build(text.replace("<float[8,4] w>", "<float[8,4] w, float[8,8] v>")), "quantize", loss=0.05)
+    assert outcome.said("missed", "it is an Einsum; canonicalize makes a product of it")

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from harness import build, check, compare  # type: ignore[import-not-found]
+from tiny import tiny  # type: ignore[import-not-found]
 
 import graphopt
 from graphopt.core.contract import Context
@@ -371,3 +372,24 @@ def test_a_row_without_a_visible_key_gives_what_it_gave(masks: str) -> None:
             assert known.any(axis=(1, 2, 3)).sum() >= len(before) - 1
             np.testing.assert_allclose(after[known], before[known], atol=1e-5)
             assert np.isfinite(after).all()
+
+
+@pytest.mark.parametrize("by", ["the runtime at load", "the runtime's optimizer"])
+def test_a_file_that_was_optimized_for_the_runtime_is_read_whole(by: str, tmp_path: Path) -> None:
+    """A small BERT as ONNX Runtime writes it: both attentions, five norms and two GELUs are there again."""
+    import onnxruntime
+
+    source, written = tiny("bert", "eager", "ts17"), tmp_path / "optimized.onnx"
+    if by == "the runtime at load":
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath, options.log_severity_level = str(written), 3
+        onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+    else:
+        optimizer = pytest.importorskip("onnxruntime.transformers.optimizer", reason="onnxruntime.transformers is not installed")
+        optimizer.optimize_model(str(source), "bert", num_heads=4, hidden_size=32, opt_level=0).save_model_to_file(str(written))
+    proto = onnx.load(written)
+    assert "com.microsoft" in {node.domain for node in proto.graph.node}
+    outcome = check(proto, EXACT, sizes=[{"batch": 2, "seq": 5}, {"batch": 1, "seq": 7}], again=False)
+    assert {node.domain for node in outcome.model.graph} == {""}
+    assert (outcome.ops["Attention"], outcome.ops["LayerNormalization"], outcome.ops["Gelu"]) == (2, 5, 2)
