@@ -146,9 +146,8 @@ def _own(term: _Term, other: _Term, out: Sequence[str]) -> list[str]:
 
 def _product(op: Builder, a: _Term, b: _Term, out: tuple[str, ...]) -> ir.Value:
     """[batch, rows, contracted] @ [batch, contracted, columns]; rows stay axes of their own, the other two are one axis each."""
-    batch = [i for i in out if i in a.labels and i in b.labels]
     summed = [i for i in a.labels if i in b.labels and i not in out]
-    rows, columns = _own(a, b, out), _own(b, a, out)
+    batch, rows, columns = _lead(a, b, out, summed)
     for label in summed:
         if not same_dim(a.sizes[label], b.sizes[label]):
             raise _Left(f"`{label}` is not proved to be as long in both operands")
@@ -167,6 +166,17 @@ def _product(op: Builder, a: _Term, b: _Term, out: tuple[str, ...]) -> ir.Value:
     if gone:
         made = op.Squeeze(made, op.ints(*gone, name="axes"))
     return _transposed(op, a.now(made, (*batch, *rows, *columns)), out).value
+
+
+def _lead(a: _Term, b: _Term, out: tuple[str, ...], summed: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Batch, rows and columns; the first two in the order of the result, or of the first operand where that saves a Transpose."""
+    columns, orders = _own(b, a, out), []
+    for source in (out, tuple(i for i in a.labels if i in out)):
+        batch, rows = [i for i in source if i in b.labels and i in a.labels], [i for i in source if i in a.labels and i not in b.labels]
+        moves = (a.labels != (*batch, *rows, *summed)) + (out != (*batch, *rows, *columns))
+        orders.append((moves, batch, rows))
+    _, batch, rows = min(orders, key=lambda order: order[0])
+    return batch, rows, columns
 
 
 def _grouped(op: Builder, term: _Term, groups: Sequence[Sequence[str]]) -> ir.Value:

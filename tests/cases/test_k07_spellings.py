@@ -224,3 +224,31 @@ def test_k71_quantize_names_an_einsum_that_it_leaves() -> None:
     text = '(float[B,S,8] x) => (float[B,S,4] y) <float[8,4] w> { a = MatMul(x, v)  y = Einsum<equation = "bsd,df->bsf">(a, w) }'
     outcome = check(build(text.replace("<float[8,4] w>", "<float[8,4] w, float[8,8] v>")), "quantize", loss=0.05)
     assert outcome.said("missed", "it is an Einsum; canonicalize makes a product of it")
+
+
+GROUPED = """(float[B,T,32] x, float[T,T] mask) => (float[B,T,32] y)
+<float[32,8,4] wq, float[32,2,4] wk, float[32,2,4] wv, float[8,4,32] wo, float scale = {0.5}, int64[5] groups = {0,0,2,4,4}, int64[4] heads = {0,0,8,4}> {
+  q = Einsum<equation = "BTD,DNH->BTNH">(x, wq)
+  k = Einsum<equation = "BSD,DKH->BSKH">(x, wk)
+  v = Einsum<equation = "BSD,DKH->BSKH">(x, wv)
+  qs = Mul(q, scale)
+  q5 = Reshape(qs, groups)
+  s = Einsum<equation = "BTKGH,BSKH->BKGTS">(q5, k)
+  m = Add(s, mask)
+  p = Softmax<axis = -1>(m)
+  e = Einsum<equation = "BKGTS,BSKH->BTKGH">(p, v)
+  a = Reshape(e, heads)
+  o = Einsum<equation = "BTNH,NHD->BTD">(a, wo)
+  y = Add(x, o)
+}"""
+
+
+def test_k71_grouped_queries_in_five_axes() -> None:
+    """The product repeats each key head; no node does."""
+    outcome = check(build(GROUPED), EXACT)
+    assert (outcome.ops["Attention"], outcome.ops["Einsum"], outcome.ops["Transpose"]) == (1, 0, 0)
+    assert any(r.facts.get("heads") == 8 and r.facts.get("kv_heads") == 2 for r in outcome.remarks)
+    pruned = check(build(GROUPED), f"{EXACT}, prune-heads{{ratio=0.5 importance=magnitude refit=false}}", loss=2.0)
+    assert any("removed" in r.facts for r in pruned.remarks)
+    unfused = check(build(GROUPED), "canonicalize, prune-heads{ratio=0.5 importance=magnitude refit=false}", again=False)
+    assert unfused.said("missed", "not pruned")  # and its numbers are those of the input
