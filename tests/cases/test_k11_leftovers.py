@@ -280,6 +280,21 @@ def test_what_is_left_of_the_queries_is_exact(form: str) -> None:
     compare(zeroed, outcome.model, [{"x": np.random.default_rng(n).standard_normal((n, 5, 32)).astype(np.float32)} for n in (1, 3)])
 
 
+@pytest.mark.parametrize("form", ["operator", "packed"])
+def test_as_many_named_queries_of_each_key_head_go_alone(form: str) -> None:
+    """Two key heads of four queries each: one query of each goes, and both key heads stay; uneven names are completed, as before."""
+    text = multi_query(form).replace("float[32,4] wk, float[32,4] wv", "float[32,8] wk, float[32,8] wv").replace("{0,0,1,4}", "{0,0,2,4}")
+    proto, zeroed = (build(text.replace("kv_num_heads = 1", "kv_num_heads = 2")) for _ in range(2))
+    outcome = check(proto, "canonicalize, prune-heads{heads=0:1+0:6 refit=false}", loss=5.0)
+    (output,) = [t for t in zeroed.graph.initializer if t.name == "wo"]
+    array = onnx.numpy_helper.to_array(output).copy()
+    array.reshape(8, 4, 32)[[1, 6]] = 0
+    output.CopyFrom(onnx.numpy_helper.from_array(array, "wo"))
+    compare(zeroed, outcome.model, [{"x": np.random.default_rng(n).standard_normal((n, 5, 32)).astype(np.float32)} for n in (1, 3)])
+    whole = check(proto, "canonicalize, prune-heads{heads=0:1 refit=false}", loss=5.0)
+    assert whole.said("warning", "heads go in groups of 4")
+
+
 @pytest.mark.parametrize(("form", "fused"), [("operator", False), ("packed", True), ("broadcast", False), ("broadcast", True), ("expanded", True)])
 def test_queries_of_an_only_key_head_go_alone(form: str, fused: bool) -> None:
     """Two of eight are left, and the key head."""
