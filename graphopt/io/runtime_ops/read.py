@@ -32,16 +32,16 @@ def read(model: ir.Model, remarks: Remarks) -> dict[ir.Node, str]:
     left: dict[ir.Node, str] = {}
     ctx = Context(model, remarks=remarks)
     for _ in range(2):  # what stands behind an operator without shapes is known the second time
-        driver = Driver(model, ctx)
-        done = {node: _reason(node, driver) for node in list(all_nodes(model)) if _known(node)}
-        left = {node: reason for node, reason in done.items() if reason}
-        if len(left) == len(done):
-            break
+        found = [node for node in all_nodes(model) if _known(node)]
+        driver = Driver(model, ctx) if found else None
+        left = {node: reason for node in found if driver is not None and (reason := _reason(node, driver))}
+        if driver is None or len(left) == len(found):
+            return left
         model.graph.meta[READ_HERE] = _DOMAIN
         driver.clean()
         infer_shapes(model)
-    if not any(node.domain == _DOMAIN for node in all_nodes(model)):
-        model.opset_imports.pop(_DOMAIN, None)
+        if not any(node.domain == _DOMAIN for node in all_nodes(model)):
+            model.opset_imports.pop(_DOMAIN, None)
     return left
 
 
