@@ -165,7 +165,7 @@ def of_runtime(text: str) -> onnx.ModelProto:
 def test_an_operator_of_the_runtime_is_read_as_what_it_is(name: str) -> None:
     """The numbers are those of the original operator in the runtime."""
     text, standard = READ[name]
-    sizes = [{"B": 2, "S": 3, "P": 4, "T": 7}, {"B": 1, "S": 1, "P": 2, "T": 3}] if "behind" in name else ()
+    sizes = [{"B": 2, "S": 3, "P": 4, "T": 7}, {"B": 1, "S": 1, "P": 2, "T": 3}, {"B": 2, "S": 3, "P": 0, "T": 3}] if "behind" in name else ()
     outcome = check(of_runtime(text), "canonicalize", sizes=sizes, again=False)
     assert {node.domain for node in outcome.model.graph} == {""}
     assert outcome.ops[standard] == 1
