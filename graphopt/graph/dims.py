@@ -72,6 +72,8 @@ def extent(dim: Dim, start: Dim, end: Dim, step: Dim) -> Dim | None:
         return None
     if isinstance(dim, int) and isinstance(end, int):
         return len(range(dim)[start:end:step])
+    if step > 0 and isinstance(end, int) and (start < 0) == (end < 0) and end <= start:
+        return 0  # counted from the same end, whatever its length
     if step < 0:
         whole = step == -1 and (start == -1 or start >= _FAR) and isinstance(end, int) and end < -_FAR
         return dim if whole else None
