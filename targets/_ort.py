@@ -21,7 +21,7 @@ from ._refused import SpellHalfNorm, SpellHalfTransposed, SpellSigned
 from ._table import cpu_table
 from ._vendored import VENDOR
 
-EXACT = "canonicalize, simplify-masks, fuse-norm, fuse-activation, fuse-rotary, fuse-attention, canonicalize"
+EXACT = "canonicalize, fold-affine, simplify-masks, fuse-norm, fuse-activation, fuse-rotary, fuse-attention, canonicalize"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from models import assert_same, parse, run  # type: ignore[import-not-found]
+from test_pruning import CACHED  # type: ignore[import-not-found]
 from test_tuning import model as blocks  # type: ignore[import-not-found]
 from test_tuning import planted
 
@@ -21,6 +22,7 @@ from graphopt import Match, RewritePass
 from graphopt.analysis.pieces import Activation
 from graphopt.core.contract import Alternative, Context
 from graphopt.core.errors import TargetError
+from graphopt.driver.lowering.ort_target import OrtTarget
 from graphopt.graph.questions import all_nodes
 
 # In ONNX text: three Relus, of which a planted pass spoils one or all.
@@ -169,6 +171,42 @@ def test_a_target_that_is_not_here() -> None:
     assert report.gate.reason == "target cuda cannot run here"
     report = graphopt.optimize(parse(TEXT), "canonicalize", target="cpu{processor=another}").report
     assert report.gate.reason.startswith("it is for another processor")
+
+
+def test_two_guilty_changes_are_found_one_after_the_other(plugin: str) -> None:
+    """Of a spoiled Abs and a wrong Neg each is taken back alone, and each has its remark."""
+    result = optimized("canonicalize, plant{at=c}, wrong", plugin)
+    told = [(r.pass_name, r.message) for r in result.report.remarks("missed") if r.message.startswith("taken back")]
+    assert sorted(name for name, _ in told) == ["plant", "wrong"]
+    assert (ops(result.model).count("Max"), ops(result.model).count("Sub")) == (1, 2)  # one Neg came with the Max
+    same(result)
+
+
+def test_with_check_numerics_several_samples_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+    probe = OrtTarget.probe
+
+    def listening(self: OrtTarget, model: ir.Model, feed: Any = None) -> Any:
+        asked.append(feed["x"].shape)
+        return probe(self, model, feed)
+
+    monkeypatch.setattr(OrtTarget, "probe", listening)
+    for check, expected in ((False, {(1, 4)}), (True, {(1, 4), (3, 4)})):
+        asked.clear()
+        result = graphopt.optimize(parse(TEXT), "canonicalize", target="cpu{tune=off}", samples=FEEDS, check_numerics=check)
+        assert result.report.gate.passed is True
+        assert set(asked) == expected
+
+
+def test_inputs_that_became_smaller_are_fed_by_their_own_sizes() -> None:
+    """A cache loses heads with the attention: the feed of the input does not fit the artifact."""
+    rng = np.random.default_rng(0)
+    sizes = {"wq": (32, 32), "wk": (32, 16), "wv": (32, 16), "wo": (32, 32)}
+    source = parse(CACHED, **{name: (0.2 * rng.standard_normal(size)).astype(np.float32) for name, size in sizes.items()})
+    pipeline = "prune-heads{heads=0:0+0:1 refit=false resize=past_k+past_v+present_k+present_v}"
+    result = graphopt.optimize(source, pipeline, target="cpu{tune=off}")
+    assert [list(v.shape or ())[1] for v in result.model.graph.inputs[1:]] == [1, 1]
+    assert result.report.gate.passed is True
 
 
 CRASH = '''
