@@ -1,0 +1,251 @@
+"""One case, from the file to the numbers of the artifact. A stage is named before it starts, as the process may die in it."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from fuzz.case import FINDING, FINE, REFUSED, UNJUDGED, Case, Verdict  # type: ignore[import-not-found]
+
+import graphopt
+from graphopt.core.errors import GraphoptError, LoadError, PassError, PipelineError, VerifyError
+from graphopt.core.pipeline import parse
+from graphopt.core.registry import passes
+from graphopt.run import reference
+from graphopt.run.distance import compare_outputs
+from graphopt.run.ort import session
+from graphopt.run.samples import runnable_samples
+
+Array = np.ndarray[Any, Any]
+Outputs = list[dict[str, Array]]
+SECONDS = 10.0  # of processor time that one stage of the product may take
+OWN = ("load", "optimize", "save", "artifact", "default level", "again", "repeat")  # a death here is ours; in the others the input's own
+_NUDGE = 1e-6  # relative: a graph that answers this by more than the tolerance tells nothing about rounding
+_INPUTS = (LoadError, PipelineError)
+_NO_KERNEL = "Could not find an implementation"
+_LINE = 700  # a message that is longer than this helps nobody
+
+
+class Found(Exception):
+    """A finding; the text says what."""
+
+
+class Judge:
+    """Judges one case in a folder of its own."""
+
+    def __init__(self, case: Case, folder: Path, tell: Callable[[str], None]) -> None:
+        self.case, self.folder, self.tell = case, folder, tell
+        self.at = "load"
+        self.source = folder / "model.onnx"
+        self.source.write_bytes(case.model)
+
+    def verdict(self) -> Verdict:
+        """Whatever happens, but for a death of the process or a hang, which whoever asks must see."""
+        try:
+            return self._judge()
+        except Found as found:
+            return Verdict(FINDING, self.at, str(found))
+        except GraphoptError as error:
+            return self._refused(error)
+        except Exception as error:  # noqa: BLE001 -- any other exception is what is looked for
+            return Verdict(FINDING, self.at, f"internal: {type(error).__name__}: {_first(error)}", traceback.format_exc())
+
+    def _judge(self) -> Verdict:
+        with self._stage("load"):
+            loaded = graphopt.load(self.source)
+        engine, feeds = self._baseline(loaded)
+        options: dict[str, Any] = {"level": self.case.level, "target": self.case.target, "promise": False, "verify_each": True}
+        if self.case.samples:
+            options["samples"] = [dict(feed) for feed in feeds] or None
+        options["check_numerics"] = self.case.check and bool(feeds)
+        result = self._optimize("optimize", self.source, options)
+        artifact = self._save(result, "artifact.onnx")
+        self._interface(artifact)
+        exact = self._exact()
+        if engine is not None:
+            self._numbers(engine, feeds, artifact, exact)
+        if self.case.seed % 4 == 0 or self.case.check:
+            self._repeat(options, artifact)
+        if exact and self._steady_pipeline():
+            self._again(options, artifact)
+        return Verdict(FINE if engine is not None else UNJUDGED)
+
+    # ---- stages ---------------------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        self.at = name
+        self.tell(name)
+        start = time.process_time()
+        yield
+        if name in OWN and time.process_time() - start > SECONDS:
+            raise Found(f"hang: {time.process_time() - start:.1f} s of processor time")
+
+    def _baseline(self, loaded: ir.Model) -> tuple[Any, Outputs]:
+        """The engine that runs the input, and feeds that it takes; none where nothing runs it."""
+        with self._stage("baseline"):
+            for load in (lambda m: session(m, optimize=False), reference.session):
+                try:
+                    engine = load(self.case.model)
+                    feeds = list(runnable_samples(loaded, engine))
+                except (GraphoptError, ValueError, RecursionError):  # the input's own fault
+                    continue
+                return engine, feeds[:2]
+        return None, []
+
+    def _optimize(self, stage: str, source: Path, options: Mapping[str, Any]) -> graphopt.Result:
+        with self._stage(stage):
+            return graphopt.optimize(source, self.case.pipeline, **options)
+
+    def _save(self, result: graphopt.Result, name: str) -> Path:
+        with self._stage("save"):
+            return Path(result.save(self.folder / name).files[0])
+
+    def _exact(self) -> bool:
+        text = self.case.pipeline
+        return self.case.level < 2 if text is None else all(step.exact for step in parse(text, passes()))
+
+    def _steady_pipeline(self) -> bool:
+        """Whether a second run must find nothing: so for a level, and for one pass; of any order of passes, a later one may make work for an earlier."""
+        return self.case.pipeline is None or len(parse(self.case.pipeline, passes())) < 2
+
+    def _interface(self, artifact: Path) -> None:
+        """Names, order, dtypes and declared sizes are those of the file that came; a pass that changes them on purpose is not exact."""
+        before, after = onnx.load_model_from_string(self.case.model), onnx.load(artifact)
+        stored = {t.name for t in before.graph.initializer} if before.ir_version < 4 else set()
+        for what in ("input", "output"):
+            old = [v for v in getattr(before.graph, what) if v.name not in stored]
+            new = list(getattr(after.graph, what))
+            if [v.name for v in old] != [v.name for v in new]:
+                raise Found(f"interface: the {what}s were {[v.name for v in old]}, and are {[v.name for v in new]}")
+            if not self._exact():
+                continue
+            for a, b in zip(old, new, strict=True):
+                if not _same_type(a.type, b.type):
+                    raise Found(f"interface: {what} {a.name} was {_shown(a.type)}, and is {_shown(b.type)}")
+
+    def _numbers(self, engine: Any, feeds: Outputs, artifact: Path, exact: bool) -> None:
+        with self._stage("baseline"):
+            expected = [engine.run(feed) for feed in feeds]
+            again = [engine.run(feed) for feed in feeds]
+            steady = [name for name in expected[0] if all(not compare_outputs({name: a[name]}, {name: b[name]}) for a, b in zip(expected, again, strict=True))]
+        with self._stage("artifact"):
+            if engine.engine != "onnxruntime" and any(node.domain not in ("", "ai.onnx") for node in onnx.load(artifact).graph.node):
+                return  # the reference knows no vendor's operators, and the runtime did not run the input
+            try:
+                plain = session(artifact, optimize=False) if engine.engine == "onnxruntime" else reference.session(artifact)
+            except GraphoptError as error:
+                if _NO_KERNEL in str(error) and "bfloat16" in (self.case.pipeline or ""):
+                    return
+                raise Found(f"the artifact does not load: {error}") from error
+            self._compare(engine, plain, feeds, expected, steady, exact, "optimizations off")
+        if engine.engine != "onnxruntime":
+            return
+        with self._stage("input at the default level"):
+            try:
+                full = session(self.case.model)
+                kept = [full.run(feed) for feed in feeds]
+            except GraphoptError:
+                return
+            if any(compare_outputs(a, b) for a, b in zip(expected, kept, strict=True)):
+                return
+        with self._stage("default level"):
+            try:
+                full = session(artifact)
+            except GraphoptError as error:
+                raise Found(f"the artifact does not load at the default level: {error}") from error
+            self._compare(engine, full, feeds, expected, steady, exact, "default level")
+
+    def _compare(self, engine: Any, found: Any, feeds: Outputs, expected: Outputs, steady: list[str], exact: bool, where: str) -> None:
+        for feed, right in zip(feeds, expected, strict=True):
+            try:
+                given = found.run(feed)
+            except GraphoptError as error:
+                raise Found(f"the artifact does not run ({where}): {error}") from error
+            for name in steady:
+                difference = compare_outputs({name: right[name]}, {name: given[name]}) if exact else _form(name, right[name], given[name])
+                if difference is not None and not (exact and _shaky(engine, feed, name, right[name])):
+                    raise Found(f"wrong number ({where}): {difference}")
+
+    def _repeat(self, options: Mapping[str, Any], artifact: Path) -> None:
+        other = self._save(self._optimize("repeat", self.source, options), "repeat.onnx")
+        if other.read_bytes() != artifact.read_bytes():
+            raise Found("the same run twice writes other bytes")
+
+    def _again(self, options: Mapping[str, Any], artifact: Path) -> None:
+        options = {**options, "check_numerics": False}
+        result = self._optimize("again", artifact, options)
+        changed = [f"{r.name}: {r.changes}" for r in result.report.passes if r.changes]
+        if changed and self._save(result, "again.onnx").read_bytes() != artifact.read_bytes():
+            raise Found(f"a second run over the artifact changes it: {', '.join(changed)}")
+
+    # ---- refusals -------------------------------------------------------------------------------------------------------------------------
+
+    def _refused(self, error: GraphoptError) -> Verdict:
+        cause = error.cause if isinstance(error, PassError) else error
+        text = str(error)
+        trace = "".join(traceback.format_exception(error))
+        if not isinstance(cause, GraphoptError):
+            return Verdict(FINDING, self.at, f"internal: {type(cause).__name__}: {_first(cause)} [{text.partition(' failed:')[0]}]", trace)
+        if _NO_KERNEL in text and "bfloat16" in (self.case.pipeline or ""):
+            return Verdict(REFUSED, self.at, "the runtime lacks kernels of bfloat16")
+        if isinstance(cause, VerifyError):
+            return Verdict(FINDING, self.at, text, trace)
+        if self.at not in ("load", "optimize"):
+            return Verdict(FINDING, self.at, f"{type(error).__name__}: {text}", trace)
+        if "\n" in text and not isinstance(cause, PipelineError):
+            return Verdict(FINDING, self.at, f"a refusal of several lines: {text}", trace)
+        if len(text) > _LINE and not isinstance(cause, PipelineError):
+            return Verdict(FINDING, self.at, f"a refusal of {len(text)} letters: {text}", trace)
+        return Verdict(REFUSED, self.at, f"{type(cause).__name__}: {text.replace(str(self.source), 'MODEL')}")
+
+
+def _first(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
+
+
+def _form(name: str, right: Array, found: Array) -> str | None:
+    """What a lossy pass must not do either: another rank or type, a number that is none."""
+    if right.ndim != found.ndim or right.dtype.kind != found.dtype.kind:
+        return f"output `{name}` is {found.dtype}{list(found.shape)}, expected {right.dtype}{list(right.shape)}"
+    if right.dtype.kind == "f" and bool(np.isfinite(right).all() and np.isnan(found).any()):
+        return f"output `{name}` has become NaN"
+    return None
+
+
+def _shaky(engine: Any, feed: Mapping[str, Array], name: str, right: Array) -> bool:
+    """Whether the input's own number moves as far when what it is fed moves by a rounding: then the difference tells nothing."""
+    rng = np.random.default_rng(0)
+    for _ in range(2):
+        nudged = {k: (v * (1 + _NUDGE * rng.standard_normal(v.shape))).astype(v.dtype) if v.dtype.kind == "f" else v for k, v in feed.items()}
+        try:
+            moved = engine.run(nudged)[name]
+        except GraphoptError:
+            return False
+        if moved.shape != right.shape or compare_outputs({name: right}, {name: moved}, 1e-4) is not None:
+            return True
+    return False
+
+
+def _same_type(a: onnx.TypeProto, b: onnx.TypeProto) -> bool:
+    if a.WhichOneof("value") != "tensor_type" or b.WhichOneof("value") != "tensor_type":
+        return a.WhichOneof("value") == b.WhichOneof("value")
+    x, y = a.tensor_type, b.tensor_type
+    if x.elem_type != y.elem_type:
+        return False
+    if not x.HasField("shape"):
+        return True
+    if not y.HasField("shape") or len(x.shape.dim) != len(y.shape.dim):
+        return False
+    return all(not d.WhichOneof("value") or (d.dim_value, d.dim_param) == (e.dim_value, e.dim_param) for d, e in zip(x.shape.dim, y.shape.dim, strict=True))
+
+
+def _shown(kind: onnx.TypeProto) -> str:
+    return " ".join(str(kind).split())

@@ -1,0 +1,44 @@
+"""Kind and seed -> case: what makes every input again. `keep` leaves out parts, for minimizing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from random import Random
+
+from fuzz import corpus, pipelines  # type: ignore[import-not-found]
+from fuzz.case import Case  # type: ignore[import-not-found]
+
+Keep = Collection[int] | None
+_TARGETS = ("cpu{tune=off}",) * 6 + ("cpu{tune=off vendor=false}", "cpu{tune=off opset=17}", "quantized{tune=off}", "cpu")
+
+
+def make(kind: str, seed: int, keep: Keep = None) -> Case:
+    """The case of a kind and seed, with only the parts whose numbers are in `keep` (None = all).
+
+    Raises:
+        KeyError: there is no such kind.
+    """
+    return KINDS[kind](kind, seed, Random(f"{kind} {seed}"), keep)
+
+
+def kept(parts: Sequence[str], keep: Keep) -> tuple[str, ...]:
+    return tuple(part for number, part in enumerate(parts) if keep is None or number in keep)
+
+
+def _pipelines(kind: str, seed: int, rng: Random, keep: Keep) -> Case:
+    """The tiny models come twice as often as the exports, which take longer."""
+    name, model = _base(rng, (corpus.texts, corpus.texts, corpus.written, corpus.exports))
+    chosen = kept(pipelines.pipeline(rng), keep)
+    level = rng.choice((0, 1, 1, 2)) if rng.random() < 0.15 else None
+    return Case(
+        kind, seed, model, name, ", ".join(chosen) if level is None else None, level or 0, target=rng.choice(_TARGETS), samples=rng.random() < 0.8, check=rng.random() < 0.8, parts=chosen
+    )  # fmt: skip
+
+
+def _base(rng: Random, sources: Sequence[Callable[[], Mapping[str, bytes]]]) -> tuple[str, bytes]:
+    models = rng.choice(sources)()
+    name = rng.choice(list(models))
+    return name, models[name]
+
+
+KINDS: Mapping[str, Callable[[str, int, Random, Keep], Case]] = {"pipelines": _pipelines}
