@@ -151,8 +151,14 @@ def with_rest(op: Builder, linear: Linear, product: ir.Value) -> ir.Value:
         out = op.Mul(out, op.const(np.array(linear.alpha, kind), "alpha"))
     added = linear.addend if linear.bias is None or linear.bias_node is not None else linear.bias
     if added is not None:
-        out = op.Add(out, added if linear.beta == 1.0 else op.Mul(added, op.const(np.array(linear.beta, kind), "beta")))
+        out = op.Add(out, added if linear.beta == 1.0 else _scaled(op, added, np.array(linear.beta, kind)))
     return out  # type: ignore[no-any-return]
+
+
+def _scaled(op: Builder, added: ir.Value, beta: Array) -> ir.Value:
+    array = constant(added)
+    value: ir.Value = op.Mul(added, op.const(beta, "beta")) if array is None else op.const(array * beta, f"{added.name}_beta")
+    return value
 
 
 def _source(codes: ir.Value, grid: IntegerGrid, axis: int, dtype: ir.DataType | None, ctx: Context) -> Source | str:

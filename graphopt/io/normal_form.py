@@ -15,6 +15,7 @@ import onnx_ir as ir
 from graphopt.core.errors import LoadError
 from graphopt.core.remarks import Remarks
 from graphopt.graph.opset import versions as opset
+from graphopt.graph.opset.node_form import NodeForm, malformed
 from graphopt.graph.questions import Names, all_nodes, graphs, is_read
 from graphopt.graph.shapes import infer_shapes
 from graphopt.io import advisories as notices
@@ -35,6 +36,7 @@ def normalize(model: ir.Model, remarks: Remarks) -> None:
     _spell_standard_domain(model)
     inline.functions(model)
     _check_sources(model)
+    _check_nodes(model)
     lift_constants(model)
     _freeze_listed_weights(model)
     _sort(model)
@@ -78,6 +80,15 @@ def _check_sources(model: ir.Model) -> None:
     for value in model.graph.outputs:
         if not _has_source(value):
             raise LoadError(f"invalid graph: nothing makes the output `{value.name}`")
+
+
+def _check_nodes(model: ir.Model) -> None:
+    """Attributes, and the number of inputs and outputs, are those of the operators: code behind this relies on it."""
+    source = model.opset_imports.get("", opset.WORKING)
+    for node in all_nodes(model):
+        reason = malformed(NodeForm.of(node), node.version or source) if node.domain == "" else None
+        if reason is not None:
+            raise LoadError(f"invalid graph: node `{node.name or ', '.join(str(v.name) for v in node.outputs)}`: {reason}; export the model again")
 
 
 def _has_source(value: ir.Value) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from random import Random
 
-from fuzz import corpus, pipelines  # type: ignore[import-not-found]
+from fuzz import corpus, mutate_bytes, mutate_structure, pipelines  # type: ignore[import-not-found]
 from fuzz.case import Case  # type: ignore[import-not-found]
 
 Keep = Collection[int] | None
+_FILES = (corpus.texts,) * 4 + (corpus.backend,) * 4 + (corpus.written,) * 2 + (corpus.exports,)
 _TARGETS = ("cpu{tune=off}",) * 6 + ("cpu{tune=off vendor=false}", "cpu{tune=off opset=17}", "quantized{tune=off}", "cpu")
 
 
@@ -27,12 +28,25 @@ def kept(parts: Sequence[str], keep: Keep) -> tuple[str, ...]:
 
 def _pipelines(kind: str, seed: int, rng: Random, keep: Keep) -> Case:
     """The tiny models come twice as often as the exports, which take longer."""
-    name, model = _base(rng, (corpus.texts, corpus.texts, corpus.written, corpus.exports))
+    name, model = _base(rng, (corpus.texts,) * 8 + (corpus.written,) * 3 + (corpus.exports,))
     chosen = kept(pipelines.pipeline(rng), keep)
     level = rng.choice((0, 1, 1, 2)) if rng.random() < 0.15 else None
     return Case(
         kind, seed, model, name, ", ".join(chosen) if level is None else None, level or 0, target=rng.choice(_TARGETS), samples=rng.random() < 0.8, check=rng.random() < 0.8, parts=chosen
     )  # fmt: skip
+
+
+def _bytes(kind: str, seed: int, rng: Random, keep: Keep) -> Case:
+    name, model = _base(rng, _FILES)
+    _, other = _base(rng, _FILES)
+    chosen = kept(mutate_bytes.plan(rng), keep)
+    return Case(kind, seed, mutate_bytes.apply(model, chosen, other), name, level=rng.choice((0, 1, 1)), parts=chosen)
+
+
+def _structure(kind: str, seed: int, rng: Random, keep: Keep) -> Case:
+    name, model = _base(rng, _FILES)
+    chosen = kept(mutate_structure.plan(rng), keep)
+    return Case(kind, seed, mutate_structure.apply(model, chosen), name, level=rng.choice((0, 1, 1, 1, 2)), parts=chosen)
 
 
 def _base(rng: Random, sources: Sequence[Callable[[], Mapping[str, bytes]]]) -> tuple[str, bytes]:
@@ -41,4 +55,4 @@ def _base(rng: Random, sources: Sequence[Callable[[], Mapping[str, bytes]]]) -> 
     return name, models[name]
 
 
-KINDS: Mapping[str, Callable[[str, int, Random, Keep], Case]] = {"pipelines": _pipelines}
+KINDS: Mapping[str, Callable[[str, int, Random, Keep], Case]] = {"pipelines": _pipelines, "bytes": _bytes, "structure": _structure}

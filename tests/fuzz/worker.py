@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 from _worker import Worker, serve  # type: ignore[import-not-found]  # noqa: E402
 from fuzz.case import FINDING, UNJUDGED, Verdict  # type: ignore[import-not-found]  # noqa: E402
 
-SECONDS = 120  # of wall time; the judge counts processor time itself, and this catches what waits for ever
+SECONDS = 300  # of wall time; the judge counts processor time itself, and this catches what waits for ever
 MEMORY = 8 << 30  # bytes of address space
 QUIET = ("baseline", "input at the default level")  # a death here is that of the input
 
