@@ -31,7 +31,7 @@ _NUDGE = 1e-6  # relative: a graph that answers this by more than the tolerance 
 _INPUTS = (LoadError, PipelineError)
 _NO_KERNEL = "Could not find an implementation"
 _BLAME = "the passes left a broken graph"  # must not be said of what the input brought
-_LINE = 700  # a message that is longer than this helps nobody
+_LINE = 1200  # letters; a message that is longer than this helps nobody
 
 
 class Found(Exception):

@@ -10,11 +10,13 @@ from typing import Any, ClassVar
 import onnx
 import onnx_ir as ir
 
-from graphopt.core.errors import LoadError
+from graphopt.core.errors import LoadError, about
 from graphopt.core.remarks import Remarks
 from graphopt.graph.serialize import read
+from graphopt.io.formats import sound
 from graphopt.io.formats.format import Format, Loaded, is_path
 
+_LONG = 400  # letters of another library's message
 _MAGIC = {
     b"PK\x03\x04": "a zip archive; unpack it, or, if it is a PyTorch checkpoint, load the module in Python and pass it with example_inputs",
     b"\x1f\x8b": "a gzip archive; unpack it first",
@@ -117,6 +119,8 @@ def _deserialize(proto: onnx.ModelProto, name: str) -> ir.Model:
         raise LoadError(f"{name}: opset {standard} is newer than the installed onnx knows ({onnx.defs.onnx_opset_version()}); update onnx")
     if proto.graph.sparse_initializer:
         raise LoadError(f"{name}: it has sparse initializers, which graphopt does not read; store them as dense tensors")
+    with about(name):
+        sound.check(proto)
     try:
         return ir.from_proto(proto)
     except Exception as error:  # noqa: BLE001 -- the deserializer wraps every kind of error; the innermost one says what is wrong
@@ -126,7 +130,8 @@ def _deserialize(proto: onnx.ModelProto, name: str) -> ir.Model:
 def _root_line(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).partition("\n")[0]
+    line = str(error).partition("\n")[0]
+    return line if len(line) <= _LONG else f"{line[:_LONG]}..."
 
 
 # ---- tensors --------------------------------------------------------------------------------------------------------------------------
