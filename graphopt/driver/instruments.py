@@ -18,7 +18,7 @@ from graphopt.driver.options import RunOptions
 from graphopt.graph.interface import RESIZED, RETYPED, Interface, interface
 from graphopt.graph.questions import all_nodes
 from graphopt.graph.text import diff, graph_text
-from graphopt.graph.verify import verify
+from graphopt.graph.verify import complaints, verify
 from graphopt.run.distance import Difference, compare_outputs
 from graphopt.run.samples import Samples, runnable_samples
 
@@ -31,17 +31,19 @@ class VerifyEach(Instrument):
 
     def __init__(self) -> None:
         self._interface: Interface | None = None
+        self._known: frozenset[str] = frozenset()
         self._before = ""
 
     def before_pipeline(self, model: ir.Model, ctx: Context) -> None:
-        self._interface = interface(model)
-        verify(model)
+        self._interface, self._known = interface(model), complaints(model)
+        for text in sorted(self._known - {"checker"}):
+            ctx.remarks.warning("", f"of the input, and so of no pass: {text}")
 
     def before(self, step: Pass, position: int, model: ir.Model, ctx: Context) -> None:
         self._before = _state(model)
 
     def after(self, step: Pass, position: int, changes: int, seconds: float, model: ir.Model, ctx: Context) -> None:
-        verify(model, interface=self._interface)
+        verify(model, interface=self._interface, known=self._known)
         if changes == 0 and _state(model) != self._before:
             raise VerifyError(f"`{step}` says that it changed nothing, but the graph is another")
 

@@ -30,7 +30,7 @@ from graphopt.driver.promise import Outcome
 from graphopt.driver.result import Result, report_of
 from graphopt.driver.transaction import TransactionManager
 from graphopt.graph.interface import interface
-from graphopt.graph.verify import verify
+from graphopt.graph.verify import complaints, verify
 from graphopt.io.load import check_options, keeps_bytes, load_both, load_options
 from graphopt.io.save import sources_of
 from graphopt.report.words import called
@@ -173,8 +173,14 @@ class Job:
 
     def _check(self, model: ir.Model) -> None:
         """What comes out is a legal graph with the interface that came in, whatever the passes were."""
+        declared = interface(self.model)
         try:
-            verify(model, interface=interface(self.model))
+            verify(model, interface=declared)
+            return
+        except VerifyError:
+            known = complaints(self.model)  # asked only now, as most inputs give rise to none
+        try:
+            verify(model, interface=declared, known=known)
         except VerifyError as error:
             head, _, rest = str(error).partition("\n")
             text = f"the passes left a broken graph, and nothing was written; --verify-each names the pass: {head}\n{rest}"

@@ -6,16 +6,19 @@ import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 
 from graphopt.core.errors import GraphoptError, SaveError
-from graphopt.graph.questions import graphs, nbytes
+from graphopt.graph.questions import all_nodes, closed_nodes, is_graph, nbytes
 
 _LIMIT = 2**31 - 1  # bytes that one protobuf message can have
 _HEADROOM = 2**27  # more than the nodes and shapes of any graph take: with so much space beside the weights, nothing is counted
 _HEAVY = 1024  # bytes; weights above are counted, not copied
+_STRANGE = "graphopt.strange"  # a domain that ONNX has no operator of, and so no opinion
+DECLARED = "graphopt.declared"  # value.meta: the shape that the model's author wrote at an input or output
 _GRAPH, _INITIALIZER = 7, 5  # the field of ModelProto, and that of GraphProto
 _FIXED = {1: 8, 5: 4}  # wire type -> bytes
 
@@ -40,7 +43,7 @@ def fits(model: ir.Model) -> bool:
 def model_bytes(model: ir.Model) -> int:
     """Bytes of the model as one file with its weights inside, which are counted and neither read nor copied."""
     copy, heavy = model.clone(), 0
-    for graph in graphs(copy):
+    for graph in copy.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value
             if tensor is not None and tensor.nbytes > _HEAVY and tensor.dtype != ir.DataType.STRING:
@@ -78,6 +81,66 @@ def to_bytes(model: ir.Model) -> bytes:
     """The file of `to_proto`; equal models give equal bytes."""
     data: bytes = to_proto(model).SerializeToString(deterministic=True)
     return data
+
+
+def light(model: ir.Model) -> onnx.ModelProto:
+    """What ONNX itself can judge of a model: its graph without the heavy weights, which are inputs, and without what the file only claims.
+
+    Closed bodies are left out, and so are shapes of inputs and outputs that are not known, as the checker wants one there. What only we know of
+    a value, behind an operator that ONNX does not know, is stated.
+    """
+    copy = model.clone()
+    for name, value in list(copy.graph.initializers.items()):
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= _HEAVY:
+            value.const_value = inside(tensor)
+        elif tensor is not None and tensor.nbytes > _HEAVY:
+            del copy.graph.initializers[name]
+            value.const_value = None
+            if not value.is_graph_input():
+                copy.graph.inputs.append(value)
+    for node in closed_nodes(copy):
+        node.domain, node.version = _STRANGE, None
+        for name in [name for name, attribute in node.attributes.items() if is_graph(attribute)]:
+            del node.attributes[name]
+    for node in all_nodes(copy):
+        known = node.domain in ("", "ai.onnx")
+        for value in node.outputs:
+            if known and not value.is_graph_output():
+                value.shape = None
+    _state_outputs(copy)
+    proto: onnx.ModelProto = ir.to_proto(copy)
+    _give_shapeless(proto.graph)
+    proto.opset_import.add(domain=_STRANGE, version=1)
+    return proto
+
+
+def _state_outputs(model: ir.Model) -> None:
+    """Every output with the shape that its author declared, and none without a shape."""
+    for value in list(model.graph.outputs):
+        declared = value.meta.get(DECLARED, value.shape)
+        value.shape = declared if declared is not None else value.shape
+        if value.shape is None:
+            model.graph.outputs.remove(value)
+
+
+def _give_shapeless(graph: onnx.GraphProto) -> None:
+    """An input of which nothing but the type is known comes out of an operator that nobody knows."""
+    loose = [i for i in graph.input if i.type.WhichOneof("value") in ("tensor_type", None) and not i.type.tensor_type.HasField("shape")]
+    if not loose:
+        return
+    kept = [i for i in graph.input if i not in loose]
+    nodes = [onnx.NodeProto(op_type="Input", domain=_STRANGE, output=[i.name]) for i in loose]
+    rest = list(graph.node)
+    del graph.input[:], graph.node[:]
+    graph.input.extend(kept)
+    graph.node.extend([*nodes, *rest])
+    graph.value_info.extend(i for i in loose if i.type.HasField("tensor_type"))
+
+
+def inside(tensor: ir.ExternalTensor) -> ir.Tensor[Any]:
+    """The same with its data in memory."""
+    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)
 
 
 def write(model: ir.Model, path: Path) -> None:

@@ -74,6 +74,12 @@ def shape_claims(model: ir.Model, declared: dict[ir.Value, ir.Shape], reason: st
         remarks.warning(value.name or "", f"the file states the shape {claimed}, but {value.shape} follows from the inputs; the statement is dropped")
 
 
+def contradicted(dropped: Iterable[tuple[ir.Value, str, str]], remarks: Remarks) -> None:
+    """Name the shapes that ONNX's own inference contradicts."""
+    for value, ours, theirs in dropped:
+        remarks.warning(value.name or "", f"its shape {ours} follows from the inputs, and ONNX says {theirs}; nothing is built on either")
+
+
 def _agree(claimed: Iterable[object], inferred: Iterable[object], symbols: frozenset[str]) -> bool:
     left, right = list(claimed), list(inferred)
     if len(left) != len(right):

@@ -17,7 +17,7 @@ from graphopt.core.remarks import Remarks
 from graphopt.graph.opset import versions as opset
 from graphopt.graph.opset.node_form import NodeForm, malformed
 from graphopt.graph.questions import Names, all_nodes, graphs, is_read
-from graphopt.graph.shapes import infer_shapes
+from graphopt.graph.shapes import drop_contradicted, infer_shapes
 from graphopt.io import advisories as notices
 from graphopt.io import inline
 from graphopt.io.repair import repair
@@ -51,6 +51,7 @@ def normalize(model: ir.Model, remarks: Remarks) -> None:
         remove_dead(model)
         reason = infer_shapes(model)
     name_everything(model)
+    notices.contradicted(drop_contradicted(model), remarks)
     repair(model, remarks)
     notices.random_nodes(model, remarks)
     notices.foreign_nodes(model, remarks)
@@ -182,6 +183,7 @@ def _freeze_listed_weights(model: ir.Model) -> None:
     kept = [v for v in model.graph.inputs if not v.is_initializer()]
     model.graph.inputs.clear()
     model.graph.inputs.extend(kept)
+    model.ir_version = _FREE_INITIALIZERS
 
 
 # ---- names --------------------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from graphopt.core.places import beside, check_places, data_file
 from graphopt.graph.opset import versions
 from graphopt.graph.opset.versions import Rise
 from graphopt.graph.questions import all_nodes, graphs
-from graphopt.graph.serialize import fits, read, to_bytes
+from graphopt.graph.serialize import fits, inside, read, to_bytes
 from graphopt.graph.shapes import declared_shape
 from graphopt.io.advisories import input_symbols
 
@@ -155,10 +155,6 @@ def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
         yield from (v.const_value for v in graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor))
 
 
-def _inside(tensor: ir.ExternalTensor) -> ir.Tensor[Any]:
-    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)
-
-
 def _write_data(model: ir.Model, file: Path) -> None:
     """Write the large weights one after the other into a new file, and let the model refer to it by its bare name."""
     with file.open("wb") as stream:
@@ -170,7 +166,7 @@ def _write_data(model: ir.Model, file: Path) -> None:
                 if tensor.nbytes > _INLINE:
                     value.const_value = _append(stream, tensor, file.name, value.name or "")
                 elif isinstance(tensor, ir.ExternalTensor):
-                    value.const_value = _inside(tensor)
+                    value.const_value = inside(tensor)
 
 
 def _append(stream: Any, tensor: ir.TensorProtocol, location: str, name: str) -> ir.ExternalTensor:
