@@ -104,7 +104,7 @@ class _Work:
                 if not self.dry and not self.endless:
                     self.visit(node)
         decided = any(n.op_type == "If" and n.domain == "" and is_constant(n.inputs[0]) for n in all_nodes(self.model))
-        if decided and not self.dry and self.ctx.fuel.burn():
+        if decided and not self.dry and self.ctx.fuel.burn(decided_ifs):
             self.note("decided Ifs replaced by the branch that runs", decided_ifs(self.model))
         if self.total == before:
             return False
@@ -166,9 +166,8 @@ class _Work:
 
     def merge_initializers(self) -> None:
         for copy, original in _merge.equal_initializers(self.model.graph):
-            if not self.ctx.fuel.burn():
-                self.dry = True
-                return
+            if not self.ctx.fuel.burn(str(copy.name)):
+                continue
             copy.replace_all_uses_with(original)
             del self.model.graph.initializers[str(copy.name)]
             self.note("equal weights merged", 1, name=str(copy.name))

@@ -36,6 +36,7 @@ def optimize(  # long, as it is the list of options: typer reads each from its a
     with_past: WithPast = False,
     input_shape: Annotated[list[str] | None, typer.Option(metavar="NAME:DIM,...", help="Fix the shape of an input; repeatable.")] = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time input and output; take back what is slower.")] = True,
+    gate: Annotated[bool, typer.Option("--gate/--no-gate", help="Open and run the output once before it is written.")] = True,
     shapes: Shapes = None,
     as_json: Json = False,
 ) -> None:
@@ -55,7 +56,7 @@ def optimize(  # long, as it is the list of options: typer reads each from its a
             model, pipeline, level=1 if level is None else level, target=target, samples=samples, tokenizer=tokenizer, metric=judge,
             max_loss=max_loss, require=require or (), plugins=plugin or (), input_shapes=shaped or None, task=task, with_past=with_past,
             verify_each=verify_each, check_numerics=check_numerics, time=time, print_changed=print_changed, dump=dump, fuel=fuel, progress=tell,
-            promise=measure and level != 0 and fuel is None, shapes=shapes, out=out, writes=writes,
+            promise=measure and level != 0 and fuel is None, gate=gate, shapes=shapes, out=out, writes=writes,
         )  # fmt: skip
         if measure and result.report.speed_up.value is None:
             result.measure(shapes, progress=lambda done: tell("timing input and output, interleaved", done))

@@ -29,6 +29,7 @@ class RunOptions(LoadOptions, total=False):
     dump: str | Path | None
     fuel: int | None
     promise: bool | None
+    gate: bool
     shapes: str | None
     progress: Progress | None
     out: str | Path | None

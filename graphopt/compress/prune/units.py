@@ -27,10 +27,6 @@ from graphopt.rewrite.slicing.close import Slicing
 from graphopt.rewrite.slicing.plan import Refusal
 
 
-class OutOfFuel(Exception):
-    """What was planned at last is forgotten."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Ratio:
     """An option of the passes that remove one kind of unit."""
@@ -127,8 +123,6 @@ def remove(model: ir.Model, ctx: Context, gone: Mapping[Candidate, Sequence[int]
         except Refusal as refusal:
             ctx.remarks.missed(c.name, f"not pruned: {refusal}")
             continue
-        except OutOfFuel:
-            break
         done.append((c, members))
         outputs += [str(u.output.node.name) for u in c.units if u.output is not None]
     if not done:
@@ -144,14 +138,13 @@ def planned(plan: Slicing, ctx: Context, units: Sequence[Unit], members: Sequenc
     """Plan the removal of these heads or neurons from all `units`, or from none.
 
     Raises:
-        Refusal: it cannot be done.
-        OutOfFuel: it must not be done.
+        Refusal: it cannot be done, or must not for want of fuel; nothing is planned.
     """
     with plan.together():
         for unit in units:
             plan.remove(unit.value, unit.axis, unit.mask(members), inside=unit.inside)
         if not ctx.fuel.burn():
-            raise OutOfFuel
+            raise Refusal(ctx.fuel.why)
 
 
 def carry_out(plan: Slicing, ctx: Context, *, caches: bool = False) -> None:
