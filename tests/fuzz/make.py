@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from random import Random
 
-from fuzz import corpus, mutate_bytes, mutate_structure, pipelines  # type: ignore[import-not-found]
+from fuzz import blocks, corpus, mutate_bytes, mutate_structure, pipelines, schemas  # type: ignore[import-not-found]
 from fuzz.case import Case  # type: ignore[import-not-found]
 
 Keep = Collection[int] | None
@@ -49,10 +49,27 @@ def _structure(kind: str, seed: int, rng: Random, keep: Keep) -> Case:
     return Case(kind, seed, mutate_structure.apply(model, chosen), name, level=rng.choice((0, 1, 1, 1, 2)), parts=chosen)
 
 
+def _graphs(kind: str, seed: int, rng: Random, keep: Keep) -> Case:
+    return _made(kind, seed, rng, schemas.graph(rng))
+
+
+def _blocks(kind: str, seed: int, rng: Random, keep: Keep) -> Case:
+    return _made(kind, seed, rng, blocks.blocks(rng))
+
+
+def _made(kind: str, seed: int, rng: Random, model: bytes) -> Case:
+    """At a level, or, one in four, by one pass."""
+    target = rng.choice(_TARGETS[:9])
+    if rng.random() < 0.25:
+        return Case(kind, seed, model, kind, pipelines.pipeline(rng)[0], target=target, samples=True, check=True)
+    level = rng.choice((0, 1, 1, 1, 1, 2))
+    return Case(kind, seed, model, kind, level=level, target=target, samples=level == 2, check=True)
+
+
 def _base(rng: Random, sources: Sequence[Callable[[], Mapping[str, bytes]]]) -> tuple[str, bytes]:
     models = rng.choice(sources)()
     name = rng.choice(list(models))
     return name, models[name]
 
 
-KINDS: Mapping[str, Callable[[str, int, Random, Keep], Case]] = {"pipelines": _pipelines, "bytes": _bytes, "structure": _structure}
+KINDS: Mapping[str, Callable[[str, int, Random, Keep], Case]] = {"pipelines": _pipelines, "bytes": _bytes, "structure": _structure, "graphs": _graphs, "blocks": _blocks}
