@@ -16,7 +16,7 @@ from graphopt.core.errors import LoadError
 from graphopt.core.remarks import Remarks
 from graphopt.graph.opset import versions as opset
 from graphopt.graph.opset.node_form import NodeForm, malformed
-from graphopt.graph.questions import Names, all_nodes, graphs, is_read
+from graphopt.graph.questions import Names, all_nodes, bodies, graphs, is_read
 from graphopt.graph.shapes import drop_contradicted, infer_shapes
 from graphopt.io import advisories as notices
 from graphopt.io import inline
@@ -87,9 +87,21 @@ def _check_nodes(model: ir.Model) -> None:
     """Attributes, and the number of inputs and outputs, are those of the operators: code behind this relies on it."""
     source = model.opset_imports.get("", opset.WORKING)
     for node in all_nodes(model):
-        reason = malformed(NodeForm.of(node), node.version or source) if node.domain == "" else None
+        version = node.version or source
+        reason = (malformed(NodeForm.of(node), version) or _unfit_body(node, version)) if node.domain == "" else None
         if reason is not None:
             raise LoadError(f"invalid graph: node `{node.name or ', '.join(str(v.name) for v in node.outputs)}`: {reason}; export the model again")
+
+
+def _unfit_body(node: ir.Node, version: int) -> str | None:
+    """Why a body takes or gives another number of values than its node has for it."""
+    count, given = len(node.inputs), len(node.outputs)
+    wanted = {"If": (0, given), "Loop": (count, given + 1), "Scan": (count if version > 8 else count - 1, given)}.get(node.op_type)
+    for body in bodies(node) if wanted is not None else ():
+        found = len(body.inputs), len(body.outputs)
+        if found != wanted:
+            return f"the body `{body.name}` of `{node.op_type}` has {found[0]} inputs and {found[1]} outputs instead of {wanted[0]} and {wanted[1]}"
+    return None
 
 
 def _has_source(value: ir.Value) -> bool:

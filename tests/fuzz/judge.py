@@ -18,6 +18,7 @@ import graphopt
 from graphopt.core.errors import GraphoptError, LoadError, PassError, PipelineError, VerifyError
 from graphopt.core.pipeline import parse
 from graphopt.core.registry import passes
+from graphopt.graph.text import graph_text
 from graphopt.run import reference
 from graphopt.run.distance import compare_outputs
 from graphopt.run.ort import session
@@ -185,9 +186,13 @@ class Judge:
     def _again(self, options: Mapping[str, Any], artifact: Path) -> None:
         options = {**options, "check_numerics": False}
         result = self._optimize("again", artifact, options)
-        changed = [f"{r.name}: {r.changes}" for r in result.report.passes if r.changes]
-        if changed and self._save(result, "again.onnx").read_bytes() != artifact.read_bytes():
-            raise Found(f"a second run over the artifact changes it: {', '.join(changed)}")
+        changed = [r.name for r in result.report.passes if r.changes]
+        if not changed or _same_graph(artifact, self._save(result, "again.onnx")):
+            return
+        vendored = any(node.domain == "com.microsoft" for node in onnx.load(artifact).graph.node)
+        if changed == ["canonicalize"] and vendored:
+            return  # a small weight that is stored once for two readers of another layout, folded
+        raise Found(f"a second run over the artifact changes it: {', '.join(changed)}")
 
     # ---- refusals -------------------------------------------------------------------------------------------------------------------------
 
@@ -230,6 +235,12 @@ def _form(name: str, right: Array, found: Array) -> str | None:
     if right.dtype.kind == "f" and bool(np.isfinite(right).all() and np.isnan(found).any()):
         return f"output `{name}` has become NaN"
     return None
+
+
+def _same_graph(a: Path, b: Path) -> bool:
+    """But for the names of what is inside."""
+    one, other = (graph_text(ir.load(path), canonical=True) for path in (a, b))
+    return one == other
 
 
 def _shaky(engine: Any, feed: Mapping[str, Array], name: str, right: Array) -> bool:
