@@ -51,6 +51,8 @@ class Run:
             new = verdict.what == FINDING and signature(verdict) not in self.seen
             if verdict.what == FINDING:
                 self.seen.add(signature(verdict))
+            if (done := sum(c.total() for c in self.counts.values())) % 500 == 0:
+                print(f"{done} inputs, {time.strftime('%H:%M:%S')}: {dict(sum(self.counts.values(), collections.Counter()))}", flush=True)
             return new
 
     def save(self, found: tuple[str, int], verdict: Verdict, keep: list[int] | None) -> None:
