@@ -246,9 +246,10 @@ _CODES = ("Quantize", "Dequantize", "Integer", "QLinear", "QAttention", "QGemm",
 
 
 def grain(model: ir.Model) -> str:
-    """The coarsest that a graph rounds to on its way: `codes`, a float type, or nothing that is coarser than float32."""
+    """The coarsest that a graph rounds to on its way: `codes`, a float type, or nothing that is coarser than its outputs."""
     if any(mark in node.op_type for node in all_nodes(model) for mark in _CODES):
         return "codes"
     values = [*model.graph.inputs, *model.graph.initializers.values(), *(v for node in all_nodes(model) for v in node.outputs)]
     kinds = {v.dtype for v in values}
-    return "bfloat16" if ir.DataType.BFLOAT16 in kinds else "float16" if ir.DataType.FLOAT16 in kinds else ""
+    coarse = (kind for kind in (ir.DataType.BFLOAT16, ir.DataType.FLOAT16, ir.DataType.FLOAT) if kind in kinds)
+    return {ir.DataType.BFLOAT16: "bfloat16", ir.DataType.FLOAT16: "float16", ir.DataType.FLOAT: "float32"}.get(next(coarse, None), "")

@@ -9,17 +9,22 @@ from fuzz import blocks, corpus, mutate_bytes, mutate_structure, pipelines, sche
 from fuzz.case import Case  # type: ignore[import-not-found]
 
 Keep = Collection[int] | None
+_HEAVY = (corpus.exports, corpus.backend)  # to make, the first time on a machine, or to run
 _FILES = (corpus.texts,) * 4 + (corpus.backend,) * 4 + (corpus.written,) * 2 + (corpus.exports,)
 _TARGETS = ("cpu{tune=off}",) * 6 + ("cpu{tune=off vendor=false}", "cpu{tune=off opset=17}", "quantized{tune=off}", "cpu")
 
 
-def make(kind: str, seed: int, keep: Keep = None) -> Case:
-    """The case of a kind and seed, with only the parts whose numbers are in `keep` (None = all).
+def make(kind: str, seed: int, keep: Keep = None, *, light: bool = False) -> Case:
+    """The case of a kind and seed, with only the parts whose numbers are in `keep` (None = all). `light`: of the smallest models only.
 
     Raises:
         KeyError: there is no such kind.
     """
-    return KINDS[kind](kind, seed, Random(f"{kind} {seed}"), keep)
+    return KINDS[kind](kind, seed, _Light(f"{kind} {seed}") if light else Random(f"{kind} {seed}"), keep)
+
+
+class _Light(Random):
+    """Marks a case that must not take long."""
 
 
 def kept(parts: Sequence[str], keep: Keep) -> tuple[str, ...]:
@@ -67,7 +72,8 @@ def _made(kind: str, seed: int, rng: Random, model: bytes) -> Case:
 
 
 def _base(rng: Random, sources: Sequence[Callable[[], Mapping[str, bytes]]]) -> tuple[str, bytes]:
-    models = rng.choice(sources)()
+    light = [source for source in sources if source not in _HEAVY] if isinstance(rng, _Light) else sources
+    models = rng.choice(light)()
     name = rng.choice(list(models))
     return name, models[name]
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import resource
+import signal
 import sys
 import tempfile
 import warnings
@@ -30,9 +31,9 @@ class Cases:
         self.note = folder / "stage"
         self._worker = Worker(__file__, [str(self.note)], SECONDS)
 
-    def judge(self, kind: str, seed: int, keep: list[int] | None = None) -> Verdict:
+    def judge(self, kind: str, seed: int, keep: list[int] | None = None, *, light: bool = False) -> Verdict:
         self.note.write_text("start")
-        answer: dict[str, Any] = self._worker.ask(json.dumps({"kind": kind, "seed": seed, "keep": keep}))
+        answer: dict[str, Any] = self._worker.ask(json.dumps({"kind": kind, "seed": seed, "keep": keep, "light": light}))
         if "failed" not in answer:
             return Verdict.of(answer)
         stage = self.note.read_text()
@@ -48,7 +49,9 @@ def _answer(note: Path, key: str) -> dict[str, Any]:
 
     asked = json.loads(key)
     note.write_text("make")
-    case = make(asked["kind"], asked["seed"], asked["keep"])
+    if asked["kind"] == "planted-death":  # of the test that shows that a death is a verdict
+        os.kill(os.getpid(), signal.SIGSEGV)
+    case = make(asked["kind"], asked["seed"], asked["keep"], light=asked["light"])
     with tempfile.TemporaryDirectory(prefix="graphopt-fuzz-") as folder:
         return dataclasses.asdict(Judge(case, Path(folder), lambda stage: note.write_text(stage) and None).verdict())
 
