@@ -267,6 +267,10 @@ class _Maker:
         x = self.some()
         return None if x is None else [x, self._store(np.array([self.rng.choice((1, 2)) for _ in range(x.arrays[0].ndim)], np.int64))]
 
+    def clip(self) -> list[_Known | None] | None:
+        x = self.some()
+        return None if x is None else [x, self._store(np.float32(-0.5)), self._store(np.float32(self.rng.choice((0.5, 6.0, -1.0))))]
+
     def pad(self) -> list[_Known | None] | None:
         x = self.some()
         return None if x is None else [x, self._store(np.array([self.rng.choice((0, 1)) for _ in range(2 * x.arrays[0].ndim)], np.int64))]
@@ -275,7 +279,7 @@ class _Maker:
 _SPECIAL: Mapping[str, Callable[[_Maker], list[_Known | None] | None]] = {
     "MatMul": _Maker.matmul, "Reshape": _Maker.reshape, "Unsqueeze": _Maker.axes, "Squeeze": _Maker.axes, "ReduceMean": _Maker.axes,
     "ReduceSum": _Maker.axes, "Gather": _Maker.gather, "Slice": _Maker.slices, "LayerNormalization": _Maker.norm, "Expand": _Maker.expand,
-    "Tile": _Maker.tile, "Pad": _Maker.pad,
+    "Tile": _Maker.tile, "Clip": _Maker.clip, "Pad": _Maker.pad,
 }  # fmt: skip
 
 
