@@ -31,6 +31,7 @@ from graphopt.driver.promise import Outcome
 from graphopt.driver.result import Result, report_of
 from graphopt.driver.transaction import TransactionManager
 from graphopt.graph.interface import interface
+from graphopt.graph.opset import versions
 from graphopt.graph.verify import complaints, verify
 from graphopt.io.load import check_options, keeps_bytes, load_both, load_options
 from graphopt.io.save import sources_of
@@ -111,6 +112,8 @@ class Job:
         check_places(files, () if given is None else [str(given)])
         remarks, start = Remarks(), clock()
         original, model = load_both(source, remarks=remarks, **load_options(options))
+        target = _held(target, model, remarks)
+        lowerings = tuple(target.lowerings())
         repaired = sum("repaired" in remark.facts for remark in remarks)
         loaded = PassRecord("load", repaired, clock() - start, list(remarks))
         watchers = tuple(instruments.chosen(options))
@@ -169,7 +172,8 @@ class Job:
         self._check(outcome.model)
         _require(self.required, records)
         changed = any(record.changes for record in records)
-        lowered = self.original if outcome.model is None or not changed else outcome.model
+        plain = self.model.clone() if self.loaded.changes else self.original  # what the door mended is in the output
+        lowered = plain if outcome.model is None or not changed else outcome.model
         report = report_of(self, lowered, records)
         report.gate = gate.verdict(outcome if lowered is not self.original else dataclasses.replace(outcome, model=None))
         if self.loss.failure is not None:
@@ -237,6 +241,15 @@ def _shaped(target: Target, shapes: str | None) -> Target:
     if all(field.name != "shapes" for field in dataclasses.fields(target)):  # type: ignore[arg-type]
         return target
     return dataclasses.replace(target, shapes=tuple(shapes.replace(" ", "").split(",")))  # type: ignore[type-var]
+
+
+def _held(target: Target, model: ir.Model, remarks: Remarks) -> Target:
+    """With a limit to the opset where bodies that nobody may change hold the file at an old one."""
+    limit = versions.ceiling(model)
+    if limit is None or (target.opset is not None and target.opset <= limit) or all(f.name != "opset" for f in dataclasses.fields(target)):  # type: ignore[arg-type]
+        return target
+    remarks.warning("", f"the output stays at opset {limit}: bodies under operators of other domains are written for it, and left as they are")
+    return dataclasses.replace(target, opset=limit)  # type: ignore[type-var]
 
 
 def _promised(promise: bool | None, pipeline: str | None, level: int, fuel: int | None) -> bool:

@@ -121,11 +121,21 @@ def graphs(model: ir.Model) -> Iterator[ir.Graph]:
         todo += [body for node in graph if node.attributes for body in bodies(node)]
 
 
+def open_nodes(function: ir.Function) -> Iterator[ir.Node]:
+    """Every node of a function and of every subgraph in it that is open."""
+    todo = list(function)
+    while todo:
+        node = todo.pop()
+        yield node
+        todo += [inner for body in bodies(node) for inner in body]
+
+
 def is_graph(attribute: ir.Attr) -> bool:
     """True for an attribute that holds one subgraph or several."""
     return attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
+ISLAND = "ai.onnx.newer"  # the domain of a standard node that has no form at the working opset; its version is that of the file
 CLOSED = "graphopt.closed"  # node.meta: why the bodies of a standard operator stay as they are
 
 
@@ -143,6 +153,15 @@ def bodies(node: ir.Node) -> list[ir.Graph]:
 def closed_nodes(model: ir.Model) -> list[ir.Node]:
     """The nodes that hold closed bodies."""
     return [node for node in all_nodes(model) if is_closed(node) and any(map(is_graph, node.attributes.values()))]
+
+
+def captured(node: ir.Node) -> list[ir.Value]:
+    """What the bodies of a node read and do not make themselves, as often as they do, in order."""
+    held = [graph for _, graph in subgraphs(node)]
+    inner = [graph for graph in held for graph in (graph, *graph.subgraphs())]
+    own = {v for graph in inner for v in (*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs))}
+    read = [v for graph in inner for v in (*(v for n in graph for v in n.inputs), *graph.outputs)]
+    return [v for v in read if v is not None and v not in own]
 
 
 def within(node: ir.Node) -> Iterator[ir.Node]:

@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.core.errors import GraphoptError, SaveError
-from graphopt.graph.questions import all_nodes, closed_nodes, is_graph, nbytes
+from graphopt.graph.questions import ISLAND, all_nodes, closed_nodes, is_graph, nbytes
 
 _LIMIT = 2**31 - 1  # bytes that one protobuf message can have
 _HEADROOM = 2**27  # more than the nodes and shapes of any graph take: with so much space beside the weights, nothing is counted
@@ -64,6 +64,7 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
     if not fits(model):
         raise SaveError(f"the model has {model_bytes(model)} bytes, and one protobuf message at most {proto_limit()}; save it with external data")
     proto: onnx.ModelProto = ir.to_proto(model)
+    join_islands(proto)
     tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
     outside = {(t.name, str(t.location), t.offset or 0): t for t in tensors if isinstance(t, ir.ExternalTensor)}
     for stored in _initializers(proto.graph) if outside else ():
@@ -81,6 +82,24 @@ def to_bytes(model: ir.Model) -> bytes:
     """The file of `to_proto`; equal models give equal bytes."""
     data: bytes = to_proto(model).SerializeToString(deterministic=True)
     return data
+
+
+def join_islands(proto: onnx.ModelProto) -> None:
+    """Write nodes that have no form at the working opset as what they are, in place; the file has their opset then, where the others mean the same."""
+    versions = {o.domain: o.version for o in proto.opset_import}
+    if ISLAND not in versions:
+        return
+    kept = [o for o in proto.opset_import if o.domain != ISLAND]
+    del proto.opset_import[:]
+    proto.opset_import.extend(kept)
+    for entry in proto.opset_import:
+        entry.version = versions[ISLAND] if entry.domain == "" else entry.version
+    todo = [proto.graph]
+    while todo:
+        for node in todo.pop().node:
+            node.domain = "" if node.domain == ISLAND else node.domain
+            for attribute in node.attribute:
+                todo += [attribute.g] if attribute.HasField("g") else attribute.graphs
 
 
 def light(model: ir.Model) -> onnx.ModelProto:
@@ -104,12 +123,13 @@ def light(model: ir.Model) -> onnx.ModelProto:
         for name in [name for name, attribute in node.attributes.items() if is_graph(attribute)]:
             del node.attributes[name]
     for node in all_nodes(copy):
-        known = node.domain in ("", "ai.onnx")
+        known = node.domain in ("", "ai.onnx", ISLAND)
         for value in node.outputs:
             if known and not value.is_graph_output():
                 value.shape = None
     _state_outputs(copy)
     proto: onnx.ModelProto = ir.to_proto(copy)
+    join_islands(proto)
     _give_shapeless(proto.graph)
     proto.opset_import.add(domain=_STRANGE, version=1)
     return proto

@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import onnx_ir as ir
 
 from graphopt.graph.dims import symbolic
-from graphopt.graph.questions import CLOSED, all_nodes, closed_nodes, is_graph, static_dim
+from graphopt.graph.questions import CLOSED, ISLAND, all_nodes, closed_nodes, is_graph, static_dim
 from graphopt.graph.serialize import DECLARED, light
 from graphopt.graph.shape_rules import INITIAL, Contents, register
+
+if TYPE_CHECKING:
+    import onnx
 
 _CONTENTS = "graphopt.contents"
 _CONTRADICTED = "graphopt.contradicted"  # node.meta: ONNX says something else about its outputs than our rules do
@@ -37,7 +40,7 @@ def infer_shapes(model: ir.Model) -> str | None:
     for value in model.graph.outputs:
         value.meta.setdefault(DECLARED, value.shape)
     for node in all_nodes(model):
-        if node.domain in ("", "ai.onnx") and CLOSED not in node.meta:
+        if node.domain in ("", "ai.onnx", ISLAND) and CLOSED not in node.meta:
             for value in node.outputs:
                 value.shape = None
                 value.meta.pop(_CONTENTS, None)
@@ -113,12 +116,13 @@ def drop_contradicted(model: ir.Model) -> list[tuple[ir.Value, str, str]]:
     dropped: list[tuple[ir.Value, str, str]] = []
     for _ in range(_FAILURES):
         facts = _onnx_facts(model)
-        wrong = {v: f for n in all_nodes(model) for v in n.outputs if n.domain == "" and (f := facts.get(v.name or "")) and _clash(v, f)}
+        values = (v for n in all_nodes(model) if n.domain in ("", ISLAND) for v in n.outputs)
+        wrong = {v: other for v in values if (other := _clash(v, facts.get(v.name or ""))) is not None}
         first = [v for v in wrong if (node := v.producer()) and not any(i in wrong for i in node.inputs)]
         if not first:
             break
         for value in first:
-            dropped.append((value, str(value.shape), str(wrong[value].shape)))
+            dropped.append((value, str(value.shape), wrong[value]))
             node = value.producer()
             assert node is not None
             node.meta[_CONTRADICTED] = True
@@ -126,15 +130,18 @@ def drop_contradicted(model: ir.Model) -> list[tuple[ir.Value, str, str]]:
     return dropped
 
 
-def _clash(value: ir.Value, other: ir.Value) -> bool:
-    """True if two shapes cannot both be right."""
-    if value.shape is None or other.shape is None:
-        return False
-    pairs = zip(value.shape, other.shape, strict=False)
-    return len(value.shape) != len(other.shape) or any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs)
+def _clash(value: ir.Value, other: onnx.TypeProto | None) -> str | None:
+    """The other shape as text, if the two cannot both be right."""
+    if value.shape is None or other is None or not other.tensor_type.HasField("shape"):
+        return None
+    dims = other.tensor_type.shape.dim
+    pairs = zip(value.shape, dims, strict=False)
+    if len(value.shape) == len(dims) and not any(isinstance(a, int) and b.HasField("dim_value") and a != b.dim_value for a, b in pairs):
+        return None
+    return f"[{','.join(str(d.dim_value) if d.HasField('dim_value') else d.dim_param or '?' for d in dims)}]"
 
 
-def _onnx_facts(model: ir.Model) -> dict[str, ir.Value]:
+def _onnx_facts(model: ir.Model) -> dict[str, onnx.TypeProto]:
     """What the inference of ONNX itself makes of the inputs and weights, by the names of the values; empty where it fails."""
     import onnx
 
@@ -144,13 +151,11 @@ def _onnx_facts(model: ir.Model) -> dict[str, ir.Value]:
         known = onnx.shape_inference.infer_shapes(proto).graph
     except Exception:  # noqa: BLE001 -- it raises several kinds, and who asks can do without an answer; the checker gives the reason
         return {}
-    found: dict[str, ir.Value] = {}
+    found: dict[str, onnx.TypeProto] = {}
     todo = [known]
     while todo:
         graph = todo.pop()
-        for info in (*graph.value_info, *graph.output):
-            if info.type.WhichOneof("value") is not None:
-                found[info.name] = ir.serde.deserialize_value_info_proto(info, None)
+        found.update((info.name, info.type) for info in (*graph.value_info, *graph.output))
         for attribute in (a for node in graph.node for a in node.attribute):
             todo += [attribute.g] if attribute.HasField("g") else attribute.graphs
     return found
@@ -162,8 +167,8 @@ def _find_types(model: ir.Model) -> None:
     facts = _onnx_facts(model) if missing else {}
     for value in missing:
         known = facts.get(str(value.name))
-        if known is not None and known.type is not None:
-            value.type = known.type
+        if known is not None and known.WhichOneof("value") is not None:
+            value.type = ir.serde.deserialize_type_proto_for_type(known)
 
 
 def infer_nodes(model: ir.Model, nodes: Iterable[ir.Node]) -> None:

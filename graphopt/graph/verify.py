@@ -14,7 +14,7 @@ import onnx_ir as ir
 from graphopt.core.errors import VerifyError
 from graphopt.graph.dims import dim_names, is_opaque, size_of
 from graphopt.graph.interface import Interface, check_interface, interface
-from graphopt.graph.questions import all_nodes, bodies, is_read, makers, reached, shape_text, within
+from graphopt.graph.questions import all_nodes, bodies, closed_nodes, is_read, makers, reached, shape_text, within
 from graphopt.graph.serialize import light
 from graphopt.graph.shapes import infer_shapes
 from graphopt.graph.text import neighbourhood
@@ -64,8 +64,10 @@ def complaints(model: ir.Model) -> frozenset[str]:
 
 
 def _functions(model: ir.Model) -> Iterator[Finding]:
-    for function in model.functions.values():
-        yield f"function {function.domain}::{function.name} is not inlined", None
+    calls = {node.op_identifier() for node in all_nodes(model)}
+    for identifier, function in model.functions.items():
+        if identifier in calls or not closed_nodes(model):
+            yield f"function {function.domain}::{function.name} is not inlined", None
 
 
 def _owners(model: ir.Model) -> Iterator[Finding]:
@@ -197,7 +199,7 @@ def _shapes(model: ir.Model) -> Iterator[Finding]:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("functions", _functions),  #       all inlined
+    Rule("functions", _functions),  #       all inlined, but for those that only closed bodies call
     Rule("owners", _owners),  #             every node and output object belongs where it stands
     Rule("sources", _sources),  #           every input is made, fed or stored in this graph or one around it
     Rule("order", _order),  #               producers first; no cycle

@@ -14,6 +14,7 @@ from graphopt.core.contract import Array
 from graphopt.core.errors import GraphoptError
 from graphopt.core.replay import Spool
 from graphopt.graph.questions import is_constant, subgraphs
+from graphopt.graph.serialize import join_islands
 from graphopt.run import Feeds, ort
 
 State = dict[str, Array]  # the values that cross a cut, by name
@@ -230,7 +231,9 @@ class _Writer:
             self._nodes, "piece", inputs, [onnx.ValueInfoProto(name=name) for name in outputs], list(self._stored.values())
         )
         opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in self._ir.opset_imports.items()]
-        return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=self._ir.ir_version)
+        model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=self._ir.ir_version)
+        join_islands(model)
+        return model
 
     def _store(self, value: ir.Value, name: str) -> None:
         if name in self._stored:
