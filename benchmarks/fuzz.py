@@ -1,7 +1,7 @@
 """The long mode of tests/fuzz: random graphs, damaged files and random pipelines, judged until the count or the time is used up.
 
     python benchmarks/fuzz.py [--kind graphs|blocks|bytes|structure|pipelines ...] [--count N] [--seed S] [--time 10m] [--jobs 1] [--out FOLDER]
-    python benchmarks/fuzz.py --kind pipelines --seed 51 --show [--keep 0,2]      one input, in this process, with its traceback
+    python benchmarks/fuzz.py --kind pipelines --seed 51 --show [--keep 0,2]   one input, in this process
 
 FOLDER gets counts.json (inputs by kind and verdict, added up over runs), refusals.txt (each message once, with how often it came) and, for each finding
 that has not been seen, KIND-SEED/ with the input, the finding and the command that makes it again. A finding is minimized: it is made
@@ -63,7 +63,12 @@ class Run:
         chosen = "" if keep is None else f" --keep {','.join(map(str, keep)) or 'none'}"
         command = f"python benchmarks/fuzz.py --kind {kind} --seed {seed} --show{chosen}"
         folder.joinpath("model.onnx").write_bytes(case.model)
-        lines = [verdict.message, f"in: {verdict.stage}", f"made from: {case.base}", f"pipeline: {case.pipeline or f'-O{case.level}'} for {case.target}"]
+        lines = [
+            verdict.message,
+            f"in: {verdict.stage}",
+            f"made from: {case.base}",
+            f"pipeline: {case.pipeline or f'-O{case.level}'} for {case.target}",
+        ]
         folder.joinpath("finding.txt").write_text("\n".join([*lines, *case.parts, f"again: {command}", "", verdict.trace]), encoding="utf-8")
         print(f"{kind} {seed} [{verdict.stage}] {verdict.message[:300]}\n    {command}", flush=True)
 

@@ -102,7 +102,9 @@ def _undefined(node: ir.Node) -> bool:
         return False
     with np.errstate(all="ignore"):
         numbers = given[0].astype(np.float64)
-        return given[0].dtype.kind not in "biu" and not bool(((numbers > node.outputs[0].dtype.min - 1) & (numbers < node.outputs[0].dtype.max + 1)).all())
+        return given[0].dtype.kind not in "biu" and not bool(
+            ((numbers > node.outputs[0].dtype.min - 1) & (numbers < node.outputs[0].dtype.max + 1)).all()
+        )
 
 
 def _stored(value: ir.Value) -> int:

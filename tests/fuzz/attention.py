@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 import numpy as np
-from fuzz.net import Net  # type: ignore[import-not-found]
 from onnx import TensorProto
+
+from fuzz.net import Net  # type: ignore[import-not-found]
 
 WIDTH = 32
 _LOW = (-1e4, -1e9, float(np.finfo(np.float32).min), float("-inf"))

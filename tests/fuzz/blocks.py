@@ -6,9 +6,10 @@ from collections.abc import Callable
 from random import Random
 
 import numpy as np
+from onnx import TensorProto, helper
+
 from fuzz.attention import attention  # type: ignore[import-not-found]
 from fuzz.net import Net  # type: ignore[import-not-found]
-from onnx import TensorProto, helper
 
 WIDTH = 32
 _NEAR = 0.06  # how often a constant of a pattern is another: then it must not be recognized
@@ -208,7 +209,9 @@ def _branches(net: Net, x: str) -> str:
     elif style < 0.8:
         chosen = net.const(net.rng.random() < 0.5, np.bool_)
     else:
-        chosen = net.op("Greater", net.op("Squeeze", net.op("Slice", net.op("Shape", x), net.ints(1), net.ints(2)), net.ints(0)), net.const(3, np.int64))
+        chosen = net.op(
+            "Greater", net.op("Squeeze", net.op("Slice", net.op("Shape", x), net.ints(1), net.ints(2)), net.ints(0)), net.const(3, np.int64)
+        )
     return str(net.op("If", chosen, then_branch=parts[0], else_branch=parts[1]))
 
 

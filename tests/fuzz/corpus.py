@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import onnx
 import replay_models  # type: ignore[import-not-found]
 from harness import build, read_cases  # type: ignore[import-not-found]
 from models import _cache  # type: ignore[import-not-found]

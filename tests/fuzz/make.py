@@ -78,4 +78,10 @@ def _base(rng: Random, sources: Sequence[Callable[[], Mapping[str, bytes]]]) -> 
     return name, models[name]
 
 
-KINDS: Mapping[str, Callable[[str, int, Random, Keep], Case]] = {"pipelines": _pipelines, "bytes": _bytes, "structure": _structure, "graphs": _graphs, "blocks": _blocks}
+KINDS: Mapping[str, Callable[[str, int, Random, Keep], Case]] = {
+    "pipelines": _pipelines,
+    "bytes": _bytes,
+    "structure": _structure,
+    "graphs": _graphs,
+    "blocks": _blocks,
+}

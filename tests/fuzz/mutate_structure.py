@@ -11,7 +11,23 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 _NUMBERS = (-(2**63), -(2**31), -2, -1, 0, 1, 2, 3, 7, 64, 2**31, 2**62)
 _NAMES = ("", "2", "a b", "x:0", "?", "\u00fc", "n" * 300, "/layer.0/MatMul", "0", "_d0")
-_OPS = ("Add", "MatMul", "Relu", "Reshape", "Concat", "Gather", "If", "Softmax", "Split", "Cast", "Shape", "Identity", "NoSuchOp", "Loop", "Transpose")
+_OPS = (
+    "Add",
+    "MatMul",
+    "Relu",
+    "Reshape",
+    "Concat",
+    "Gather",
+    "If",
+    "Softmax",
+    "Split",
+    "Cast",
+    "Shape",
+    "Identity",
+    "NoSuchOp",
+    "Loop",
+    "Transpose",
+)
 _DOMAINS = ("", "ai.onnx", "com.microsoft", "ai.onnx.ml", "some.where")
 _TYPES = (0, TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32, TensorProto.FLOAT16, TensorProto.BOOL, TensorProto.STRING, TensorProto.INT4,
           TensorProto.BFLOAT16, TensorProto.DOUBLE, TensorProto.UINT8, TensorProto.INT8, 99)  # fmt: skip
@@ -35,7 +51,7 @@ def _graphs(graph: GraphProto) -> list[GraphProto]:
     found = [graph]
     for node in graph.node:
         for attribute in node.attribute:
-            for body in ([attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs):
+            for body in [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs:
                 found.extend(_graphs(body))
     return found
 

@@ -21,12 +21,11 @@ from onnx.reference import ReferenceEvaluator
 Array = np.ndarray[Any, Any]
 SIZES = (3, 5)  # of the dynamic axis "n", while the graph is made
 OPSETS = (13, 17, 18, 20, 21, 22, 23)
-_UNSTEADY = frozenset("Dropout RandomNormal RandomNormalLike RandomUniform RandomUniformLike Multinomial Bernoulli".split())
-_OWN = frozenset("If Loop Scan SequenceMap Constant ConstantOfShape Optional".split())  # of other generators, or made otherwise
+_UNSTEADY = frozenset(["Dropout", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"])
+_OWN = frozenset(["If", "Loop", "Scan", "SequenceMap", "Constant", "ConstantOfShape", "Optional"])  # of other generators, or made otherwise
 _KINDS = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(bool)": np.bool_, "tensor(int32)": np.int32, "tensor(double)": np.float64,
           "tensor(float16)": np.float16, "tensor(uint8)": np.uint8, "tensor(int8)": np.int8}  # fmt: skip
-_LIKELY = ("Add Mul Sub Div MatMul Gemm Reshape Transpose Softmax Relu Gelu Erf Tanh Sigmoid Sqrt Pow ReduceMean ReduceSum LayerNormalization Concat Split "
-           "Slice Gather Unsqueeze Squeeze Where Cast Expand Neg Clip Identity Shape Equal Max Min Flatten Reciprocal Exp Log Abs Tile Pad").split()  # fmt: skip
+_LIKELY = ["Add", "Mul", "Sub", "Div", "MatMul", "Gemm", "Reshape", "Transpose", "Softmax", "Relu", "Gelu", "Erf", "Tanh", "Sigmoid", "Sqrt", "Pow", "ReduceMean", "ReduceSum", "LayerNormalization", "Concat", "Split", "Slice", "Gather", "Unsqueeze", "Squeeze", "Where", "Cast", "Expand", "Neg", "Clip", "Identity", "Shape", "Equal", "Max", "Min", "Flatten", "Reciprocal", "Exp", "Log", "Abs", "Tile", "Pad"]  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -177,7 +176,9 @@ class _Maker:
         if name == "perm":
             return self.rng.sample(range(rank), rank)
         if name == "to":
-            return self.rng.choice((TensorProto.FLOAT, TensorProto.INT64, TensorProto.FLOAT16, TensorProto.BOOL, TensorProto.INT32, TensorProto.DOUBLE))
+            return self.rng.choice(
+                (TensorProto.FLOAT, TensorProto.INT64, TensorProto.FLOAT16, TensorProto.BOOL, TensorProto.INT32, TensorProto.DOUBLE)
+            )
         if name in ("axis", "axes", "batch_axis", "time_axis") and rank:
             axis = self.rng.randrange(-rank, rank)
             return axis if attribute.type == types.INT else [axis]
@@ -249,7 +250,12 @@ class _Maker:
         x = self.some()
         if x is None:
             return None
-        numbers = (self.rng.choice((0, 1, -1, -2)), self.rng.choice((1, 2, -1, 2**62)), self.rng.randrange(x.arrays[0].ndim), self.rng.choice((1, 1, 2)))
+        numbers = (
+            self.rng.choice((0, 1, -1, -2)),
+            self.rng.choice((1, 2, -1, 2**62)),
+            self.rng.randrange(x.arrays[0].ndim),
+            self.rng.choice((1, 1, 2)),
+        )
         return [x, *(self._store(np.array([n], np.int64)) for n in numbers)]
 
     def norm(self) -> list[_Known | None] | None:

@@ -49,7 +49,9 @@ def test_a_node_that_no_runtime_takes_is_refused(nodes: str, reason: str, tmp_pa
 
 def test_a_body_of_another_arity_than_its_node_is_refused(tmp_path: Path) -> None:
     """A decided If was spliced by pairing its outputs with those of the branch: ValueError of zip."""
-    model = build("(float[B,4] x) => (float[B,4] y) <bool c = {1}> { y = If(c) <then_branch = t () => (float[B,4] a) { a = Neg(x) }, else_branch = e () => (float[B,4] b) { b = Abs(x) }> }")
+    model = build(
+        "(float[B,4] x) => (float[B,4] y) <bool c = {1}> { y = If(c) <then_branch = t () => (float[B,4] a) { a = Neg(x) }, else_branch = e () => (float[B,4] b) { b = Abs(x) }> }"
+    )
     del model.graph.node[0].attribute[1].g.output[:]
     assert "0 outputs instead of 0 and 1" in refused(model, tmp_path)
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
-from fuzz import judge as judging  # type: ignore[import-not-found]
-from fuzz.case import FINDING, FINE, REFUSED, Case, Verdict  # type: ignore[import-not-found]
 from harness import build  # type: ignore[import-not-found]
 
+from fuzz import judge as judging  # type: ignore[import-not-found]
+from fuzz.case import FINDING, FINE, REFUSED, Case, Verdict  # type: ignore[import-not-found]
 from graphopt.core.errors import LoadError
 from graphopt.core.registry import passes
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+
 from fuzz.case import FINDING  # type: ignore[import-not-found]
 from fuzz.make import KINDS, make  # type: ignore[import-not-found]
 from fuzz.worker import Cases  # type: ignore[import-not-found]
@@ -24,7 +24,9 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cases]:
 @pytest.mark.parametrize(("kind", "first"), [(kind, first) for kind, count in COUNTS.items() for first in range(0, count, CHUNK)])
 def test_fixed_seeds(kind: str, first: int, cases: Cases) -> None:
     verdicts = {seed: cases.judge(kind, seed, light=True) for seed in range(first, first + CHUNK)}
-    found = [f"python benchmarks/fuzz.py --kind {kind} --seed {s} --show\n    [{v.stage}] {v.message}" for s, v in verdicts.items() if v.what == FINDING]
+    found = [
+        f"python benchmarks/fuzz.py --kind {kind} --seed {s} --show\n    [{v.stage}] {v.message}" for s, v in verdicts.items() if v.what == FINDING
+    ]
     assert not found, "\n".join(found)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 from _worker import Worker, serve  # type: ignore[import-not-found]  # noqa: E402
+
 from fuzz.case import FINDING, UNJUDGED, Verdict  # type: ignore[import-not-found]  # noqa: E402
 
 SECONDS = 300  # of wall time; the judge counts processor time itself, and this catches what waits for ever

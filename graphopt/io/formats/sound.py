@@ -70,7 +70,13 @@ def _check_tensor(tensor: onnx.TensorProto) -> None:
     else:
         name = next((field for field, types in _FIELDS.items() if dtype.name in types), "int32_data")
         held, unit = len(getattr(tensor, name)), f"entries of {name}"
-        wanted = size * 2 if dtype.name.startswith("COMPLEX") else -(-size * dtype.bitwidth // 8) if dtype != ir.DataType.STRING and dtype.bitwidth < 8 else size
+        wanted = (
+            size * 2
+            if dtype.name.startswith("COMPLEX")
+            else -(-size * dtype.bitwidth // 8)
+            if dtype != ir.DataType.STRING and dtype.bitwidth < 8
+            else size
+        )
     if held != wanted:
         where = f"the tensor `{tensor.name}`, {dtype.name.lower()}{list(tensor.dims)},"
         raise LoadError(f"invalid ONNX model: {where} holds {held} {unit} instead of {wanted}; it is truncated: export or download it again")
