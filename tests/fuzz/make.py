@@ -10,7 +10,7 @@ from fuzz.case import Case  # type: ignore[import-not-found]
 
 Keep = Collection[int] | None
 _HEAVY = (corpus.exports, corpus.backend)  # to make, the first time on a machine, or to run
-_FILES = (corpus.texts,) * 4 + (corpus.backend,) * 4 + (corpus.written,) * 2 + (corpus.exports,)
+_FILES = (corpus.texts,) * 10 + (corpus.backend,) * 10 + (corpus.written,) * 4 + (corpus.exports,)
 _TARGETS = ("cpu{tune=off}",) * 6 + ("cpu{tune=off vendor=false}", "cpu{tune=off opset=17}", "quantized{tune=off}", "cpu")
 
 
@@ -33,7 +33,7 @@ def kept(parts: Sequence[str], keep: Keep) -> tuple[str, ...]:
 
 def _pipelines(kind: str, seed: int, rng: Random, keep: Keep) -> Case:
     """The tiny models come twice as often as the exports, which take longer."""
-    name, model = _base(rng, (corpus.texts,) * 8 + (corpus.written,) * 3 + (corpus.exports,))
+    name, model = _base(rng, (corpus.texts,) * 20 + (corpus.written,) * 6 + (corpus.exports,))
     chosen = kept(pipelines.pipeline(rng), keep)
     level = rng.choice((0, 1, 1, 2)) if rng.random() < 0.15 else None
     return Case(

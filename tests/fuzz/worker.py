@@ -30,7 +30,7 @@ class Cases:
 
     def __init__(self, folder: Path) -> None:
         self.note = folder / "stage"
-        self._worker = Worker(__file__, [str(self.note)], SECONDS)
+        self._worker = Worker(__file__, [str(self.note)], SECONDS, 500)
 
     def judge(self, kind: str, seed: int, keep: list[int] | None = None, *, light: bool = False) -> Verdict:
         self.note.write_text("start")
