@@ -217,8 +217,8 @@ class Judge:
         if not changed or _same_graph(artifact, self._save(result, "again.onnx")):
             return
         vendored = any(node.domain == "com.microsoft" for node in onnx.load(artifact).graph.node)
-        if changed == ["canonicalize"] and vendored:
-            return  # a small weight that is stored once for two readers of another layout, folded
+        if vendored and (changed == ["canonicalize"] or self.case.pipeline is not None):
+            return  # a small weight that is stored once for two readers of another layout, folded; what shared an input with a lowered product
         raise Found(f"a second run over the artifact changes it: {', '.join(changed)}")
 
     # ---- refusals -------------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from harness import build, check  # type: ignore[import-not-found]
 
 import graphopt
-from graphopt.core.errors import LoadError
+from graphopt.core.errors import GraphoptError, LoadError
 from graphopt.graph.text import graph_text
 
 SUM = "(float[B,4] x) => (float[B,4] y) <float[4] w> { y = Add(x, w) }"
@@ -126,7 +126,30 @@ def test_a_bias_with_a_factor_is_stored_as_it_is_added(tmp_path: Path) -> None:
     twice(build(text), tmp_path, level=1, target="cpu{tune=off}")
 
 
+def test_a_table_that_is_only_looked_up_is_stored_as_rows(tmp_path: Path) -> None:
+    text = """(int64[B,S] ids) => (float[B,S,32] y) <int4[64,32] codes, float[64,2] scale> {
+      t = DequantizeLinear<axis = 1, block_size = 16>(codes, scale)  y = Gather(t, ids) }"""
+    twice(build(text), tmp_path, level=1, target="cpu{tune=off}")
+
+
+def test_a_mask_that_fusion_raised_is_not_raised_by_the_door(tmp_path: Path) -> None:
+    """Max(mask, -1e30) holds nothing below, whatever constants stand behind it."""
+    text = """(float[B,S,8] q, float[B,S,8] k, float[B,S,8] v, float[B,1,1,S] m) => (float[B,S,8] y)
+    <int64[4] apart = {0, 0, 2, 4}, int64[3] together = {0, 0, 8}, float one = {1}, float low = {-3.4028235e38}, float scale = {0.5}> {
+      q4 = Reshape(q, apart)  q1 = Transpose<perm = [0, 2, 1, 3]>(q4)  k4 = Reshape(k, apart)  k1 = Transpose<perm = [0, 2, 3, 1]>(k4)
+      v4 = Reshape(v, apart)  v1 = Transpose<perm = [0, 2, 1, 3]>(v4)  i = Sub(one, m)  f = Mul(i, low)  s = MatMul(q1, k1)  c = Mul(s, scale)
+      a = Add(c, f)  p = Softmax<axis = -1>(a)  o = MatMul(p, v1)  t = Transpose<perm = [0, 2, 1, 3]>(o)  y = Reshape(t, together) }"""
+    twice(build(text), tmp_path, level=1, target="cpu{tune=off}")
+
+
 # ---- checks -------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_no_feed_of_a_size_that_only_the_file_says_is_made_up() -> None:
+    """A declared size of two billion was a MemoryError of numpy."""
+    model = build(SUM.replace("float[B,4] x", "float[2147483648,4] x").replace("[B,4] y", "[2147483648,4] y"))
+    with pytest.raises(GraphoptError, match="too many to make up"):
+        graphopt.optimize(model, "canonicalize", check_numerics=True, promise=False)
 
 
 def test_numbers_in_half_precision_are_checked_as_such() -> None:
