@@ -1,10 +1,10 @@
-"""The long mode of tests/fuzz: random graphs, damaged files and random pipelines, judged until the count or the time is used up.
+"""The long mode of tests/fuzz: random graphs, damaged files and random pipelines, judged until the count or the time is used up; or, with --show, one input.
 
     python benchmarks/fuzz.py [--kind graphs|blocks|bytes|structure|pipelines ...] [--count N] [--seed S] [--time 10m] [--jobs 1] [--out FOLDER]
-    python benchmarks/fuzz.py --kind pipelines --seed 51 --show [--keep 0,2]   one input, in this process
+    python benchmarks/fuzz.py --kind pipelines --seed 51 --show [--keep 0,2]
 
-FOLDER gets counts.json (inputs by kind and verdict, added up over runs), refusals.txt (each message once, with how often it came) and, for each finding
-that has not been seen, KIND-SEED/ with the input, the finding and the command that makes it again. A finding is minimized: it is made
+FOLDER gets counts.json (inputs by kind and verdict, added up over runs), refusals.txt (each message once, with how often it came) and, for each
+finding that has not been seen, KIND-SEED/ with the input, the finding and the command that makes it again. A finding is minimized: it is made
 of as few mutations or passes as still give it.
 """
 

@@ -32,7 +32,8 @@ _NF4 = 1  # its quant_type
 
 @dataclasses.dataclass(frozen=True)
 class Nf4Match(Match):
-    """`codebook` lies as rows along the input features where `transposed`; `known`: what is packed of it already; `tied`: a lookup whose codes a product reads, too."""
+    """`codebook` lies as rows along the input features where `transposed`; `known`: what is packed of it already; `tied`: a lookup whose codes
+    a product reads, too."""
 
     operand: Linear | Embedding
     codebook: Codebook

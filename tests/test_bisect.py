@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from harness import build  # type: ignore[import-not-found]
+from planted import CHAIN, PLUGIN  # type: ignore[import-not-found]
+from test_cli import fails, run
 
 from graphopt.core.errors import GraphoptError, TargetError
 from graphopt.driver.bisect import Check, bisect, kind
@@ -17,87 +22,6 @@ from graphopt.driver.job import Job
 from graphopt.graph.questions import all_nodes
 from graphopt.run import ort
 from graphopt.run.distance import compare_outputs
-
-CHAIN = "(float[b,4] x) => (float[b,4] y) { " + " ".join(f"[n{k}] v{k} = Sigmoid ({'x' if k == 0 else f'v{k - 1}'})" for k in range(8))
-CHAIN += " [n8] y = Tanh (v7) }"
-
-PLUGIN = '''
-import dataclasses
-from collections.abc import Sequence
-import numpy as np
-import onnx_ir as ir
-from graphopt.core.contract import Context, Pass
-from graphopt.rewrite.builder import Builder
-from graphopt.rewrite.match import Match
-from graphopt.rewrite.rules import RewritePass
-
-
-class Spelled(RewritePass[Match]):
-    anchors = frozenset({"Sigmoid"})
-
-    def match(self, node, ctx):
-        return Match((node,), (node.outputs[0],))
-
-    def build(self, op: Builder, m: Match) -> Sequence[ir.Value]:
-        x = m.nodes[0].inputs[0]
-        wrong = m.nodes[0].name == self.at
-        return [self.bad(op, x) if wrong else op.Reciprocal(op.Add(op.Exp(op.Neg(x)), op.const(np.float32(1.0), "one")))]
-
-
-@dataclasses.dataclass(frozen=True)
-class WrongSigmoid(Spelled):
-    """Another spelling, and at one node a wrong one."""
-
-    at: str = "n5"
-
-    def bad(self, op, x):
-        return op.Reciprocal(op.Add(op.Exp(op.Neg(x)), op.const(np.float32(3.0), "one")))
-
-
-@dataclasses.dataclass(frozen=True)
-class UnloadableSigmoid(Spelled):
-    """The same, and at one node an operator that no runtime has."""
-
-    at: str = "n5"
-
-    def bad(self, op, x):
-        return op.Nope(x, _domain="planted")
-
-
-@dataclasses.dataclass(frozen=True)
-class Shifty(Pass):
-    """Wrong in every second run of one process, and burns no fuel."""
-
-    always: bool = True
-
-    def run(self, model: ir.Model, ctx: Context) -> int:
-        Shifty.runs += 1
-        if not self.always and Shifty.runs % 2 == 0:
-            return 0
-        for node in model.graph:
-            if node.op_type == "Tanh":
-                node.op_type = "Sigmoid"
-                return 1
-        return 0
-
-
-Shifty.runs = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Raises(Pass):
-    """Raises at its third change."""
-
-    def run(self, model: ir.Model, ctx: Context) -> int:
-        changes = 0
-        for node in model.graph:
-            if node.op_type == "Sigmoid" and ctx.fuel.burn():
-                changes += 1
-                node.metadata_props["seen"] = "1"
-                if changes == 3:
-                    raise ValueError("three is too many")
-        return changes
-'''
 
 
 @pytest.fixture(scope="module")
@@ -153,10 +77,10 @@ def test_the_numbers_that_it_gives_reproduce_it(plugin: Path) -> None:
     check = numbers(planted)
     fuel = bisect(planted, check).fuel
     assert fuel is not None
-    fine, broken = (dataclasses.replace(planted, fuel=n).run().graph for n in (fuel - 1, fuel))
+    fine, broken = (dataclasses.replace(planted, fuel=n, gate=False).run().graph for n in (fuel - 1, fuel))
     assert check(fine) is None
     assert check(broken) is not None
-    without = dataclasses.replace(planted, skip=frozenset({fuel})).run()
+    without = dataclasses.replace(planted, skip=frozenset({fuel}), gate=False).run()
     assert check(without.graph) is None
     assert [str(n.name) for n in all_nodes(without.graph) if n.op_type == "Sigmoid"] == ["n5"]
 
@@ -181,8 +105,8 @@ def test_a_step_that_burns_no_fuel_is_blamed_whole(plugin: Path) -> None:
 def test_a_step_that_is_not_deterministic_is_named_so(plugin: Path) -> None:
     planted = job("canonicalize, shifty{always=false}, canonicalize", plugin)
     check = numbers(planted)
-    if check(planted.run().graph) is not None:  # the next run is the one that does nothing
-        planted.run()
+    if check(planted.once().outcome.model or planted.model) is not None:  # the next run is the one that does nothing
+        planted.once()
     found = bisect(planted, check)
     assert found.step == "shifty{always=false}"
     assert "not deterministic" in found.note
@@ -227,3 +151,121 @@ def test_kinds() -> None:
     assert kind(refused) != kind(refused.replace("Foo", "Bar"))
     assert kind(a) != kind(refused)
     assert kind(None) == ()
+
+
+# ---- the command ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Path:
+    path = tmp_path / "chain.onnx"
+    onnx.save(build(CHAIN), path)
+    return path
+
+
+WRONG = ("--pipeline", "canonicalize, wrong-sigmoid, canonicalize")
+
+
+def test_the_command_names_the_change(chain: Path, plugin: Path) -> None:
+    said = run("bisect", chain, "--plugin", plugin, *WRONG).stdout
+    for text in ("change 6 of 8 in step 2", "`wrong-sigmoid`", "before: fine", "expected", "n5", "with --fuel 5 the model is fine", "Sigmoid(%v4)"):
+        assert text in said, text
+    told = json.loads(run("bisect", chain, "--plugin", plugin, *WRONG, "--json").stdout)
+    assert (told["position"], told["change"], told["fuel"], told["stands_for"]) == (2, 6, 6, ["n5"])
+    assert not list(chain.parent.parent.rglob("debug/*.json")), "what was known is forgotten at the end"
+
+
+CHECKS = """
+import os
+from pathlib import Path
+
+import onnx
+
+
+def good(path: Path) -> bool:
+    return all(node.op_type != "Nope" for node in onnx.load(path).graph.node)
+
+
+def strict(path):
+    assert good(path), f"{path}: an operator that is not there"
+    return True
+
+
+def dies(path):
+    if not good(path):
+        os._exit(3)
+    return True
+
+
+def unclear(path):
+    return "fine"
+"""
+
+
+@pytest.mark.parametrize("name", ["good", "strict", "dies"])
+def test_a_function_of_the_user_decides(name: str, chain: Path, plugin: Path) -> None:
+    checks = chain.with_name("checks.py")
+    checks.write_text(CHECKS, encoding="utf-8")
+    pipeline = "canonicalize, unloadable-sigmoid, canonicalize"
+    told = json.loads(run("bisect", chain, "--plugin", plugin, "--pipeline", pipeline, "--check", f"{checks}:{name}", "--json").stdout)
+    assert (told["step"], told["change"]) == ("unloadable-sigmoid", 6)
+    assert {"good": "gave False", "strict": "AssertionError", "dies": "ended its process"}[name] in told["after"]
+
+
+def test_a_command_of_the_user_decides(chain: Path, plugin: Path) -> None:
+    pipeline = "canonicalize, unloadable-sigmoid, canonicalize"
+    command = f"{sys.executable} -c \"import sys; sys.exit(b'Nope' in open({{}}, 'rb').read() and 'a Nope')\""
+    command = command.replace("{}", "sys.argv[1]") + " {}"
+    told = json.loads(run("bisect", chain, "--plugin", plugin, "--pipeline", pipeline, "--check-command", command, "--json").stdout)
+    assert (told["change"], told["after"]) == (6, "exit code 1: a Nope")
+
+
+def test_what_cannot_be_asked_is_one_line(chain: Path, plugin: Path, tmp_path: Path) -> None:
+    checks = chain.with_name("checks.py")
+    checks.write_text(CHECKS, encoding="utf-8")
+    asked = ("bisect", chain, "--plugin", plugin, *WRONG)
+    assert "must give True" in fails(tmp_path, *asked, "--check", f"{checks}:unclear")
+    assert "no function `none`" in fails(tmp_path, *asked, "--check", f"{checks}:none")
+    assert "not both" in fails(tmp_path, *asked, "--check", f"{checks}:good", "--check-command", "true {}")
+    assert "needs {}" in fails(tmp_path, *asked, "--check-command", "true")
+    assert "cannot be run" in fails(tmp_path, *asked, "--check-command", "no-such-program-here {}")
+    assert "nothing wrong after the last step" in fails(tmp_path, "bisect", chain)
+    assert "the input itself wrong" in fails(tmp_path, *asked, "--check-command", "false {}")
+    assert run(*asked, "-O", "1", code=2)
+
+
+def test_random_outputs_and_lossy_passes_are_told(plugin: Path, tmp_path: Path) -> None:
+    path, text = (
+        tmp_path / "random.onnx",
+        CHAIN.replace("=> (float[b,4] y)", "=> (float[b,4] y, float[2,2] r)").replace("{ ", "{ r = RandomNormal <shape = [2, 2]> () ", 1),
+    )
+    onnx.save(build(text, opset=17), path)
+    told = json.loads(run("bisect", path, "--plugin", plugin, *WRONG, "--json").stdout)
+    assert told["step"] == "wrong-sigmoid"
+    assert "random were not checked: r" in told["note"]
+    lossy = "canonicalize, unloadable-sigmoid, to-half"
+    told = json.loads(run("bisect", path, "--plugin", plugin, "--pipeline", lossy, "--json").stdout)
+    assert told["change"] == 6
+    assert "--check looks at more" in told["note"]
+
+
+def test_an_interrupted_search_goes_on(chain: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from graphopt.driver.debug.checks import Numbers
+
+    asked, limit = list[int](), [4]
+    whole = Numbers.__call__
+
+    def counted(self: Numbers, model: ir.Model) -> str | None:
+        if len(asked) == limit[0]:
+            raise KeyboardInterrupt
+        asked.append(1)
+        return whole(self, model)
+
+    monkeypatch.setattr(Numbers, "__call__", counted)
+    assert "interrupted" in run("bisect", chain, "--plugin", plugin, *WRONG, code=130).stderr
+    limit[0] = 1000
+    assert "change 6 of 8" in run("bisect", chain, "--plugin", plugin, *WRONG).stdout
+    total = len(asked)
+    asked.clear()
+    run("bisect", chain, "--plugin", plugin, *WRONG)
+    assert len(asked) == total, "the four that were known were not asked again, and nothing is known after the end"

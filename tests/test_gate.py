@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from models import assert_same, parse, run  # type: ignore[import-not-found]
+from test_pruning import CACHED  # type: ignore[import-not-found]
+from test_tuning import model as blocks  # type: ignore[import-not-found]
+from test_tuning import planted
 
 import graphopt
+from graphopt import Match, RewritePass
+from graphopt.analysis.pieces import Activation
+from graphopt.core.contract import Alternative, Context
 from graphopt.core.errors import TargetError
+from graphopt.driver.lowering.ort_target import OrtTarget
 from graphopt.graph.questions import all_nodes
 
 # In ONNX text: three Relus, of which a planted pass spoils one or all.
@@ -161,3 +171,117 @@ def test_a_target_that_is_not_here() -> None:
     assert report.gate.reason == "target cuda cannot run here"
     report = graphopt.optimize(parse(TEXT), "canonicalize", target="cpu{processor=another}").report
     assert report.gate.reason.startswith("it is for another processor")
+
+
+def test_two_guilty_changes_are_found_one_after_the_other(plugin: str) -> None:
+    """Of a spoiled Abs and a wrong Neg each is taken back alone, and each has its remark."""
+    result = optimized("canonicalize, plant{at=c}, wrong", plugin)
+    told = [(r.pass_name, r.message) for r in result.report.remarks("missed") if r.message.startswith("taken back")]
+    assert sorted(name for name, _ in told) == ["plant", "wrong"]
+    assert (ops(result.model).count("Max"), ops(result.model).count("Sub")) == (1, 2)  # one Neg came with the Max
+    same(result)
+
+
+def test_with_check_numerics_several_samples_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+    probe = OrtTarget.probe
+
+    def listening(self: OrtTarget, model: ir.Model, feed: Any = None) -> Any:
+        asked.append(feed["x"].shape)
+        return probe(self, model, feed)
+
+    monkeypatch.setattr(OrtTarget, "probe", listening)
+    for check, expected in ((False, {(1, 4)}), (True, {(1, 4), (3, 4)})):
+        asked.clear()
+        result = graphopt.optimize(parse(TEXT), "canonicalize", target="cpu{tune=off}", samples=FEEDS, check_numerics=check)
+        assert result.report.gate.passed is True
+        assert set(asked) == expected
+
+
+def test_inputs_that_became_smaller_are_fed_by_their_own_sizes() -> None:
+    """A cache loses heads with the attention: the feed of the input does not fit the artifact."""
+    rng = np.random.default_rng(0)
+    sizes = {"wq": (32, 32), "wk": (32, 16), "wv": (32, 16), "wo": (32, 32)}
+    source = parse(CACHED, **{name: (0.2 * rng.standard_normal(size)).astype(np.float32) for name, size in sizes.items()})
+    pipeline = "prune-heads{heads=0:0+0:1 refit=false resize=past_k+past_v+present_k+present_v}"
+    result = graphopt.optimize(source, pipeline, target="cpu{tune=off}")
+    assert [list(v.shape or ())[1] for v in result.model.graph.inputs[1:]] == [1, 1]
+    assert result.report.gate.passed is True
+
+
+CRASH = '''
+import dataclasses
+from typing import ClassVar
+
+from graphopt import Match, RewritePass
+from graphopt.driver.lowering.ort_target import OrtTarget
+from graphopt.graph.questions import producer
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain(OrtTarget):
+    """The CPU provider, told nothing in another way."""
+
+    provider: ClassVar[str] = "CPUExecutionProvider"
+    package: ClassVar[str] = "onnxruntime"
+
+    def pipeline(self, level):
+        return "canonicalize"
+
+    def providers(self):
+        return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Twice(RewritePass[Match]):
+    """Neg(Neg(x)) -> x."""
+
+    anchors: ClassVar[frozenset[str]] = frozenset({"Neg"})
+
+    def match(self, node, ctx):
+        inner = producer(node.inputs[0], "Neg")
+        return None if inner is None else Match((inner, node), (node.outputs[0],))
+
+    def build(self, op, m):
+        return [m.nodes[0].inputs[0]]
+'''
+
+
+def test_a_change_that_kills_the_runtime_is_found_and_taken_back(tmp_path: Path) -> None:
+    """A Transpose of 16 bits in front of a product: with nothing in front of it that is computed wide, ONNX Runtime dies of it."""
+    plugin = tmp_path / "crash.py"
+    plugin.write_text(CRASH)
+    text = """<ir_version: 10, opset_import: ["": 21]> g (float16[S,B,8] x, float16[S,B,8] u) => (float16[B,S,8] y, float16[S,B,8] z) {
+        c = Neg (u)  z = Neg (c)  a = Neg (x)  b = Neg (a)  t = Transpose <perm = [1,0,2]> (b)  y = MatMul (t, w) }"""
+    source = parse(text, w=np.eye(8, dtype=np.float16))
+    for promise in (False, True):
+        result = graphopt.optimize(source, "twice", target="plain", plugins=[str(plugin)], promise=promise, shapes="1x4")
+        assert ops(result.model).count("Neg") == 2
+        (remark,) = [r for r in result.report.remarks("missed") if r.message.startswith("taken back")]
+        assert "change 2 of 2" in remark.message
+        assert "SIGSEGV" in remark.message
+        feed = {name: np.linspace(-1, 1, 24, dtype=np.float16).reshape(1, 3, 8) for name in "xu"}
+        assert_same(run(source, feed), result.session().run(feed), 2e-3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Deadly(RewritePass[Match]):
+    """A spelling of Gelu that the runtime dies of when it loads it."""
+
+    anchors: ClassVar[frozenset[str]] = frozenset({"Gelu"})
+
+    def match(self, node: ir.Node, ctx: Context) -> Match:
+        return Match((node,), (node.outputs[0],))
+
+    def build(self, op: Any, m: Match) -> Sequence[ir.Value]:
+        turned = op.Transpose(op.Cast(m.nodes[0].inputs[0], to=ir.DataType.FLOAT16), perm=[1, 0, 2])
+        product = op.MatMul(turned, op.const(np.eye(256, dtype=np.float16), "eye"))
+        return [op.Gelu(op.Cast(op.Transpose(product, perm=[1, 0, 2]), to=ir.DataType.FLOAT))]
+
+
+def test_a_candidate_that_kills_the_runtime_is_refused_and_not_timed() -> None:
+    where = planted(Alternative(Activation(), "gelu"), Alternative(Activation(), "deadly", (Deadly(),)))
+    result = graphopt.optimize(blocks(), "", target=where)
+    (remark,) = [r for r in result.report.remarks("missed") if "deadly" in r.message]
+    assert "it ended the process by SIGSEGV" in remark.message
+    assert ops(result.model).count("Gelu") == 2

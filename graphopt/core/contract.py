@@ -253,7 +253,7 @@ class Target(Configurable, ABC):
         return None
 
     def report(self, model: ir.Model) -> dict[str, Any]:
-        """What this target has to say about the lowered model (JSON values)."""
+        """What this target has to say about the lowered model (JSON values); a list of texts under `warnings` becomes remarks."""
         return {}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -21,8 +21,10 @@ from graphopt.core.pipeline import PassManager, PassRecord
 from graphopt.core.pipeline import parse as parse_pipeline
 from graphopt.core.remarks import Remark
 from graphopt.driver.history import History
-from graphopt.graph.questions import all_nodes
+from graphopt.graph.questions import all_nodes, origins
 from graphopt.graph.text import diff, graph_text, node_text
+from graphopt.report.document import Document
+from graphopt.report.elements import Element, Line, Table, Text
 
 if TYPE_CHECKING:
     from graphopt.driver.job import Job
@@ -31,11 +33,16 @@ Check = Callable[[ir.Model], str | None]  # what is wrong with a graph, in one l
 State = ir.Model | PassError  # a graph between two steps, or how a step failed
 _WORD = re.compile(r"(?<![\w/.%-])[A-Za-z]{3,}(?![\w/.:-]*[\w/])")
 _NUMBERS = {"nan", "inf"}
+_SHOWN = 12  # nodes and remarks that are told
 _QUOTED = re.compile(r"`[^`]*`|'[^']*'|\"[^\"]*\"")
 
 
+class NothingWrong(GraphoptError):
+    """The graph after the last step passes the check."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Culprit:
+class Culprit(Document):
     """The step that breaks a model, and the change of it.
 
     Attributes:
@@ -47,8 +54,11 @@ class Culprit:
         remarks: what the pass said about the change.
         before, after: what the check said of the graph before and after it; None = it is fine.
         diff: the change as a diff of the graph's text.
+        stands_for: names of the nodes of the input that the touched nodes stand for.
         note: what makes the answer less sure than it looks.
     """
+
+    title: ClassVar[str] = "graphopt bisect"
 
     step: str
     position: int
@@ -64,7 +74,23 @@ class Culprit:
     before: str | None
     after: str
     diff: str
+    stands_for: tuple[str, ...] = ()
     note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"remarks": [remark.as_dict() for remark in self.remarks]}
+
+    def elements(self) -> Sequence[Element]:
+        which = f"change {self.change} of {self.changes} in " if self.change is not None else ""
+        lines = [f"{which}step {self.position} of {self.steps}, `{self.step}`", f"before: {self.before or 'fine'}", f"after: {self.after}"]
+        lines += [f"note: {self.note}"] if self.note else []
+        lines += [f"with --fuel {self.fuel - 1} the model is fine, with --fuel {self.fuel} it is not"] if self.fuel is not None else []
+        rows = [(what, *text.replace("`", "").split(": ", 1)) for what in ("gone", "made", "altered") for text in getattr(self, what)]
+        rows += [("weight", name, "") for name in self.weights]
+        more = [("", "", f"and {len(rows) - _SHOWN} more")] if len(rows) > _SHOWN else []
+        table = [Table(("", "node", "what it is"), [*rows[:_SHOWN], *more])] if rows else []
+        said = [Line(str(remark)) for remark in self.remarks[:_SHOWN]]
+        return [*map(Line, lines), *table, *said, *([Text(self.diff)] if self.diff and len(rows) <= _SHOWN else [])]
 
     def __str__(self) -> str:
         """One line."""
@@ -92,7 +118,8 @@ def bisect(job: Job, check: Check) -> Culprit:
             finish, lower or save it is its own business. It is asked about each graph once, and once more about the last.
 
     Raises:
-        GraphoptError: the check finds nothing wrong after the last step, or something before the first; or the failure does not come again.
+        NothingWrong: the check finds nothing wrong after the last step.
+        GraphoptError: it finds something wrong before the first.
     """
     return _Bisection(job, check).run()
 
@@ -114,7 +141,7 @@ class _Bisection:
         states, history, steps = self._states()
         last = self.judge(states[-1])
         if last is None:
-            raise GraphoptError("the check finds nothing wrong after the last step; there is nothing to look for")
+            raise NothingWrong("the check finds nothing wrong after the last step; there is nothing to look for")
         said: dict[int, str | None] = {0: self.judge(states[0]), len(states) - 1: last}
         if said[0] is not None:
             raise GraphoptError(f"the check finds the input itself wrong, before any pass: {said[0]}")
@@ -198,7 +225,7 @@ class _Step:
         fuel = None if change is None else self.burned + change
         return Culprit(
             step, self.position, len(self.whole.job.steps), change, changes, fuel, gone, made, altered, weights, remarks, before.said,
-            after.said or "", text, note,
+            after.said or "", text, _stand_for(before.state, after.state, (*gone, *made, *altered)), note,
         )  # fmt: skip
 
 
@@ -232,6 +259,12 @@ def touched(before: object, after: object) -> tuple[tuple[str, ...], tuple[str, 
     stored = before.graph.initializers
     weights = tuple(str(name) for name, value in after.graph.initializers.items() if _differ(stored.get(name), value))
     return gone, made, altered, weights, diff(graph_text(before), graph_text(after))
+
+
+def _stand_for(before: object, after: object, texts: Sequence[str]) -> tuple[str, ...]:
+    there = {f"`{node.name}`": node for model in (after, before) if isinstance(model, ir.Model) for node in all_nodes(model)}
+    touched_nodes = (there[name] for text in texts if (name := text.partition(": ")[0]) in there)
+    return tuple(sorted(frozenset[str]().union(*map(origins, touched_nodes))))
 
 
 def _differ(a: ir.Value | None, b: ir.Value) -> bool:

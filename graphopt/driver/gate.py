@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -17,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.core.contract import Array, Context, Pass, Session
+from graphopt.core.contract import Array, Session
 from graphopt.core.errors import GraphoptError, TargetError
 from graphopt.core.remarks import Remark
 from graphopt.driver.bisect import bisect
-from graphopt.driver.history import History
+from graphopt.driver.history import Ran, without
+from graphopt.driver.instruments import FEEDS, CheckNumerics
 from graphopt.driver.promise import Outcome, input_itself
+from graphopt.graph.interface import RESIZED
 from graphopt.graph.questions import grain
 from graphopt.report.report import Gated
 from graphopt.run import Feeds, guarded, ort, race
@@ -36,15 +39,6 @@ _ALONE = 2  # of them single changes of one step; then the whole step goes
 _ROUNDING = 10.0  # in units of `excess`: what the runtime's default level may be off, or so many times as far as it is for the input
 
 
-@dataclasses.dataclass(frozen=True)
-class Ran:
-    """A job that ran: the graph before each step, and what came out."""
-
-    job: Job
-    history: History
-    outcome: Outcome
-
-
 class Gate:
     """Judges graphs of one job. What the input does is asked once, and only where it matters.
 
@@ -53,10 +47,12 @@ class Gate:
         feed: what everything is run on; None = it is only opened, and `unfed` says why.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, feed: Feeds | None = None) -> None:
         self.job, self.off = job, _off(job)
-        self.feed, self.unfed = (None, "") if self.off else _feed(job)
+        self.feed, self.unfed = (feed, "") if self.off or feed is not None else _feed(job)
         self._said: list[tuple[ir.Model, Gated]] = []
+        checked = feed is None and not self.off and job.samples is not None and any(isinstance(w, CheckNumerics) for w in job.watchers)
+        self._more = [Gate(job, sample) for sample in itertools.islice(job.samples or (), 1, FEEDS)] if checked else []
 
     # ---- verdicts -------------------------------------------------------------------------------------------------------------------------
 
@@ -68,7 +64,7 @@ class Gate:
             return Gated(None, self.off)
         known = next((said for model, said in self._said if model is outcome.model), None)
         if known is None:
-            known = self._judge(outcome.model, self.job.exact(outcome.records))
+            known = self._on_all(outcome.model, self.job.exact(outcome.records))
             self._said.append((outcome.model, known))
         return known
 
@@ -95,23 +91,29 @@ class Gate:
             return self.job.target.session(self.job.original)
         return guarded.opened(self.job.target, self.job.original, feed)
 
+    def _on_all(self, model: ir.Model, exact: bool) -> Gated:
+        """On the first sample; with --check-numerics on others, too."""
+        said = self._judge(model, exact)
+        for gate in self._more:
+            said = gate._judge(model, exact) if said.passed else said
+        return said
+
     def _judge(self, model: ir.Model, exact: bool) -> Gated:
         """
         Args:
             exact: the numbers must be those of the input; else those of the graph itself, with runtime optimizations off.
         """
         finished, _ = self.job.target.finish(model)
+        feed = _feed(dataclasses.replace(self.job, model=model, samples=None))[0] if model.graph.meta.get(RESIZED) else self.feed
         try:
-            found = _arrays(self.job.target.probe(finished, self.feed))
+            found = tensors(self.job.target.probe(finished, feed))
         except TargetError as error:
             return self._failed(finished, str(error))
         if self.feed is None:
             return Gated(True, f"loaded, and not run: {self.unfed}")
-        if exact and isinstance(self.input, str):
-            return Gated(None, f"it loads and runs, and the input does not: {self.input}")
-        if exact and not isinstance(self.input, str) and excess(self.input, found, self._grain).times <= _ROUNDING:
+        if exact and isinstance(self.input, dict) and excess(self.input, found, self._grain).times <= _ROUNDING:
             return Gated(True, "loaded and run; its numbers are those of the input")
-        return self._compared(self.job.original if exact else finished, found, self._grain if exact else grain(model))
+        return self._compared(self.job.original if exact else finished, feed, found, self._grain if exact else grain(model))
 
     def _failed(self, finished: ir.Model, why: str) -> Gated:
         """It does not load or run: that counts where the input does."""
@@ -121,20 +123,20 @@ class Gate:
         if self.feed is None or _refusal(lambda: probe(self.job.original)) is not None:
             return Gated(None, f"the input does not load here either: {self.input}")
         refused = _refusal(lambda: probe(finished))
-        return (
-            Gated(None, f"loaded, and not run: the input does not run on this feed either: {self.input}")
-            if refused is None
-            else Gated(False, refused)
-        )
+        if refused is not None:
+            return Gated(False, refused)
+        return Gated(None, f"loaded, and not run: the input does not run on this feed either: {self.input}")
 
-    def _compared(self, base: ir.Model, found: Mapping[str, Array], grain: str) -> Gated:
+    def _compared(self, base: ir.Model, feed: Feeds | None, found: Mapping[str, Array], grain: str) -> Gated:
         """Its numbers at the default level against a baseline with runtime optimizations off; the input's own error sets what is too far."""
-        expected = _plain(base, self.feed)
+        expected = _plain(base, feed)
         if isinstance(expected, str):
             return Gated(None, f"loaded and run; there is nothing to judge its numbers by: {expected}")
         if excess(expected, found, grain).times > _ROUNDING:
-            steady = _steady(base, self.feed, expected)
+            steady = _steady(base, feed, expected)
             off = excess(steady, {name: found[name] for name in found if name in steady or name not in expected}, grain)
+            if isinstance(self.input, str):
+                return Gated(None, f"loaded and run; the input does not run: {self.input}; the numbers of its own are others: {off}")
             if off.times > _ROUNDING * max(1.0, self._own_error):
                 return Gated(False, f"onnxruntime's default level computes it wrongly: {off}")
         whose = "its own" if base is not self.job.original else "those of the input"
@@ -144,7 +146,7 @@ class Gate:
     def input(self) -> dict[str, Array] | str:
         """The outputs of the input as its target opens it, or why there are none."""
         try:
-            return _arrays(self.job.target.probe(self.job.original, self.feed))
+            return tensors(self.job.target.probe(self.job.original, self.feed))
         except GraphoptError as error:
             return str(error)
 
@@ -170,27 +172,32 @@ class Gate:
             TargetError: what is to blame was asked for by name: nothing may be written.
         """
         tried: Counter[int] = Counter()
-        why = ""
+        told: list[tuple[int, Remark]] = []
         for _ in range(_TRIES):
-            said = self.verdict(ran.outcome)
-            if said.passed is not False:
-                return ran
-            why, job = said.reason, ran.job
+            why, job = self.verdict(ran.outcome).reason, ran.job
+            if self.verdict(ran.outcome).passed is not False:
+                break
             try:
-                found = bisect(job, functools.partial(self._check, exact=job.exact(ran.outcome.records)))
+                found = bisect(job, functools.partial(self.check, exact=job.exact(ran.outcome.records)))
             except GraphoptError as error:
                 return self._input(ran, f"{why} (no single step is to blame: {error})")
             if not job.lossless(job.steps[found.position - 1]):
                 raise TargetError(f"nothing was written: {found}; it was asked for; --no-gate writes it for a runtime that is not here")
             tried[found.position] += 1
-            alone = found.fuel if tried[found.position] <= _ALONE else None
-            ran = without(job, found.position, str(found), alone)
-        return ran if self.verdict(ran.outcome).passed is not False else self._input(ran, why)
+            change, reason = (found.fuel if tried[found.position] <= _ALONE else None), f"taken back: {found}"
+            ran = without(job, found.position, reason, change).once()
+            if change is not None:
+                told.append((found.position, Remark("missed", job.steps[found.position - 1].name, "", reason)))
+        if self.verdict(ran.outcome).passed is False:
+            return self._input(ran, why)
+        for position, remark in told:
+            ran.outcome.records[position - 1].remarks.append(remark)
+        return ran
 
-    def _check(self, graph: ir.Model, exact: bool) -> str | None:
+    def check(self, graph: ir.Model, exact: bool) -> str | None:
         """For the bisection: what is wrong with a graph between two steps."""
         try:
-            said = self._judge(graph, exact)
+            said = self._on_all(graph, exact)
         except GraphoptError as error:
             return str(error)
         return said.reason if said.passed is False else None
@@ -201,35 +208,6 @@ class Gate:
         if asked:
             raise TargetError(f"nothing was written: {why}; {', '.join(asked)} was asked for, so the input itself is no answer")
         return dataclasses.replace(ran, outcome=input_itself(ran.outcome, "gate", why, {}))
-
-
-@dataclasses.dataclass(frozen=True)
-class TakenBack(Pass):
-    """Stands for a step that the gate took back: it changes nothing, and says why."""
-
-    step: Pass
-    why: str
-
-    def __str__(self) -> str:
-        return str(self.step)
-
-    def run(self, model: ir.Model, ctx: Context) -> int:
-        ctx.remarks.current = self.step.name
-        ctx.remarks.missed("", f"taken back: {self.why}")
-        return 0
-
-
-def without(job: Job, position: int, why: str, fuel: int | None) -> Ran:
-    """The job run again without one step, or without one change of it, whose number of the whole run is `fuel`."""
-    if fuel is not None:
-        ran = dataclasses.replace(job, skip=job.skip | {fuel}).once()
-        record = ran.outcome.records[position - 1]
-        record.remarks.append(Remark("missed", job.steps[position - 1].name, "", f"taken back: {why}"))
-        return ran
-    steps = list(job.steps)
-    steps[position - 1] = TakenBack(steps[position - 1], why)
-    count = len(job.passes)
-    return dataclasses.replace(job, passes=tuple(steps[:count]), lowerings=tuple(steps[count:])).once()
 
 
 # ---- asking ---------------------------------------------------------------------------------------------------------------------------
@@ -255,7 +233,7 @@ def _feed(job: Job) -> tuple[Feeds | None, str]:
 def _plain(model: ir.Model, feed: Feeds | None) -> dict[str, Array] | str:
     """What a graph gives with runtime optimizations off; or why it gives nothing."""
     try:
-        return _arrays(guarded.probe(model, feed, ort.settings(optimize=False)))
+        return tensors(guarded.probe(model, feed, ort.settings(optimize=False)))
     except GraphoptError as error:
         return str(error)
 
@@ -266,7 +244,7 @@ def _steady(model: ir.Model, feed: Feeds | None, once: Mapping[str, Array]) -> d
     return {} if isinstance(again, str) else {k: v for k, v in once.items() if compare_outputs({k: v}, {k: again[k]}) is None}
 
 
-def _arrays(outputs: Mapping[str, Any]) -> dict[str, Array]:
+def tensors(outputs: Mapping[str, Any]) -> dict[str, Array]:
     """Those that are tensors."""
     return {name: value for name, value in outputs.items() if isinstance(value, np.ndarray)}
 

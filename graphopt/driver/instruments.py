@@ -23,7 +23,7 @@ from graphopt.run.distance import TOLERANCE, Difference, compare_outputs, excess
 from graphopt.run.samples import Samples, runnable_samples
 
 Outputs = list[dict[str, Array]]  # for each sample, name -> array
-_FEEDS = 4  # samples that check-numerics runs, at most
+FEEDS = 4  # samples that check-numerics runs, at most
 
 
 class VerifyEach(Instrument):
@@ -87,10 +87,8 @@ class CheckNumerics(Instrument):
         except TargetError as error:
             raise VerifyError(f"check-numerics: after pass {position} `{step}` the graph no longer runs: {error}") from error
         self._stale = not step.exact
-        meta = model.graph.meta
-        free = {*meta.get(RESIZED, ()), *meta.get(RETYPED, ())}
         assert self._before is not None, "before comes first"
-        compare = functools.partial(_rounded, grain(self._before)) if step.exact else functools.partial(_broken, free=free)
+        compare = functools.partial(_rounded, grain(self._before)) if step.exact else functools.partial(broken, free=free_outputs(model))
         for number, (expected, found) in enumerate(zip(self._baseline, outputs, strict=True), start=1):
             difference = compare(self._steady(expected), self._steady(found))
             if difference is not None:
@@ -104,7 +102,7 @@ class CheckNumerics(Instrument):
             try:
                 session = load(model)
                 fitted = runnable_samples(model, session) if samples is None else Samples.load(samples, model)
-                self._feeds = list(fitted)[:_FEEDS]
+                self._feeds = list(fitted)[:FEEDS]
                 session.run(self._feeds[0])
             except TargetError as error:
                 reason = reason or error
@@ -222,7 +220,12 @@ def _rounded(coarsest: str, expected: dict[str, Array], found: dict[str, Array])
     return None
 
 
-def _broken(expected: dict[str, Array], found: dict[str, Array], free: Collection[str]) -> Difference | None:
+def free_outputs(model: ir.Model) -> set[str]:
+    """Inputs and outputs whose size or type the user asked to change."""
+    return {*model.graph.meta.get(RESIZED, ()), *model.graph.meta.get(RETYPED, ())}
+
+
+def broken(expected: dict[str, Array], found: dict[str, Array], free: Collection[str]) -> Difference | None:
     """What even a lossy pass must not do: another shape or dtype (but for outputs that are `free`, as the user asked for it), a NaN that was none."""
     for name, array in expected.items():
         difference = compare_outputs({name: array}, {k: v for k, v in found.items() if k == name})

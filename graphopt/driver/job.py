@@ -22,8 +22,8 @@ from graphopt.core.places import check_places
 from graphopt.core.remarks import Progress, Remarks
 from graphopt.driver import instruments
 from graphopt.driver import promise as promises
-from graphopt.driver.gate import Gate, Ran
-from graphopt.driver.history import History
+from graphopt.driver.gate import Gate
+from graphopt.driver.history import History, Ran
 from graphopt.driver.instruments import Dump
 from graphopt.driver.loss import NO_SAMPLES, Loss
 from graphopt.driver.options import RunOptions

@@ -64,7 +64,7 @@ class Loss:
 
     def of_graph(self, model: ir.Model) -> float:
         """The loss of a graph before lowering, as the target runs it by its table: to judge a pass, nothing is timed."""
-        return self.of(self._opened(lower(model, self.target, tune=False, original=self.original)))
+        return self.of(self._opened(self.target.finish(lower(model, self.target, tune=False, original=self.original))[0]))
 
     def report(self, session: Callable[[], Session]) -> Measured:
         """The loss for the report, or why there is none."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Unpack
 
+from graphopt.driver.debug.repro import reproducible
 from graphopt.driver.job import Job
 from graphopt.driver.options import RunOptions
 from graphopt.driver.result import Result
+from graphopt.io.load import check_options
 
 if TYPE_CHECKING:
     from graphopt.io.load import Source
@@ -35,6 +37,7 @@ def optimize(source: Source, pipeline: str | None = None, **options: Unpack[RunO
         progress: called with what is done now and the fraction of all steps.
         out: where the result will be saved; whether the files of the target can be written there is checked before anything is loaded.
         writes: other files that will be written from the result; checked as well.
+        repro: on an error, a folder that reproduces it is written there, with made-up weights unless `with_weights` (docs/debugging.md).
         example_inputs, task, input_shapes and so on: of loading, see `graphopt.io.load.LoadOptions`.
 
     Raises:
@@ -46,4 +49,6 @@ def optimize(source: Source, pipeline: str | None = None, **options: Unpack[RunO
         TargetError: the artifact does not load or run, or its numbers are wrong there, and what is to blame was asked for by name.
         GraphoptError: a required pass changed nothing, or the metric failed.
     """
-    return Job.make(source, pipeline, **options).run()
+    check_options(options, RunOptions)
+    with reproducible(options.pop("repro", None), "optimize", [source], pipeline, options, with_weights=options.pop("with_weights", False)):
+        return Job.make(source, pipeline, **options).run()

@@ -34,3 +34,5 @@ class RunOptions(LoadOptions, total=False):
     progress: Progress | None
     out: str | Path | None
     writes: Sequence[str | Path]
+    repro: str | Path | None
+    with_weights: bool

@@ -26,7 +26,8 @@ from graphopt.run import Feeds, race
 from graphopt.run.clock import NOISE, Timings
 
 if TYPE_CHECKING:
-    from graphopt.driver.gate import Gate, Ran
+    from graphopt.driver.gate import Gate
+    from graphopt.driver.history import Ran
 
 PATIENCE = 30.0  # seconds of timing after which nothing more is tried, and the input itself is the answer
 _COPIES = 5  # of the weights, that two sessions need while they are made

@@ -74,6 +74,8 @@ def extent(dim: Dim, start: Dim, end: Dim, step: Dim) -> Dim | None:
         return None
     if isinstance(dim, int) and isinstance(end, int):
         return len(range(dim)[start:end:step])
+    if step > 0 and isinstance(end, int) and (start < 0) == (end < 0) and end <= start:
+        return 0  # counted from the same end, whatever its length
     if step < 0:
         whole = step == -1 and (start == -1 or start >= _FAR) and isinstance(end, int) and end < -_FAR
         return dim if whole else None
@@ -198,6 +200,7 @@ def _dims(model: ir.Model) -> set[str]:
     return {dim.value for shape in shapes for dim in shape if not isinstance(dim, int) and dim.value is not None}
 
 
+@functools.lru_cache(maxsize=4096)
 def dim_names(text: str) -> frozenset[str]:
     """The symbols in a dimension: those of an expression, or the text itself where it is none (`input::dim 0`, or a name such as `2`)."""
     try:

@@ -147,12 +147,13 @@ def is_closed(node: ir.Node) -> bool:
 
 def bodies(node: ir.Node) -> list[ir.Graph]:
     """The open subgraphs that a node holds (the branches of an If, the body of a Loop)."""
-    return [] if is_closed(node) else [graph for _, graph in subgraphs(node)]
+    found = [graph for _, graph in subgraphs(node)] if node.attributes else []
+    return [] if found and is_closed(node) else found
 
 
 def closed_nodes(model: ir.Model) -> list[ir.Node]:
     """The nodes that hold closed bodies."""
-    return [node for node in all_nodes(model) if is_closed(node) and any(map(is_graph, node.attributes.values()))]
+    return [n for n in all_nodes(model) if n.attributes and any(map(is_graph, n.attributes.values())) and is_closed(n)]
 
 
 def captured(node: ir.Node) -> list[ir.Value]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.core.errors import GraphoptError, SaveError
-from graphopt.graph.questions import ISLAND, all_nodes, closed_nodes, is_graph, nbytes
+from graphopt.graph.questions import ISLAND, closed_nodes, nbytes
 
 _LIMIT = 2**31 - 1  # bytes that one protobuf message can have
 _HEADROOM = 2**27  # more than the nodes and shapes of any graph take: with so much space beside the weights, nothing is counted
@@ -85,7 +85,7 @@ def to_bytes(model: ir.Model) -> bytes:
 
 
 def join_islands(proto: onnx.ModelProto) -> None:
-    """Write nodes that have no form at the working opset as what they are, in place; the file has their opset then, where the others mean the same."""
+    """Write nodes that have no form at the working opset as what they are, in place; the file has their opset, where the others mean the same."""
     versions = {o.domain: o.version for o in proto.opset_import}
     if ISLAND not in versions:
         return
@@ -106,42 +106,57 @@ def light(model: ir.Model) -> onnx.ModelProto:
     """What ONNX itself can judge of a model: its graph without the heavy weights, which are inputs, and without what the file only claims.
 
     Closed bodies are left out, and so are shapes of inputs and outputs that are not known, as the checker wants one there. What only we know of
-    a value, behind an operator that ONNX does not know, is stated.
+    a value, behind an operator that ONNX does not know, is stated. Nothing is copied but what is small.
     """
-    copy = model.clone()
-    for name, value in list(copy.graph.initializers.items()):
+    graph = onnx.GraphProto(name=model.graph.name or "graph")
+    graph.input.extend(ir.serde.serialize_value(v) for v in model.graph.inputs)
+    for value in model.graph.initializers.values():
         tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= _HEAVY:
-            value.const_value = inside(tensor)
-        elif tensor is not None and tensor.nbytes > _HEAVY:
-            del copy.graph.initializers[name]
-            value.const_value = None
-            if not value.is_graph_input():
-                copy.graph.inputs.append(value)
-    for node in closed_nodes(copy):
-        node.domain, node.version = _STRANGE, None
-        for name in [name for name, attribute in node.attributes.items() if is_graph(attribute)]:
-            del node.attributes[name]
-    for node in all_nodes(copy):
-        known = node.domain in ("", "ai.onnx", ISLAND)
-        for value in node.outputs:
-            if known and not value.is_graph_output():
-                value.shape = None
-    _state_outputs(copy)
-    proto: onnx.ModelProto = ir.to_proto(copy)
+        if tensor is not None and tensor.nbytes <= _HEAVY:
+            stored = ir.serde.serialize_tensor(inside(tensor) if isinstance(tensor, ir.ExternalTensor) else tensor)
+            stored.name = str(value.name)
+            graph.initializer.append(stored)
+        elif tensor is not None and not value.is_graph_input():
+            graph.input.append(ir.serde.serialize_value(value))
+    graph.node.extend(map(ir.serde.serialize_node, model.graph))
+    graph.value_info.extend(ir.serde.serialize_value(v) for n in model.graph for v in n.outputs if v.type is not None and not v.is_graph_output())
+    _forget(graph, {str(n.name) for n in closed_nodes(model)})
+    graph.output.extend(info for v in model.graph.outputs if (info := _declared(v)) is not None)
+    _give_shapeless(graph)
+    imports = [onnx.helper.make_opsetid(domain, version) for domain, version in {**model.opset_imports, _STRANGE: 1}.items()]
+    proto = onnx.ModelProto(ir_version=model.ir_version, graph=graph, opset_import=imports)
+    proto.functions.extend(map(ir.serde.serialize_function, model.functions.values()))
     join_islands(proto)
-    _give_shapeless(proto.graph)
-    proto.opset_import.add(domain=_STRANGE, version=1)
     return proto
 
 
-def _state_outputs(model: ir.Model) -> None:
-    """Every output with the shape that its author declared, and none without a shape."""
-    for value in list(model.graph.outputs):
-        declared = value.meta.get(DECLARED, value.shape)
-        value.shape = declared if declared is not None else value.shape
-        if value.shape is None:
-            model.graph.outputs.remove(value)
+def _forget(graph: onnx.GraphProto, closed: Collection[str]) -> None:
+    """Take closed bodies out, and the shapes of what operators make that ONNX knows itself."""
+    strange = set()
+    for node in graph.node:
+        if node.name in closed:
+            kept = [a for a in node.attribute if not (a.HasField("g") or a.graphs)]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+            node.domain = _STRANGE
+        if node.domain not in ("", "ai.onnx", ISLAND):
+            strange.update(node.output)
+        for attribute in node.attribute:
+            for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                _forget(body, closed)
+    for info in graph.value_info:
+        if info.name not in strange and info.type.HasField("tensor_type"):
+            info.type.tensor_type.ClearField("shape")
+
+
+def _declared(value: ir.Value) -> onnx.ValueInfoProto | None:
+    """An output with the shape that its author declared, or the one that is known; None where there is none."""
+    info: onnx.ValueInfoProto = ir.serde.serialize_value(value)
+    declared: ir.Shape | None = value.meta.get(DECLARED)
+    if declared is not None and info.type.HasField("tensor_type"):
+        named = ir.Value(name=value.name, type=value.type, shape=declared)
+        info = ir.serde.serialize_value(named)
+    return info if value.shape is not None or declared is not None else None
 
 
 def _give_shapeless(graph: onnx.GraphProto) -> None:

@@ -43,14 +43,13 @@ def register() -> None:
         registry.register("", op_type, since_version=23)(_then(registry.get("", op_type, version=23), extra))
 
 
-@functools.cache
 def register_island(op_type: str, version: int) -> None:
     """The library's rule for a standard operator at an opset, also where its node stands apart (see `questions.ISLAND`)."""
     from onnx_shape_inference import registry
 
-    registry.collect()
+    register()
     rule = registry.get("", op_type, version=version)
-    if rule is not None:
+    if rule is not None and registry.get(ISLAND, op_type, version=1) is not rule:
         registry.register(ISLAND, op_type, since_version=1)(rule)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import onnx_ir as ir
 
 from graphopt.graph.dims import symbolic
-from graphopt.graph.questions import CLOSED, ISLAND, all_nodes, closed_nodes, is_graph, static_dim
+from graphopt.graph.questions import ISLAND, all_nodes, closed_nodes, is_graph, static_dim
 from graphopt.graph.serialize import DECLARED, light
 from graphopt.graph.shape_rules import INITIAL, Contents, register
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import onnx
 
 _CONTENTS = "graphopt.contents"
-_CONTRADICTED = "graphopt.contradicted"  # node.meta: ONNX says something else about its outputs than our rules do
+_CONTRADICTED = "graphopt.contradicted"  # node.meta: ONNX says something else about its outputs than our rules do; graph.meta: of some node
 _FAILURES = 8  # nodes that are passed over; each costs one more run
 _SERIAL = itertools.count(1_000_000, 1_000)  # numbers for symbols made up outside of a whole-model run; never used twice in one process
 
@@ -39,8 +39,9 @@ def infer_shapes(model: ir.Model) -> str | None:
     register()
     for value in model.graph.outputs:
         value.meta.setdefault(DECLARED, value.shape)
+    closed = set(closed_nodes(model))
     for node in all_nodes(model):
-        if node.domain in ("", "ai.onnx", ISLAND) and CLOSED not in node.meta:
+        if node.domain in ("", "ai.onnx", ISLAND) and node not in closed:
             for value in node.outputs:
                 value.shape = None
                 value.meta.pop(_CONTENTS, None)
@@ -61,7 +62,8 @@ def _infer(model: ir.Model) -> str | None:
 
     reasons: list[str] = []
     with contextlib.ExitStack() as hidden:
-        for node in [n for n in all_nodes(model) if n.meta.get(_CONTRADICTED) or CLOSED in n.meta]:
+        doubted = [n for n in all_nodes(model) if n.meta.get(_CONTRADICTED)] if model.graph.meta.get(_CONTRADICTED) else []
+        for node in {*doubted, *closed_nodes(model)}:
             hidden.enter_context(_unknown(node))
         while len(reasons) <= _FAILURES:
             try:
@@ -125,7 +127,7 @@ def drop_contradicted(model: ir.Model) -> list[tuple[ir.Value, str, str]]:
             dropped.append((value, str(value.shape), wrong[value]))
             node = value.producer()
             assert node is not None
-            node.meta[_CONTRADICTED] = True
+            node.meta[_CONTRADICTED] = model.graph.meta[_CONTRADICTED] = True
         infer_shapes(model)
     return dropped
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import onnx
 import onnx_ir as ir
@@ -16,6 +16,8 @@ from graphopt.graph.opset.node_form import WORKING, schema
 from graphopt.graph.opset.versions import WHY
 from graphopt.graph.questions import ISLAND, all_nodes
 from graphopt.io.order import MOVED
+
+_MADE_UP = 500_000  # the first number of symbols made up here; inference of a whole model counts from 0, of single nodes from 1,000,000
 
 
 def random_nodes(model: ir.Model, remarks: Remarks) -> None:
@@ -30,18 +32,20 @@ def random_nodes(model: ir.Model, remarks: Remarks) -> None:
         remarks.warning(others[0], f"{len(others)} random nodes: outputs change from run to run", nodes=others)
 
 
-def foreign_nodes(model: ir.Model, remarks: Remarks) -> None:
-    """Name each node of a runtime's own domain, and each without schema, behind which shapes are unknown."""
+def foreign_nodes(model: ir.Model, remarks: Remarks, reasons: Mapping[ir.Node, str]) -> None:
+    """Name each node of a runtime's own domain, and each without schema, behind which shapes are unknown. `reasons`: why one could not be read."""
     for node in all_nodes(model):
         name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
         if node.domain == ISLAND:
-            text = f"{node.op_type} has no form at opset {WORKING}: {node.meta.get(WHY)}; the file stays at opset {model.opset_imports[ISLAND]}, and no pass"
-            remarks.missed(node.name or "", f"{text} reads this node")
+            text = f"{node.op_type} has no form at opset {WORKING}: {node.meta.get(WHY)}"
+            remarks.missed(node.name or "", f"{text}; the file stays at opset {model.opset_imports[ISLAND]}, and no pass reads this node")
         elif not _known(node):
-            text = f"shapes end here: {name} has no schema; the node is left alone, and what depends on it is optimized less"
+            why = f" ({reasons[node]})" if node in reasons else ""
+            text = f"shapes end here: {name} has no schema{why}; the node is left alone, and what depends on it is optimized less"
             remarks.warning(node.name or "", text, outputs=[v.name for v in node.outputs])
         elif not _standard(node):
-            remarks.missed(node.name or "", f"{name} is kept as it is: it belongs to one runtime, and no pass reads it")
+            why = reasons.get(node, "no pass reads it")
+            remarks.missed(node.name or "", f"{name} is kept as it is: it belongs to one runtime, and {why}")
 
 
 def _standard(node: ir.Node) -> bool:
@@ -59,14 +63,17 @@ def _known(node: ir.Node) -> bool:
 
 
 def take_claims(model: ir.Model) -> dict[ir.Value, ir.Shape]:
-    """The shapes that the file states. Of an operator without schema the rank is believed, and no more: nothing may be built on a claim."""
-    declared = {}
+    """The shapes that the file states. Of an operator without schema the rank is believed, and no more: nothing may be built on a claim.
+
+    Each of its axes has an unknown size of its own, the same for all that read it.
+    """
+    declared, serial = {}, itertools.count(_MADE_UP)
     for node in all_nodes(model):
         for value in node.outputs:
             if value.shape is not None:
                 declared[value] = value.shape
                 if not _known(node) and not value.is_graph_output():
-                    value.shape = ir.Shape([None] * len(value.shape))
+                    value.shape = ir.Shape([f"_d{next(serial)}" for _ in value.shape])
     return declared
 
 

@@ -85,7 +85,7 @@ def close_impossible(model: ir.Model, remarks: Remarks) -> None:
 
 def open_again(model: ir.Model) -> None:
     """For what concerns the file as a whole, such as its opset, nothing is closed but what belongs to others."""
-    for node in all_nodes(model):
+    for node in closed_nodes(model):
         node.meta.pop(CLOSED, None)
 
 

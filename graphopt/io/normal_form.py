@@ -24,6 +24,7 @@ from graphopt.io.dim_names import hide_names
 from graphopt.io.legal import check_nodes
 from graphopt.io.order import check_sources, sort
 from graphopt.io.repair import repair
+from graphopt.io.runtime_ops import read as runtime_ops
 from graphopt.io.save import STATES_SHAPES
 from graphopt.rewrite.dead import remove_dead
 
@@ -61,9 +62,10 @@ def normalize(model: ir.Model, remarks: Remarks) -> None:
     name_everything(model)
     notices.contradicted(drop_contradicted(model), remarks)
     closed.close_impossible(model, remarks)
+    islands = runtime_ops.read(model, remarks)
     repair(model, remarks)
     notices.random_nodes(model, remarks)
-    notices.foreign_nodes(model, remarks)
+    notices.foreign_nodes(model, remarks, islands)
     notices.shape_claims(model, claims, reason, remarks)
 
 

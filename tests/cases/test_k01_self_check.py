@@ -98,10 +98,10 @@ def shapeless(kind: int | None = onnx.TensorProto.FLOAT) -> onnx.ModelProto:
 def test_k1_3_an_input_without_a_shape(tmp_path: Path) -> None:
     """It may be fed with any rank, and still may be: onnx#2492."""
     proto = shapeless()
-    (out, out1) = check(proto, tmp_path, {"x": normal(2, 4)}, {"x": normal(2, 3, 4)})
-    assert not onnx.load(out1).graph.input[0].type.tensor_type.HasField("shape")
+    _, out = check(proto, tmp_path, {"x": normal(2, 4)}, {"x": normal(2, 3, 4)})
+    assert not onnx.load(out).graph.input[0].type.tensor_type.HasField("shape")
     assert inspect(proto).size.nodes == 3
-    assert compare(proto, str(out1), samples=[{"x": normal(2, 4)}]).outputs[0].max_abs == 0
+    assert compare(proto, str(out), samples=[{"x": normal(2, 4)}]).outputs[0].max_abs == 0
 
 
 # ---- K1.4: a shape that ONNX contradicts --------------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_what_a_pass_breaks_is_still_found() -> None:
     verify(model, known=known)
     node = next(iter(model.graph))
     node.outputs[0].type = None
-    with pytest.raises(VerifyError, match="^types: `h` has no dtype"):
+    with pytest.raises(VerifyError, match=r"^types: `h` has no dtype"):
         verify(model, known=known)
 
 

@@ -148,7 +148,7 @@ def test_a_mask_that_fusion_raised_is_not_raised_by_the_door(tmp_path: Path) -> 
 def test_no_feed_of_a_size_that_only_the_file_says_is_made_up() -> None:
     """A declared size of two billion was a MemoryError of numpy."""
     model = build(SUM.replace("float[B,4] x", "float[2147483648,4] x").replace("[B,4] y", "[2147483648,4] y"))
-    with pytest.raises(GraphoptError, match="too many to make up"):
+    with pytest.raises(GraphoptError, match="too many numbers to make up"):
         graphopt.optimize(model, "canonicalize", check_numerics=True, promise=False)
 
 

@@ -184,12 +184,20 @@ def explicit(model: ir.Model, ctx: Context, listed: Mapping[int, Sequence[int]],
         wrong = [m for m in members if not 0 <= m < unit.count]
         if wrong:
             raise PipelineError(f"layer {index} has {unit.count} {kind}, 0 to {unit.count - 1}; found {wrong[0]}")
-        whole = c.members(sorted({m // c.group for m in members}))
+        whole = sorted(set(members)) if _evenly(c, unit, members) else c.members(sorted({m // c.group for m in members}))
         if len(whole) > len(set(members)):
             asked = "+".join(map(str, sorted(members)))
             ctx.remarks.warning(c.name, f"{kind} go in groups of {c.group}: {'+'.join(map(str, whole))} instead of {asked}")
         gone[dataclasses.replace(c, units=(unit,))] = whole
     return remove(model, ctx, gone, s, {})
+
+
+def _evenly(c: Candidate, unit: Unit, members: Sequence[int]) -> bool:
+    """As many queries of every key head, and not all of any: the key heads stay."""
+    if not isinstance(unit, Heads) or c.group != unit.group:
+        return False
+    counts = np.bincount(np.array(sorted(set(members))) // unit.group, minlength=unit.kv_heads)
+    return len(set(counts.tolist())) == 1 and counts[0] < unit.group
 
 
 def _unknown(refused: Sequence[tuple[ir.Node, str]], index: int, known: Mapping[int, object], kind: str) -> PipelineError:

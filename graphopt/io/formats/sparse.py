@@ -19,7 +19,10 @@ def densified(proto: onnx.ModelProto) -> onnx.ModelProto:
     Raises:
         LoadError: indices that do not fit, or a tensor that would be too large as a dense one.
     """
-    if not any(g.sparse_initializer or any(a.HasField("sparse_tensor") for n in g.node for a in n.attribute) for g in _graphs(proto)):
+    if not any(
+        (isinstance(g, onnx.GraphProto) and g.sparse_initializer) or any(a.HasField("sparse_tensor") for n in g.node for a in n.attribute)
+        for g in _graphs(proto)
+    ):
         return proto
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
