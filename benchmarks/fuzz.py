@@ -1,4 +1,4 @@
-"""The long mode of tests/fuzz: random graphs, damaged files and random pipelines, judged until the count or the time is used up; or, with --show, one input.
+"""The long mode of tests/fuzz: random graphs, damaged files and random pipelines, judged until the count or the time is used up.
 
     python benchmarks/fuzz.py [--kind graphs|blocks|bytes|structure|pipelines ...] [--count N] [--seed S] [--time 10m] [--jobs 1] [--out FOLDER]
     python benchmarks/fuzz.py --kind pipelines --seed 51 --show [--keep 0,2]
@@ -41,6 +41,8 @@ class Run:
         self.seen: set[str] = set()
         self._lock = threading.Lock()
         out.mkdir(parents=True, exist_ok=True)
+        counted = out / "counts.json"
+        self.earlier: dict[str, dict[str, int]] = json.loads(counted.read_text()) if counted.is_file() else {}
 
     def note(self, kind: str, verdict: Verdict) -> bool:
         """Count a verdict; True for a finding that is new."""
@@ -51,8 +53,8 @@ class Run:
             new = verdict.what == FINDING and signature(verdict) not in self.seen
             if verdict.what == FINDING:
                 self.seen.add(signature(verdict))
-            if (done := sum(c.total() for c in self.counts.values())) % 500 == 0:
-                print(f"{done} inputs, {time.strftime('%H:%M:%S')}: {dict(sum(self.counts.values(), collections.Counter()))}", flush=True)
+            if sum(c.total() for c in self.counts.values()) % 200 == 0:
+                self.write()
             return new
 
     def save(self, found: tuple[str, int], verdict: Verdict, keep: list[int] | None) -> None:
@@ -73,15 +75,12 @@ class Run:
         print(f"{kind} {seed} [{verdict.stage}] {verdict.message[:300]}\n    {command}", flush=True)
 
     def write(self) -> None:
-        """Add the counts to those of earlier runs, and print the table."""
-        path = self.out / "counts.json"
-        earlier = json.loads(path.read_text()) if path.is_file() else {}
-        for kind, counts in self.counts.items():
-            earlier[kind] = dict(collections.Counter(earlier.get(kind, {})) + counts)
-        path.write_text(json.dumps(earlier, indent=1))
+        """Counts, with those of earlier runs, and refusals."""
+        kinds = {**self.earlier, **self.counts}
+        total = {kind: dict(collections.Counter(self.earlier.get(kind, {})) + collections.Counter(self.counts.get(kind, {}))) for kind in kinds}
+        self.out.joinpath("counts.json").write_text(json.dumps(total, indent=1))
         refused = "\n".join(f"{count:6d}  {text}" for text, count in self.refusals.most_common())
         self.out.joinpath("refusals.txt").write_text(refused + "\n", encoding="utf-8")
-        print(table(self.counts), flush=True)
 
 
 def table(counts: dict[str, Any]) -> str:
@@ -160,7 +159,7 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="only the input of --kind and --seed, in this process")
     parser.add_argument("--keep", help="with --show: the numbers of the parts that stay, such as 0,2")
     options = parser.parse_args()
-    kinds = options.kind or list(KINDS)
+    kinds = list(dict.fromkeys(options.kind or KINDS))
     if options.show:
         keep = None if options.keep is None else [] if options.keep == "none" else [int(k) for k in options.keep.split(",")]
         return show(kinds[0], options.seed, keep)
@@ -170,6 +169,7 @@ def main() -> None:
         for done in concurrent.futures.as_completed([pool.submit(work, run, kinds, share, until) for share in shares]):
             done.result()
     run.write()
+    print(table(run.counts))
     return None
 
 
