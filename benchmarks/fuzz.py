@@ -92,6 +92,18 @@ def table(counts: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def document(out: Path) -> None:
+    """Write the table of a folder's counts into docs/fuzzing.md."""
+    page = ROOT / "docs" / "fuzzing.md"
+    counts = json.loads((out / "counts.json").read_text())
+    made = table(
+        {kind: counts[kind] for kind in KINDS if kind in counts}
+        | {"all": dict(sum(map(collections.Counter, counts.values()), collections.Counter()))}
+    )
+    text = re.sub(r"(?s)(<!-- counts -->).*(<!-- /counts -->)", lambda found: f"{found[1]}\n{made}\n{found[2]}", page.read_text(encoding="utf-8"))
+    page.write_text(text, encoding="utf-8")
+
+
 def signature(verdict: Verdict) -> str:
     """A message without what differs from one input to the next: names, numbers, places; the head of a traceback's last frame."""
     text = re.sub(r"`[^`]*`|'[^']*'|\"[^\"]*\"", "_", verdict.message.partition("\n")[0])
@@ -158,7 +170,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir(), "graphopt-fuzz"))
     parser.add_argument("--show", action="store_true", help="only the input of --kind and --seed, in this process")
     parser.add_argument("--keep", help="with --show: the numbers of the parts that stay, such as 0,2")
+    parser.add_argument("--docs", action="store_true", help="only write the counts of --out into docs/fuzzing.md")
     options = parser.parse_args()
+    if options.docs:
+        return document(options.out)
     kinds = list(dict.fromkeys(options.kind or KINDS))
     if options.show:
         keep = None if options.keep is None else [] if options.keep == "none" else [int(k) for k in options.keep.split(",")]

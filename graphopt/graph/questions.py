@@ -271,5 +271,5 @@ def grain(model: ir.Model) -> str:
         return "codes"
     values = [*model.graph.inputs, *model.graph.initializers.values(), *(v for node in all_nodes(model) for v in node.outputs)]
     kinds = {v.dtype for v in values}
-    coarse = (kind for kind in (ir.DataType.BFLOAT16, ir.DataType.FLOAT16, ir.DataType.FLOAT) if kind in kinds)
-    return {ir.DataType.BFLOAT16: "bfloat16", ir.DataType.FLOAT16: "float16", ir.DataType.FLOAT: "float32"}.get(next(coarse, None), "")
+    coarse = {ir.DataType.BFLOAT16: "bfloat16", ir.DataType.FLOAT16: "float16", ir.DataType.FLOAT: "float32"}
+    return next((name for kind, name in coarse.items() if kind in kinds), "")

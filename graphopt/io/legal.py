@@ -27,7 +27,9 @@ def _unfit_body(node: ir.Node, version: int) -> str | None:
     """Why a body takes or gives another number of values than its node has for it."""
     count, given = len(node.inputs), len(node.outputs)
     wanted = {"If": (0, given), "Loop": (count, given + 1), "Scan": (count if version > 8 else count - 1, given)}.get(node.op_type)
-    for body in bodies(node) if wanted is not None else ():
+    if wanted is None:
+        return None
+    for body in bodies(node):
         found = len(body.inputs), len(body.outputs)
         if found != wanted:
             return f"the body `{body.name}` of `{node.op_type}` has {found[0]} inputs and {found[1]} outputs instead of {wanted[0]} and {wanted[1]}"

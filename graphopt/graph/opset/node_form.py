@@ -108,11 +108,12 @@ def _structure(
     found = schema(op_type, since)
     assert found is not None
     text = f"`{op_type}` of opset {since}"
-    for name, kind in attributes:
+    for name, given_as in attributes:
         if name not in found.attributes:
             return f"{text} has no attribute `{name}`"
-        if kind != found.attributes[name].type.name:
-            return f"{text} wants the attribute `{name}` as {found.attributes[name].type.name}, found {kind}"
+        wanted = str(found.attributes[name].type).rpartition(".")[2]
+        if given_as != wanted:
+            return f"{text} wants the attribute `{name}` as {wanted}, found {given_as}"
     given = {name for name, _ in attributes}
     for name, attribute in found.attributes.items():
         if attribute.required and name not in given:
