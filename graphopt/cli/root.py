@@ -21,6 +21,7 @@ from graphopt.cli.shell import INTERRUPTED, one_line_errors
 COMMANDS = (  # file and function, which have one name in most; in the order of --help
     "optimize",
     "inspect",
+    "inspect.view",
     "bench",
     "lists.passes",
     "lists.targets",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
+from typing import Any
 
 
 class GraphoptError(Exception):
@@ -60,3 +62,15 @@ class PassError(GraphoptError):
         self.pass_text, self.position, self.cause = pass_text, position, cause
         what = str(cause) if isinstance(cause, GraphoptError) else f"{type(cause).__name__}: {cause}"
         super().__init__(f"pass {position} `{pass_text}` failed: {what}")
+
+
+def require(what: str, extra: str, *modules: str, error: type[GraphoptError] = LoadError) -> Any:
+    """The last of some modules of other packages, imported now.
+
+    Raises:
+        LoadError (or `error`): one of them is not installed; `what` needs them, and `extra` of this package brings them.
+    """
+    try:
+        return [importlib.import_module(name) for name in modules][-1]
+    except ImportError as cause:
+        raise error(f"{what} need an extra that is not installed ({cause.name}): pip install 'graphopt[{extra}]'") from None

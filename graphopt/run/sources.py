@@ -11,7 +11,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from graphopt.core.errors import SampleError
+from graphopt.core.errors import SampleError, require
 from graphopt.core.replay import Batch
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # what a tokenizer can give; a model takes those that it has
@@ -55,10 +55,9 @@ def encode(texts: Sequence[str], tokenizer: Any, batch: int, max_length: int) ->
     if tokenizer is None:
         raise SampleError("text samples need a tokenizer; add --tokenizer tokenizer.json (or tokenizer=... in Python)")
     if isinstance(tokenizer, (str, os.PathLike)):
-        from tokenizers import Tokenizer
-
+        kind = require("text samples", "text", "tokenizers", error=SampleError).Tokenizer
         try:
-            tokenizer = Tokenizer.from_file(os.fspath(tokenizer))
+            tokenizer = kind.from_file(os.fspath(tokenizer))
         except Exception as error:
             raise SampleError(f"{os.fspath(tokenizer)} is no tokenizer.json: {error}") from error
     tokenizer = type(tokenizer).from_str(tokenizer.to_str())  # the caller's stays as it is

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from graphopt.core.errors import LoadError, about
+from graphopt.core.errors import LoadError, about, require
 from graphopt.core.options import near
 from graphopt.core.remarks import Remarks
 from graphopt.io.formats.format import Format, Loaded, is_path
-from graphopt.io.formats.torch_module import export_module, first_line, quiet, require, require_torch
+from graphopt.io.formats.torch_module import export_module, first_line, quiet, require_torch
 
 _TASKS = {
     "feature-extraction": "AutoModel",

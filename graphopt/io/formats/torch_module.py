@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
 import logging
 import re
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_ir as ir
 
-from graphopt.core.errors import LoadError
+from graphopt.core.errors import LoadError, require
 from graphopt.core.remarks import Remarks
 from graphopt.io.formats.format import Format, Loaded, described
 
@@ -95,18 +94,6 @@ def export_program(program: torch.export.ExportedProgram, remarks: Remarks) -> i
     torch = require_torch()
     with quiet(), torch.no_grad():
         return _to_graph(program, remarks, None, wanted=False)
-
-
-def require(what: str, extra: str, *modules: str) -> Any:
-    """The last of some modules.
-
-    Raises:
-        LoadError: one of them is not installed; `what` needs them, and `extra` of this package brings them.
-    """
-    try:
-        return [importlib.import_module(name) for name in modules][-1]
-    except ImportError as error:
-        raise LoadError(f"{what} need an extra that is not installed ({error.name}): pip install 'graphopt[{extra}]'") from None
 
 
 def require_torch() -> Any:
