@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,7 +32,8 @@ def optimize(  # long, as it is the list of options: typer reads each from its a
     print_changed: Annotated[bool, typer.Option("--print-changed", help="Print what every pass changed.")] = False,
     dump: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the graph after every pass.")] = None,
     fuel: Annotated[int | None, typer.Option(min=0, metavar="N", help="Stop after N changes, for bisecting.")] = None,
-    remarks: Annotated[Literal["missed", "applied", "all"] | None, typer.Option(help="Print the remarks, one a line.")] = None,
+    remarks: Annotated[Literal["missed", "applied", "warning", "all"] | None, typer.Option(help="Print the remarks, one a line.")] = None,
+    remarks_format: Annotated[Literal["lines", "table", "jsonl"] | None, typer.Option(help="How; jsonl prints these JSON lines alone.")] = None,
     task: Task = None,
     with_past: WithPast = False,
     input_shape: Annotated[list[str] | None, typer.Option(metavar="NAME:DIM,...", help="Fix the shape of an input; repeatable.")] = None,
@@ -42,6 +44,8 @@ def optimize(  # long, as it is the list of options: typer reads each from its a
     """Optimize a model for a target and write it."""
     if level is not None and pipeline is not None:
         raise typer.BadParameter("give either -O LEVEL or --pipeline, not both")
+    if as_json and remarks_format == "jsonl":
+        raise typer.BadParameter("give either --json, whose report has every remark, or --remarks-format jsonl, not both")
     from graphopt.core import registry
     from graphopt.driver import optimize as api
     from graphopt.io import bind_shapes
@@ -60,7 +64,9 @@ def optimize(  # long, as it is the list of options: typer reads each from its a
         if measure and result.report.speed_up.value is None:
             result.measure(shapes, progress=lambda done: tell("timing input and output, interleaved", done))
     result.save(out, report)
-    show(result.report, as_json)
-    told = [] if remarks is None or as_json else result.report.remarks(remarks)
-    if told:
-        show("\n".join(map(str, told)))
+    kind = "all" if remarks is None and remarks_format is not None else remarks
+    told = None if kind is None or as_json else result.report.listed(kind, remarks_format or "lines")
+    if remarks_format != "jsonl":
+        show(result.report if told is None else dataclasses.replace(result.report, apart=kind), as_json)
+    if told is not None and told.remarks:
+        show(told, as_json=remarks_format == "jsonl")

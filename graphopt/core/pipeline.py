@@ -121,15 +121,22 @@ class _Parser:
 
 @dataclasses.dataclass
 class PassRecord:
-    """What one pass did: its text, the number of changes, seconds, and its remarks."""
+    """What one pass did: its text, the number of changes, seconds, and its remarks; `asked` is the text that was asked for, where it ran milder."""
 
     name: str
     changes: int
     seconds: float
     remarks: list[Remark]
+    asked: str = ""
+
+    @property
+    def told(self) -> str:
+        return f"{self.name} (asked for: {self.asked})" if self.asked else self.name
 
     def as_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "changes": self.changes, "seconds": round(self.seconds, 4), "remarks": [r.as_dict() for r in self.remarks]}
+        asked = {"asked": self.asked} if self.asked else {}
+        facts = {"name": self.name, "changes": self.changes, "seconds": round(self.seconds, 4)}
+        return facts | asked | {"remarks": [r.as_dict() for r in self.remarks]}
 
 
 class Instrument:

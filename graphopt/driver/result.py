@@ -93,8 +93,8 @@ class Result:
         sizes = None if shapes is None else race.parse_shapes(shapes)
         effort = race.QUICK if quick else race.QUOTE
         try:
-            feeds = race.feeds_of(self.target, self.graph, self.samples, sizes)
             sessions = {"input": self.target.session(self.original), "output": self.session()}
+            feeds = race.runnable(sessions["input"], race.feeds_of(self.target, self.graph, self.samples, sizes))
             timed = race.race(sessions, feeds, clock=race.clock_of(self.target), effort=effort, progress=progress)
         except GraphoptError as error:
             self.report.speed_up = Measured(None, str(error))
@@ -107,7 +107,17 @@ def told(timed: Timings) -> tuple[Measured, list[Timing]]:
     """The speed-up of `output` over `input` for the report, and both their latencies."""
     rows = zip(timed.shapes, timed.seconds["input"], timed.seconds["output"], strict=True)
     latency = [Timing(shape, a * 1e3, b * 1e3) for shape, a, b in rows]
-    return Measured(timed.speedup("output"), None, f"geometric mean over {', '.join(timed.shapes)}"), latency
+    how = f"geometric mean over {', '.join(timed.shapes)}"
+    return Measured(timed.speedup("output"), None, how, _below(timed)), latency
+
+
+def _below(timed: Timings) -> str | None:
+    """What to say of speeds below that of the input."""
+    if min(timed.ratios("output")) >= 0.995:  # 1.00x as it is printed
+        return None
+    if timed.not_slower("output"):
+        return "what is below 1.00x is within the noise of the timing"
+    return f"slower than the input beyond the noise of the timing, {min(timed.ratios('output')):.2f}x at worst"
 
 
 def report_of(job: Job, lowered: ir.Model, records: list[PassRecord]) -> Report:

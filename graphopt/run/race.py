@@ -72,6 +72,20 @@ def refusals(sessions: Mapping[str, Session], feeds: Iterable[Feeds]) -> dict[st
     return {name: why for name, session in sessions.items() if (why := next(filter(None, (_refusal(session, f) for f in feeds)), None))}
 
 
+def runnable(session: Session, feeds: Mapping[str, Feeds]) -> dict[str, Feeds]:
+    """The sizes at which a model runs.
+
+    Raises:
+        SampleError: there is none; it names the sizes, and says why for the first.
+    """
+    reasons = {label: _refusal(session, feed) for label, feed in feeds.items()}
+    found = {label: feed for label, feed in feeds.items() if reasons[label] is None}
+    if not found:
+        why = next(iter(reasons.values()), None)
+        raise SampleError(f"the input runs at none of the sizes {', '.join(feeds)} ({why}); add --samples DATA, or --shapes with sizes that it takes")
+    return found
+
+
 def clock_of(target: Target) -> Clock:
     """The clock for sessions of this target."""
     machine = target.machine()

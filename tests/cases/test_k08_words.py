@@ -1,0 +1,139 @@
+"""Kind 8: what is said of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from test_api import BLOCK, DECLINED, LOSSY, model
+from typer.testing import CliRunner, Result
+
+import graphopt
+from graphopt.cli.root import app
+from graphopt.core.pipeline import PassRecord
+from graphopt.core.remarks import Remark
+from graphopt.driver import promise
+from graphopt.driver.result import told
+from graphopt.run.clock import Timings
+
+HEAD = '<ir_version: 8, opset_import: ["" : 17]> '
+
+
+def cli(*arguments: str | Path, code: int = 0) -> Result:
+    done = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert done.exit_code == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return done
+
+
+def saved(folder: Path, text: str) -> Path:
+    onnx.save(model(text), folder / "in.onnx")
+    return folder / "in.onnx"
+
+
+# ---- remarks --------------------------------------------------------------------------------------------------------------------------
+
+
+def optimize(source: Path, *arguments: str | Path, code: int = 0) -> Result:
+    return cli("optimize", source, "-o", source.with_name("out.onnx"), "--no-measure", *arguments, code=code)
+
+
+def test_remarks_as_a_table(tmp_path: Path) -> None:
+    shown = optimize(saved(tmp_path, DECLINED), "--pipeline", "fuse-norm", "--remarks=missed", "--remarks-format", "table").stdout
+    rows = [line.split() for line in shown.splitlines()]
+    assert ["kind", "pass", "node", "message"] in rows
+    assert any(row[:2] == ["missed", "fuse-norm"] for row in rows)
+
+
+def test_remarks_as_json_lines_stand_alone(tmp_path: Path) -> None:
+    source = saved(tmp_path, BLOCK)
+    done = optimize(source, "--remarks=applied", "--remarks-format=jsonl")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["kind"] for row in rows} == {"applied"}
+    assert {"pass", "kind", "node", "message", "facts"} == set(rows[0])
+    assert {"fuse-norm", "fuse-activation"} <= {row["pass"] for row in rows}
+    assert len(optimize(source, "--remarks-format=jsonl").stdout.splitlines()) >= len(rows), "all of them, where no kind is given"
+    assert "not both" in optimize(source, "--remarks-format=jsonl", "--json", code=2).stderr
+    assert optimize(source, "--pipeline", "fuse-rotary", "--remarks-format=jsonl", "--remarks=applied").stdout == ""
+
+
+def test_a_remark_is_said_once(tmp_path: Path) -> None:
+    """Two runs of a pass, and the list that was asked for: each reason stands once."""
+    shown = optimize(saved(tmp_path, DECLINED), "--pipeline", "fuse-norm, canonicalize, fuse-norm", "--remarks=missed").stdout
+    told = [line for line in shown.splitlines() if "fuse-norm at `" in line]
+    assert told
+    assert len(told) == len(set(told))
+    assert sum("keepdims=0" in line for line in shown.splitlines()) == len(told)
+
+
+# ---- what is taken back ---------------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_applied_of_a_pass_that_was_taken_back() -> None:
+    record = PassRecord("fuse-norm", 1, 0.1, [Remark("applied", "fuse-norm", "n", "fused"), Remark("missed", "fuse-norm", "m", "odd")])
+    undone = promise._undone(record, "taken back: slow", {})
+    assert (undone.changes, [(x.kind, x.message) for x in undone.remarks]) == (0, [("missed", "odd"), ("missed", "taken back: slow")])
+
+
+def test_nothing_is_applied_of_a_pass_over_the_budget(tmp_path: Path) -> None:
+    plugin = tmp_path / "lossy.py"
+    plugin.write_text(LOSSY)
+    feed = {"x": np.random.default_rng(0).normal(size=(1, 3, 8)).astype(np.float32)}
+    run = {"samples": [feed], "max_loss": 1e-5, "plugins": [str(plugin)], "target": "cpu{tune=off}"}
+    report = graphopt.optimize(model(BLOCK), "shift-weights{by=0.4 stubborn=true}", **run).report  # type: ignore[arg-type]
+    assert [x.message for x in report.remarks("applied")] == []
+    assert [(r.name, r.changes) for r in report.passes if r.name.startswith("shift")] == [("shift-weights{by=0.4 stubborn=true}", 0)]
+    run["max_loss"] = 0.05
+    report = graphopt.optimize(model(BLOCK), "shift-weights{by=0.4}", **run).report  # type: ignore[arg-type]
+    (record,) = [r for r in report.passes if r.changes and r.name.startswith("shift")]
+    assert record.asked == "shift-weights{by=0.4}"
+    assert record.as_dict()["asked"] == record.asked
+    report.write(tmp_path / "r.md")
+    page = (tmp_path / "r.md").read_text()
+    assert f"| pipeline | {record.asked} |" in page
+    assert page.count(f"{record.name} (asked for: {record.asked})") == 2, "in the head and in the table"
+
+
+# ---- speeds ---------------------------------------------------------------------------------------------------------------------------
+
+
+def rounds(*pairs: tuple[float, float]) -> Timings:
+    return Timings({"1x16": {"input": tuple(a for a, _ in pairs), "output": tuple(b for _, b in pairs)}})
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        (((2.0, 1.0), (2.0, 1.0)), None),
+        (((1.0, 1.0), (1.0, 1.3), (1.0, 1.2)), "within the noise"),
+        (((1.0, 1.3), (1.0, 1.2)), "slower than the input beyond the noise of the timing, 0.80x at worst"),
+    ],
+)
+def test_a_speed_below_one_is_explained(pairs: tuple[tuple[float, float], ...], said: str | None) -> None:
+    measured, _ = told(rounds(*pairs))
+    assert (measured.note is None) if said is None else (measured.note is not None and said in measured.note)
+
+
+def test_a_model_of_other_sizes_is_told_what_to_give(tmp_path: Path) -> None:
+    """A window of 64 does not fit into 16 rows."""
+    text = HEAD + "g (float[batch, 1, rows] x) => (float[batch, 1, n] y) <float[1, 1, 200] w> { y = Conv(x, w) }"
+    source = saved(tmp_path, text)
+    report = json.loads(cli("optimize", source, "-o", tmp_path / "out.onnx", "--json").stdout)
+    assert report["speed_up"]["value"] is None
+    for part in ("1x16, 1x128, 8x64", "--samples", "--shapes"):
+        assert part in report["speed_up"]["reason"]
+    assert json.loads(cli("optimize", source, "-o", tmp_path / "out.onnx", "--shapes", "1x256", "--json").stdout)["speed_up"]["value"]
+
+
+# ---- the table of passes --------------------------------------------------------------------------------------------------------------
+
+
+def test_passes_that_did_nothing_are_counted(tmp_path: Path) -> None:
+    shown = optimize(saved(tmp_path, BLOCK), "--pipeline", "fuse-norm, fuse-rotary, fuse-attention", "--target", "cpu{tune=off}").stdout
+    rows = [line.split() for line in shown.splitlines()]
+    assert any(row[:2] == ["fuse-norm", "1"] for row in rows)
+    assert not any(row[:1] == ["fuse-rotary"] for row in rows)
+    assert "other passes changed nothing (" in shown
