@@ -31,7 +31,7 @@ Shapes = Annotated[str | None, typer.Option(metavar="1x16,8x64", help="BATCHxSEQ
 Threads = Annotated[int, typer.Option(min=0, help="Threads of the runtime; 0 = its choice.")]
 Tokenizer = Annotated[str | None, typer.Option(metavar="FILE", help="tokenizer.json for samples that are text.")]
 Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this one in full.", show_default=False)]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also options and purpose; this imports every module.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also the options.")]
 
 
 def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:

@@ -175,7 +175,7 @@ class PassManager:
         return [self._step(step, position, model, ctx) for position, step in enumerate(self.passes, start=1)]
 
     def _step(self, step: Pass, position: int, model: ir.Model, ctx: Context) -> PassRecord:
-        ctx.remarks.current, mark, start = step.name, len(ctx.remarks), time.perf_counter()
+        ctx.step, ctx.remarks.current, mark, start = step, step.name, len(ctx.remarks), time.perf_counter()
         try:
             for instrument in self.instruments:
                 instrument.before(step, position, model, ctx)

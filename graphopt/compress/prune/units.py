@@ -50,6 +50,8 @@ class Pruning(Pass):
     rows: int = option(32768, least=1)
     seed: int = 0
     exact: ClassVar[bool] = False
+    samples = "needs"
+    data_free = "importance=magnitude refit=false"
     kinds: ClassVar[tuple[str, ...]]
     ways = exclusive("ratio", "flops", "latency", says="how much is to go")
     dials: ClassVar[Dials] = (Dial("ratio"), Dial("flops"), Dial("latency"))
