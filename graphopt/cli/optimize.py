@@ -8,21 +8,21 @@ from typing import Annotated, Literal
 
 import typer
 
-from graphopt.cli.shell import REPORTS, Json, ModelPath, Plugins, Shapes, Task, Tokenizer, WithPast, progress, show
+from graphopt.cli.shell import REPORTS, Json, ModelPath, Plugins, Shapes, Task, Tokenizer, WithPast, check_level, fraction, progress, show
 
 
 def optimize(  # long, as it is the list of options: typer reads each from its argument
     model: ModelPath,
     out: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The file to write.", show_default=False)],
     level: Annotated[
-        int | None, typer.Option("-O", "--level", min=0, max=3, help="0 normal form, 1 exact passes, 2 also int8, 3 also compression.  [default: 1]")
+        int | None, typer.Option("-O", "--level", min=0, help="0 normal form, 1 exact passes, 2 also int8.  [default: 1]")
     ] = None,
     pipeline: Annotated[str | None, typer.Option(metavar="TEXT|@FILE", help="Passes to run, instead of a level.")] = None,
     target: Annotated[str, typer.Option(metavar="T", help="Where the model will run, such as cpu{threads=2}.")] = "cpu",
     samples: Annotated[str | None, typer.Option(metavar="DATA", help="Inputs to judge by: .npz, a folder of .npz, or a text file.")] = None,
     tokenizer: Tokenizer = None,
     metric: Annotated[str | None, typer.Option(metavar="NAME|FILE.py:FUNCTION", help="A number that is larger for better models.")] = None,
-    max_loss: Annotated[float | None, typer.Option(min=0.0, metavar="X", help="What lossy passes may cost together; 0.01 is 1 %.")] = None,
+    max_loss: Annotated[float | None, typer.Option(metavar="X", parser=fraction, help="What lossy passes may cost together: 0.01, or 1%.")] = None,
     report: Annotated[Path | None, typer.Option(metavar=REPORTS, help="Write the report.")] = None,
     plugin: Plugins = None,
     require: Annotated[list[str] | None, typer.Option(metavar="PASS", help="Fail unless this pass changed something; repeatable.")] = None,
@@ -46,6 +46,8 @@ def optimize(  # long, as it is the list of options: typer reads each from its a
         raise typer.BadParameter("give either -O LEVEL or --pipeline, not both")
     if as_json and remarks_format == "jsonl":
         raise typer.BadParameter("give either --json, whose report has every remark, or --remarks-format jsonl, not both")
+    if level is not None:
+        check_level(level, target, plugin)
     from graphopt.core import registry
     from graphopt.driver import optimize as api
     from graphopt.io import bind_shapes

@@ -58,6 +58,29 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def fraction(text: str) -> float:
+    """`0.01` or `1%`."""
+    number, percent, rest = str(text).partition("%")
+    try:
+        value = float(number) / (100 if percent else 1)
+    except ValueError:
+        value = -1.0
+    if not value >= 0 or rest:
+        raise typer.BadParameter(f"expected a fraction of 0 or more such as 0.01, or 1%, found {text}")
+    return value
+
+
+def check_level(level: int, target: str, plugins: list[str] | None) -> None:
+    """A level that the target does not have is wrong usage; which it has, it says itself."""
+    from graphopt.core.errors import TargetError
+    from graphopt.driver.job import parse_target
+
+    try:
+        parse_target(target, tuple(plugins or ())).pipeline(level)
+    except TargetError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def fail(message: str) -> NoReturn:
     if os.environ.get("GRAPHOPT_TRACEBACK"):
         import traceback

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,8 +50,15 @@ class SampleError(GraphoptError):
     """Samples are missing, or do not fit the inputs of the model."""
 
 
+def _place(error: BaseException) -> str:
+    """Where an error was raised, for who writes the pass: in a file of their own rather than in a library that it calls."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+
+
 class PassError(GraphoptError):
-    """A pass raised. The input of the pipeline is untouched.
+    """A pass raised; the text has the file and line, where the error is none of graphopt's own. The input of the pipeline is untouched.
 
     Attributes:
         pass_text: the pass as pipeline text.
@@ -60,7 +68,7 @@ class PassError(GraphoptError):
 
     def __init__(self, pass_text: str, position: int, cause: BaseException) -> None:
         self.pass_text, self.position, self.cause = pass_text, position, cause
-        what = str(cause) if isinstance(cause, GraphoptError) else f"{type(cause).__name__}: {cause}"
+        what = str(cause) if isinstance(cause, GraphoptError) else f"{type(cause).__name__}: {cause}{_place(cause)}"
         super().__init__(f"pass {position} `{pass_text}` failed: {what}")
 
 

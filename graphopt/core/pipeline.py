@@ -22,6 +22,7 @@ from graphopt.core.options import Configurable, near
 from graphopt.core.remarks import Remark
 
 C = TypeVar("C", bound=Configurable)
+_LISTS = {"pass": "passes", "target": "targets"}  # the commands that explain what there is
 _TOKEN = re.compile(r'(?P<space>[ \t\r]+|#[^\n]*)|(?P<sep>[,\n{}=])|(?P<word>(?:"(?:\\.|[^"\\])*"|[^\s,{}"#=])+)|(?P<bad>.)', re.S)
 
 
@@ -81,6 +82,7 @@ class _Parser:
         except PipelineError as error:
             place = places.get(error.option, token)
             head, _, tail = str(error).partition("\n")
+            tail += f"\n  `graphopt {_LISTS[self.what]} {cls.name}` explains them" if tail and self.what in _LISTS else ""
             raise self.error(head, place, tail) from None
 
     def options(self) -> tuple[dict[str, str | None], dict[str, tuple[str, str, int]]]:

@@ -19,7 +19,7 @@ from graphopt.core.fuel import Fuel
 from graphopt.core.options import near
 from graphopt.core.pipeline import Instrument, PassManager, PassRecord, parse, render
 from graphopt.core.places import check_places
-from graphopt.core.remarks import Progress, Remarks
+from graphopt.core.remarks import Progress, Remark, Remarks
 from graphopt.driver import instruments
 from graphopt.driver import promise as promises
 from graphopt.driver.history import History
@@ -158,6 +158,7 @@ class Job:
         outcome = Outcome(model, history.graph or model, done)
         if self.promise and any(record.changes for record in done):
             outcome = promises.kept(self, outcome, history)
+        _say_idle(self.passes, outcome.records if self.fuel is None else [])
         records = [self.loaded, *outcome.records]
         if outcome.model is not None:
             self._check(outcome.model)
@@ -240,11 +241,23 @@ def _check_required(required: Iterable[str], passes: Sequence[Pass], lowerings: 
             raise PipelineError(f"{name} is required and is not in the pipeline `{render(passes)}`{near(name, names)}; {known}")
 
 
+def _say_idle(passes: Sequence[Pass], records: Sequence[PassRecord]) -> None:
+    """A lossy pass is asked for to gain something; one that did nothing is a warning, with the first reason that it gave."""
+    for step, record in zip(passes, records, strict=False):
+        if not (step.exact or record.changes):
+            record.remarks.append(Remark("warning", step.name, "", f"`{step}` was asked for and changed nothing{_reason([record])}"))
+
+
+def _reason(records: Sequence[PassRecord]) -> str:
+    missed = [remark for record in records for remark in record.remarks if remark.kind == "missed"]
+    if not missed:
+        return "; no candidate was found"
+    return f": {missed[0].message}" + (f" (at `{missed[0].node}`)" if missed[0].node else "")
+
+
 def _require(names: Sequence[str], records: Sequence[PassRecord]) -> None:
     """Every named pass must have changed something; the error has the first reason that it gave."""
     for name in names:
         own = [record for record in records if record.name.partition("{")[0] == name]
         if not any(record.changes for record in own):
-            missed = [remark for record in own for remark in record.remarks if remark.kind == "missed"]
-            why = f": {missed[0].message} (at `{missed[0].node}`)" if missed else "; no candidate was found"
-            raise GraphoptError(f"{name} is required and changed nothing{why}")
+            raise GraphoptError(f"{name} is required and changed nothing{_reason(own)}")

@@ -82,3 +82,30 @@ def test_view_without_netron_and_without_a_file(tmp_path: Path, monkeypatch: pyt
     assert f"give {source}" in error("view", tmp_path)
     (tmp_path / "folder").mkdir()
     assert "-O0 -o model.onnx` writes one" in error("view", tmp_path / "folder")
+
+
+# ---- options --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_levels_that_there_are(tmp_path: Path) -> None:
+    """The help offers none that every target refuses, and the message of a wrong one is true."""
+    source, out = saved(tmp_path, RELU), tmp_path / "out.onnx"
+    assert "3 also" not in cli("optimize", "--help").stdout
+    for level in ("9", "3"):
+        text = " ".join(cli("optimize", source, "-o", out, "-O", level, code=2).stderr.replace("│", " ").split())
+        assert f"target cpu has the levels 0, 1, 2, found {level}" in text
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("text", "value"), [("1%", 0.01), ("0.5%", 0.005), ("0.25", 0.25), ("0", 0.0)])
+def test_a_loss_in_percent(tmp_path: Path, text: str, value: float) -> None:
+    source = saved(tmp_path, BLOCK)
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).normal(size=(1, 4, 8)).astype(np.float32))
+    run = ("optimize", source, "-o", tmp_path / "out.onnx", "-O2", "--no-measure", "--json", "--target", "cpu{tune=off}")
+    report = cli(*run, "--samples", tmp_path / "x.npz", "--max-loss", text).stdout
+    assert f'"max_loss": {value}' in report or f"within the budget {value:g}" in report
+
+
+@pytest.mark.parametrize("text", ["1%%", "one", "-1", "-1%", "nan", ""])
+def test_a_loss_that_is_no_fraction(tmp_path: Path, text: str) -> None:
+    cli("optimize", saved(tmp_path, RELU), "-o", tmp_path / "out.onnx", "-O2", "--max-loss", text, code=2)
