@@ -34,7 +34,7 @@ from graphopt.graph.verify import verify
 from graphopt.io.load import check_options, keeps_bytes, load_both, load_options
 from graphopt.io.save import sources_of
 from graphopt.report.words import called
-from graphopt.run.race import parse_shapes
+from graphopt.run.race import parse_shapes, sizes_for
 from graphopt.run.samples import Samples
 
 if TYPE_CHECKING:
@@ -106,6 +106,8 @@ class Job:
         check_places(files, () if given is None else [str(given)])
         remarks, start = Remarks(), clock()
         original, model = load_both(source, remarks=remarks, **load_options(options))
+        if shapes:
+            sizes_for(model, parse_shapes(shapes))
         repaired = sum("repaired" in remark.facts for remark in remarks)
         loaded = PassRecord("load", repaired, clock() - start, list(remarks))
         watchers = tuple(instruments.chosen(options))

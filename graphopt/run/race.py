@@ -162,8 +162,16 @@ def shapes_of(target: Target) -> Sequence[tuple[int, ...]]:
 
 
 def sizes_for(model: ir.Model, shapes: Sequence[tuple[int, ...]] = SHAPES) -> dict[str, dict[str, int]]:
-    """Label -> a size for every symbol of the inputs: the first axis is the batch, every other one the length, within the position table."""
+    """Label -> a size for every symbol of the inputs: the first axis is the batch, every other one the length, within the position table.
+
+    Raises:
+        GraphoptError: a shape is a batch alone, and the model has a length, too.
+    """
     bound, axes = limits(model), symbols(model)
+    inner = [name for name, axis in axes.items() if axis]
+    for shape in shapes if inner else ():
+        if len(shape) < 2:
+            raise GraphoptError(f"the shape `{shape[0]}` is a batch without a length, which the model has in `{inner[0]}`; write 1x{shape[0]}")
     rows = [{n: shape[0] if axis == 0 else min(shape[-1], bound.get(n, shape[-1])) for n, axis in axes.items()} for shape in shapes]
     return {label(model, row): row for row in rows}
 

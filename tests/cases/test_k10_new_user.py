@@ -109,3 +109,53 @@ def test_a_loss_in_percent(tmp_path: Path, text: str, value: float) -> None:
 @pytest.mark.parametrize("text", ["1%%", "one", "-1", "-1%", "nan", ""])
 def test_a_loss_that_is_no_fraction(tmp_path: Path, text: str) -> None:
     cli("optimize", saved(tmp_path, RELU), "-o", tmp_path / "out.onnx", "-O2", "--max-loss", text, code=2)
+
+
+# ---- where it runs --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such locale")
+def test_a_plain_ascii_locale(tmp_path: Path) -> None:
+    """Help, names of files that are not ASCII, also inside of a model, and an error that names one."""
+    os.mkdir(tmp_path / "größe")
+    large = model(BLOCK.replace("8, 32", "8, 999").replace("32, 8", "999, 8"))
+    onnx.save(large, tmp_path / "größe" / "ü.onnx", save_as_external_data=True, location="gewichte_ü.data")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    for arguments, code, part in (
+        (("optimize", "--help"), 0, "An .onnx file"),
+        (("optimize", "größe/ü.onnx", "-o", "größe/ö.onnx", "--report", "ä.html", "--shapes", "1x4"), 0, "speed-up"),
+        (("inspect", "größe/ß.onnx"), 1, "größe/ß.onnx: No such file"),
+    ):
+        child = start(tmp_path, *arguments, **ascii_only)
+        out, err = child.communicate(timeout=120)
+        assert (child.returncode, part in out + err) == (code, True), out + err
+        assert "Traceback" not in err
+    assert (tmp_path / "größe" / "ö.onnx").is_file()
+    assert "größe/ü.onnx" in (tmp_path / "ä.html").read_text(encoding="utf-8")
+
+
+def test_text_samples_without_their_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "texts.txt").write_text("one\ntwo\n")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    run = ("optimize", saved(tmp_path, RELU), "-o", tmp_path / "out.onnx", "--samples", tmp_path / "texts.txt")
+    assert "text samples need an extra that is not installed" in error(*run, "--tokenizer", tmp_path / "tokenizer.json")
+    assert "pip install 'graphopt[text]'" in error(*run, "--tokenizer", tmp_path / "tokenizer.json")
+
+
+def test_a_shape_without_a_length(tmp_path: Path) -> None:
+    """`16` would be read as 16x16; it is refused before any work, but for a model that has a batch alone."""
+    out = tmp_path / "out.onnx"
+    for command in (("optimize", saved(tmp_path, BLOCK), "-o", out), ("bench", saved(tmp_path, BLOCK))):
+        assert "a batch without a length, which the model has in `seq`; write 1x16" in error(*command, "--shapes", "16")
+    assert "16" in cli("optimize", saved(tmp_path, RELU), "-o", out, "--shapes", "16").stdout
+
+
+def test_a_file_that_is_there_and_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = saved(tmp_path, RELU)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert error("inspect", source) == f"error: {source}: Permission denied; it is there, and cannot be read"
