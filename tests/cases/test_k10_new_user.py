@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,7 +17,9 @@ import pytest
 from test_api import BLOCK, RELU, model
 from typer.testing import CliRunner, Result
 
+import graphopt
 from graphopt.cli.root import app
+from graphopt.run import ort
 
 
 def cli(*arguments: str | Path, code: int = 0) -> Result:
@@ -159,3 +163,80 @@ def test_a_file_that_is_there_and_cannot_be_read(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(Path, "open", refuse)
     assert error("inspect", source) == f"error: {source}: Permission denied; it is there, and cannot be read"
+
+
+# ---- folders --------------------------------------------------------------------------------------------------------------------------
+
+DECODER = {
+    "vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64,
+    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+PART = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64, "projection_dim": 16}
+FOLDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "distilbert": ("DistilBertModel", {"vocab_size": 100, "dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 64}),
+    "llama": ("LlamaForCausalLM", DECODER),
+    "qwen2-moe": (
+        "Qwen2MoeForCausalLM", DECODER | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    ),
+    "clip": (
+        "CLIPModel",
+        {"text_config": PART | {"vocab_size": 100, "max_position_embeddings": 32, "eos_token_id": 99, "bos_token_id": 98, "pad_token_id": 0},
+         "vision_config": PART | {"image_size": 32, "patch_size": 8}, "projection_dim": 16},
+    ),
+}  # fmt: skip
+
+
+def folder(kind: str, into: Path) -> Any:
+    """A small random model of this kind, saved, and the module."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    torch.manual_seed(0)
+    name, options = FOLDERS[kind]
+    cls = getattr(transformers, name)
+    module = cls(cls.config_class(**options)).eval()
+    module.save_pretrained(into)
+    return module
+
+
+def test_with_past_where_there_is_no_cache(tmp_path: Path) -> None:
+    folder("distilbert", tmp_path)
+    assert "DistilBertModel keeps no key/value cache" in error("inspect", tmp_path, "--with-past")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen2-moe", "clip"])
+def test_folders_that_torch_exports_only_as_asked(kind: str, tmp_path: Path) -> None:
+    """Experts in a form that ONNX has; texts and images together, of which there are not equally many."""
+    import torch
+
+    module = folder(kind, tmp_path)
+    session = ort.session(graphopt.load(tmp_path), optimize=False)
+    for texts, length, images in ((2, 7, 3), (3, 11, 1)):
+        ids = torch.randint(3, 98, (texts, length))
+        feeds = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if kind == "clip":
+            feeds["pixel_values"] = torch.randn(images, 3, 32, 32)
+        name = "logits_per_image" if kind == "clip" else "logits"
+        with torch.no_grad():
+            expected = module(**feeds)[name].numpy()
+        found = session.run({key: value.numpy() for key, value in feeds.items()})[name]
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() <= 1e-5 * (1 + np.abs(expected).max())
+
+
+@pytest.mark.slow
+def test_texts_for_a_decoder_with_a_cache(tmp_path: Path) -> None:
+    """The cache is fed empty."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    folder("llama", tmp_path / "llama")
+    words = {f"w{k}": k for k in range(100)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(" ".join(f"w{(7 * k * n) % 97 + 3}" for k in range(1, 5 + n)) for n in range(1, 20)))
+    run = ("optimize", tmp_path / "llama", "-o", tmp_path / "out.onnx", "--with-past", "--no-measure", "--json")
+    step = ("--pipeline", "canonicalize, quantize{mode=weight-only bits=4 method=gptq}", "--samples", texts, "--tokenizer", tmp_path / "tokenizer.json")
+    report = json.loads(cli(*run, *step).stdout)
+    assert report["loss"]["value"] is not None
+    assert [row["changes"] > 0 for row in report["passes"] if row["name"].startswith("quantize")] == [True]
