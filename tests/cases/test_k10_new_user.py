@@ -240,3 +240,26 @@ def test_texts_for_a_decoder_with_a_cache(tmp_path: Path) -> None:
     report = json.loads(cli(*run, *step).stdout)
     assert report["loss"]["value"] is not None
     assert [row["changes"] > 0 for row in report["passes"] if row["name"].startswith("quantize")] == [True]
+
+
+def test_a_name_of_the_module_excludes_its_nodes(tmp_path: Path) -> None:
+    """In a file that torch wrote, whose nodes are called node_linear_14, and in an export of ours, which names the module."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+
+    class Net(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.lm_head = torch.nn.Linear(32, 32), torch.nn.Linear(32, 64)
+
+        def forward(self, x: Any) -> Any:
+            return self.lm_head(torch.relu(self.body(x)))
+
+    example = (torch.randn(3, 5, 32),)
+    torch.onnx.export(Net().eval(), example, tmp_path / "net.onnx", dynamo=True, opset_version=18, verbose=False, external_data=False)
+    for source, options in ((tmp_path / "net.onnx", {}), (Net().eval(), {"example_inputs": example})):
+        result = graphopt.optimize(source, "canonicalize, quantize{exclude=lm_head/*}", target="cpu{tune=off}", **options)  # type: ignore[arg-type]
+        told = [x.message for x in result.report.remarks("missed") if "excluded by exclude=lm_head/*" in x.message]
+        assert len(told) == 1
+        assert any(r.name.startswith("quantize") and r.changes for r in result.report.passes)
+    assert any("lm_head/linear" in str(node.name) for node in graphopt.load(Net().eval(), example_inputs=example).graph)
