@@ -254,7 +254,8 @@ def _reason(records: Sequence[PassRecord]) -> str:
     missed = [remark for record in records for remark in record.remarks if remark.kind == "missed"]
     if not missed:
         return "; no candidate was found"
-    return f": {missed[0].message}" + (f" (at `{missed[0].node}`)" if missed[0].node else "")
+    first = next((remark for remark in missed if remark.node), missed[0])
+    return f": {first.message}" + (f" (at `{first.node}`)" if first.node else "")
 
 
 def _require(names: Sequence[str], records: Sequence[PassRecord]) -> None:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 import graphopt
 from graphopt.cli.root import app
+from graphopt.core.errors import PassError
 from graphopt.core.pipeline import PassRecord
 from graphopt.core.remarks import Remark
 from graphopt.driver import promise
@@ -137,3 +138,47 @@ def test_passes_that_did_nothing_are_counted(tmp_path: Path) -> None:
     assert any(row[:2] == ["fuse-norm", "1"] for row in rows)
     assert not any(row[:1] == ["fuse-rotary"] for row in rows)
     assert "other passes changed nothing (" in shown
+
+
+# ---- pruning --------------------------------------------------------------------------------------------------------------------------
+
+FFN = HEAD + "g (float[n, 8] x) => (float[n, 8] y) <float[8, {width}] up, float[{width}, 8] down{more}> {{ h = MatMul(x, up) a = Relu(h) {inner} }}"
+STATS = ", float[64] s, float[64] b, float[64] m, float[64] v"
+CONV = HEAD + "g (float[n, 8, s] x) => (float[n, 8, s] y) <float[64, 8, 1] up, float[8, 64, 1] down> { h = Conv(x, up) a = Relu(h) y = Conv(a, down) }"
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "reason"),
+    [
+        (CONV, "Relu", "Conv `Conv` before it is neither elementwise nor a MatMul or Gemm with a stored weight"),
+        (
+            FFN.format(width=64, more=STATS, inner="c = BatchNormalization(a, s, b, m, v) y = MatMul(c, down)"), "Relu",
+            "BatchNormalization `BatchNormalization` behind it is neither elementwise",
+        ),
+        (FFN.format(width=32, more="", inner="y = MatMul(a, down)"), "MatMul_1", "its 32 neurons stay in multiples of 32"),
+    ],
+)  # fmt: skip
+def test_neurons_that_cannot_go_name_the_node_and_the_reason(text: str, where: str, reason: str) -> None:
+    report = graphopt.optimize(model(text), "canonicalize, prune-ffn{ratio=0.5 importance=magnitude refit=false}", target="cpu{tune=off}").report
+    told = [x for x in report.remarks("missed") if x.pass_name == "prune-ffn" and x.node]
+    assert [x.node for x in told] == [where]
+    assert reason in told[0].message
+    assert reason in report.remarks("warning")[-1].message
+
+
+def test_what_torch_lacks_behind_the_last_block_keeps_no_block_from_being_pruned() -> None:
+    """A random operator at the end has no gradient; the importance is that of what it reads, and the block in front of it is pruned."""
+    pytest.importorskip("torch", reason="torch is not installed")
+    rng = np.random.default_rng(0)
+    samples = [{"x": rng.normal(size=(16, 8)).astype(np.float32)} for _ in range(3)]
+    text = FFN.format(width=64, more="", inner="z = MatMul(a, down) q = Bernoulli(z) y = Relu(q)")
+    run = {"samples": samples, "target": "cpu{tune=off}"}
+    report = graphopt.optimize(model(text), "canonicalize, prune-ffn{ratio=0.5}", **run).report  # type: ignore[arg-type]
+    assert "layer 0: 32 neurons of 64 removed" in [x.message for x in report.remarks("applied")]
+    assert any("torch has no Bernoulli: importance is judged by what it reads" in x.message for x in report.remarks("missed"))
+    plain = graphopt.optimize(model(FFN.format(width=64, more="", inner="y = MatMul(a, down)")), "canonicalize, prune-ffn{ratio=0.5}", **run)  # type: ignore[arg-type]
+    costs = [x.facts["cost"] for r in (report, plain.report) for x in r.remarks("applied") if "cost" in x.facts]
+    assert costs[0] == costs[1], "the same block, judged by the same output"
+    first = FFN.format(width=64, more="", inner="z = MatMul(a, down) y = Identity(z)").replace("MatMul(x, up)", "MatMul(r, up)").replace("{ h", "{ r = Bernoulli(x) h")
+    with pytest.raises(PassError, match="the torch executor has no `Bernoulli`"):
+        graphopt.optimize(model(first), "canonicalize, prune-ffn{ratio=0.5}", **run)  # type: ignore[arg-type]
