@@ -19,7 +19,7 @@ from graphopt.core.fuel import Fuel
 from graphopt.core.options import near
 from graphopt.core.pipeline import Instrument, PassManager, PassRecord, parse, render
 from graphopt.core.places import check_places
-from graphopt.core.remarks import Progress, Remark, Remarks
+from graphopt.core.remarks import Progress, Remark, Remarks, plural
 from graphopt.driver import instruments
 from graphopt.driver import promise as promises
 from graphopt.driver.history import History
@@ -30,6 +30,7 @@ from graphopt.driver.promise import Outcome
 from graphopt.driver.result import Result, report_of
 from graphopt.driver.transaction import TransactionManager
 from graphopt.graph.interface import interface
+from graphopt.graph.questions import all_nodes
 from graphopt.graph.verify import verify
 from graphopt.io.load import check_options, keeps_bytes, load_both, load_options
 from graphopt.io.save import sources_of
@@ -160,6 +161,7 @@ class Job:
         outcome = Outcome(model, history.graph or model, done)
         if self.promise and any(record.changes for record in done):
             outcome = promises.kept(self, outcome, history)
+        _say_rounded(self, outcome.records)
         _say_idle(self.passes, outcome.records if self.fuel is None else [])
         records = [self.loaded, *outcome.records]
         if outcome.model is not None:
@@ -241,6 +243,15 @@ def _check_required(required: Iterable[str], passes: Sequence[Pass], lowerings: 
         if name not in names:
             known = f"it has {', '.join(sorted(names)) or 'no pass'}"
             raise PipelineError(f"{name} is required and is not in the pipeline `{render(passes)}`{near(name, names)}; {known}")
+
+
+def _say_rounded(job: Job, records: Sequence[PassRecord]) -> None:
+    """Exact means up to the rounding of floats; of an input that rounds to codes itself that is less than bit for bit."""
+    roundings = sum(node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") and not node.domain for node in all_nodes(job.model))
+    changed = [record for step, record in zip(job.steps, records, strict=False) if step.exact and record.changes]
+    if roundings and changed:
+        told = f"the input rounds to codes in {plural(roundings, 'place')}; exact passes move floats by their last digits, which may turn single codes"
+        changed[-1].remarks.append(Remark("warning", changed[-1].name.partition("{")[0], "", told))
 
 
 def _say_idle(passes: Sequence[Pass], records: Sequence[PassRecord]) -> None:

@@ -18,6 +18,7 @@ from graphopt.core.pipeline import PassRecord
 from graphopt.core.remarks import Remark
 from graphopt.driver import promise
 from graphopt.driver.result import told
+from graphopt.run import ort
 from graphopt.run.clock import Timings
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17]> '
@@ -182,3 +183,35 @@ def test_what_torch_lacks_behind_the_last_block_keeps_no_block_from_being_pruned
     first = FFN.format(width=64, more="", inner="z = MatMul(a, down) y = Identity(z)").replace("MatMul(x, up)", "MatMul(r, up)").replace("{ h", "{ r = Bernoulli(x) h")
     with pytest.raises(PassError, match="the torch executor has no `Bernoulli`"):
         graphopt.optimize(model(first), "canonicalize, prune-ffn{ratio=0.5}", **run)  # type: ignore[arg-type]
+
+
+# ---- what is quantized already --------------------------------------------------------------------------------------------------------
+
+QDQ = HEAD + (
+    "g (float[n, 8] x) => (float[n, 8] y) <float[8, 8] w, float three = {{3.0}}, float s = {{0.05}}, uint8 z = {{128}}> "
+    "{{ d = Div(x, three) c = Mul(d, s) e = Relu(d) q = {op} y = MatMul(f, w) }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("op", "kept"),
+    [
+        ("QuantizeLinear(e, s, z) f = DequantizeLinear(q, s, z)", True),
+        ("Round(e) f = Mul(q, s)", True),
+        ("Sigmoid(e) f = Identity(q)", False),
+    ],
+)
+def test_a_quotient_in_front_of_a_rounding_stays_as_it_is(op: str, kept: bool) -> None:
+    proto = model(QDQ.format(op=op))
+    result = graphopt.optimize(proto, "canonicalize", target="cpu{tune=off}")
+    assert ("Div" in [node.op_type for node in result.graph.graph]) == kept
+    feed = {"x": np.arange(-4000, 4000, dtype=np.float32).reshape(-1, 8) * np.float32(0.015)}  # many halves of a code
+    before, after = (ort.session(x, optimize=False).run(feed)["y"] for x in (proto, result.model))
+    assert np.array_equal(before, after) or not kept
+
+
+def test_exact_passes_over_a_quantized_model_say_what_exact_means() -> None:
+    text = QDQ.format(op="Sub(e, s) r = QuantizeLinear(q, s, z) f = DequantizeLinear(r, s, z)")
+    told = [x.message for x in graphopt.optimize(model(text), "canonicalize", target="cpu{tune=off}").report.remarks("warning")]
+    assert told == ["the input rounds to codes in 1 place; exact passes move floats by their last digits, which may turn single codes"]
+    assert not graphopt.optimize(model(BLOCK), "canonicalize", target="cpu{tune=off}").report.remarks("warning")
