@@ -20,7 +20,8 @@ from graphopt.graph.questions import all_nodes, consumers, is_constant, producer
 
 _LAYOUT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Split", "Slice", "Gather", "Expand", "Flatten", "Cast")
 _ACTIVATIONS = ("Gelu", "Relu", "Sigmoid", "Tanh", "Elu", "Softplus", "HardSwish", "HardSigmoid", "LeakyRelu", "Mish", "Selu", "Erf", "Clip", "PRelu")
-_ARITHMETIC = ("Mul", "Add", "Sub", "Div", "Pow", "Dropout", "DequantizeLinear", "DynamicQuantizeLinear")
+_CODES = ("QuantizeLinear", "DynamicQuantizeLinear", "DequantizeLinear")
+_ARITHMETIC = ("Mul", "Add", "Sub", "Div", "Pow", "Dropout", *_CODES)
 _NORMS = ("LayerNormalization", "RMSNormalization")
 _DEPTH = 16
 
@@ -119,7 +120,7 @@ def _attention(node: ir.Node, made: Made, masks: MeaningReader) -> AttentionBloc
     if a is None:
         return None
     q, k, v = (next(iter(behind((value,), made)), None) for value in a.operands)
-    out = ahead(a.result, made, (*_LAYOUT, "Mul", *_NORMS, "DynamicQuantizeLinear", "DequantizeLinear"), alone=False)
+    out = ahead(a.result, made, (*_LAYOUT, "Mul", *_NORMS, *_CODES), alone=False)
     kind = "cross" if q is not None and k is not None and q.x is not k.x else "self"
     rotary = producer(_skip_layout(a.q), "RotaryEmbedding") is not None
     projections = tuple(dict.fromkeys(x for x in (q, k, v, out) if x is not None))

@@ -18,6 +18,7 @@ from graphopt.core.pipeline import PassRecord
 from graphopt.core.remarks import Remark
 from graphopt.driver import promise
 from graphopt.driver.result import told
+from graphopt.report.inspection import inspect
 from graphopt.run import ort
 from graphopt.run.clock import Timings
 
@@ -215,3 +216,28 @@ def test_exact_passes_over_a_quantized_model_say_what_exact_means() -> None:
     told = [x.message for x in graphopt.optimize(model(text), "canonicalize", target="cpu{tune=off}").report.remarks("warning")]
     assert told == ["the input rounds to codes in 1 place; exact passes move floats by their last digits, which may turn single codes"]
     assert not graphopt.optimize(model(BLOCK), "canonicalize", target="cpu{tune=off}").report.remarks("warning")
+
+
+def test_inspect_reads_through_quantization() -> None:
+    """A static model shows the blocks, with the parameters, of the float model that it was made from; so does what stands behind the layers."""
+    text = HEAD + (
+        "g (float[n, s, 8] x) => (float[n, s, 4] y) <float[8, 64] up, float[64] bias, float[64, 8] down, float[8, 4] head> "
+        "{ h0 = MatMul(x, up) h = Add(h0, bias) a = Relu(h) d = MatMul(a, down) e = Add(d, x) y = MatMul(e, head) }"
+    )
+    samples = [{"x": np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)}]
+    parts = {}
+    for pipeline in ("canonicalize", "quantize", "quantize{mode=static}", "quantize{mode=weight-only}"):
+        graph = graphopt.optimize(model(text), pipeline, target="cpu{tune=off}", samples=samples).graph
+        parts[pipeline] = [(p.part, p.what, p.parameters) for p in inspect(graph).card.parts]
+    assert parts["canonicalize"] == [("FFN", "8 -> 64 (Relu) -> 8", 8 * 64 + 64 + 64 * 8), ("head", "MatMul 8 x 4", 32)]
+    scaled = text.replace("<float[8, 64] up,", "<int8[8, 64] codes, float[1, 64] scale,").replace(
+        "h0 = MatMul(x, up)", "c = Cast<to = 1>(codes) up = Mul(c, scale) h0 = MatMul(x, up)"
+    )
+    proto = onnx.parser.parse_model(scaled)
+    rng = np.random.default_rng(1)
+    for info in proto.graph.value_info:
+        shape = [d.dim_value for d in info.type.tensor_type.shape.dim]
+        values = rng.integers(-9, 9, shape).astype(onnx.helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type))
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(values, info.name))
+    parts["stored by somebody else"] = [(p.part, p.what, p.parameters) for p in inspect(proto).card.parts]
+    assert all(found == parts["canonicalize"] for found in parts.values()), parts
