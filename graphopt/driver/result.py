@@ -17,6 +17,7 @@ from graphopt.core.pipeline import PassRecord, render
 from graphopt.core.remarks import Remark
 from graphopt.graph import size
 from graphopt.graph.opset import versions
+from graphopt.graph.questions import all_nodes
 from graphopt.graph.serialize import model_bytes
 from graphopt.graph.size import Size
 from graphopt.io import save
@@ -28,6 +29,10 @@ from graphopt.run.samples import Samples
 
 if TYPE_CHECKING:
     from graphopt.driver.job import Job
+
+
+_FINELY, _COARSELY = 1e-3, 2e-2  # loss that rounding explains: in float32; in 16 bits, with codes that may flip, or of a metric
+_COARSE = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.INT8, ir.DataType.UINT8)
 
 
 @dataclasses.dataclass
@@ -135,5 +140,19 @@ def report_of(job: Job, lowered: ir.Model, records: list[PassRecord]) -> Report:
         records.append(PassRecord("save", 0, 0.0, [Remark("warning", "save", "", larger)]))
     described = {"name": str(target)} | target.report(lowered)
     judged = job.loss.report(lambda: target.session(lowered))
+    _say_inexact(job, records, judged)
     told = [rise.as_dict() for rise in rises]
     return Report(render(job.passes), described, before, after, records, judged, rises=told, model=job.name, threads=target.threads)
+
+
+def _say_inexact(job: Job, records: list[PassRecord], judged: Measured) -> None:
+    """A loss beyond rounding, where every pass that changed something claims to have none, is a defect of one of them."""
+    lossy = {step.name for step in job.steps if not step.exact}
+    done = [record for record in records if record.changes and record.name.partition("{")[0] != "load"]
+    if judged.value is None or not done or any(record.name.partition("{")[0] in lossy for record in done):
+        return
+    narrow = any(v.dtype in _COARSE for node in all_nodes(job.model) for v in node.outputs)
+    limit = _COARSELY if narrow or job.loss.metric is not None else _FINELY
+    if not judged.value <= limit:  # also where it is no number
+        told = f"the loss is {judged.value:.3g}, and every pass that changed something claims to be exact; --check-numerics names the one that is not"
+        records.append(PassRecord("loss", 0, 0.0, [Remark("warning", "loss", "", told, {"loss": judged.value})]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -263,3 +264,71 @@ def test_a_name_of_the_module_excludes_its_nodes(tmp_path: Path) -> None:
         assert len(told) == 1
         assert any(r.name.startswith("quantize") and r.changes for r in result.report.passes)
     assert any("lm_head/linear" in str(node.name) for node in graphopt.load(Net().eval(), example_inputs=example).graph)
+
+
+# ---- what a run says of itself --------------------------------------------------------------------------------------------------------
+
+LIAR = '''
+import dataclasses
+
+import onnx_ir as ir
+
+from graphopt import Pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Liar(Pass):
+    """Says that it is exact."""
+
+    def run(self, model, ctx):
+        for value in model.graph.initializers.values():
+            if value.const_value.size > 32:
+                value.const_value = ir.tensor(value.const_value.numpy() * 3, name=value.name)
+        return 1
+'''
+
+
+def test_a_pass_that_claims_to_be_exact_and_is_not_is_told(tmp_path: Path) -> None:
+    (tmp_path / "liar.py").write_text(LIAR)
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).normal(size=(2, 4, 8)).astype(np.float32))
+    run = ("optimize", saved(tmp_path, BLOCK), "-o", tmp_path / "out.onnx", "--no-measure", "--plugin", tmp_path / "liar.py")
+    judged = (*run, "--samples", tmp_path / "x.npz", "--json", "--pipeline")
+
+    def warnings(pipeline: str) -> list[str]:
+        passes = json.loads(cli(*judged, pipeline).stdout)["passes"]
+        return [x["message"] for row in passes for x in row["remarks"] if x["kind"] == "warning"]
+
+    (told,) = warnings("canonicalize, liar")
+    assert told.startswith("the loss is ")
+    assert told.endswith("claims to be exact; --check-numerics names the one that is not")
+    assert "pass 2 `liar`" in error(*run, "--pipeline", "canonicalize, liar", "--check-numerics")
+    assert warnings("canonicalize, fuse-norm, fuse-activation") == []
+    assert warnings("liar, quantize") == [], "a lossy pass may have a loss"
+
+
+@pytest.mark.slow
+def test_what_torch_writes_beside_its_weights_is_optimized(tmp_path: Path) -> None:
+    """torch.onnx.export(dynamo=True) to a path leaves even small weights in a data file."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    module, x = torch.nn.Linear(512, 100).eval(), torch.randn(2, 512)
+    torch.onnx.export(module, (x,), tmp_path / "linear.onnx", dynamo=True, opset_version=18, verbose=False)
+    for level in ("-O0", "-O1", "-O2"):
+        out = tmp_path / f"out{level}.onnx"
+        cli("optimize", tmp_path / "linear.onnx", "-o", out, level, "--no-measure")
+        found = next(iter(ort.session(out).run({onnx.load(out).graph.input[0].name: x.numpy()}).values()))
+        expected = module(x).detach().numpy()
+        assert np.abs(found - expected).max() <= (1e-5 if level != "-O2" else 0.05) * (1 + np.abs(expected).max())
+
+
+def test_a_report_page_is_complete(tmp_path: Path) -> None:
+    """Which command made it, of what, where and when; and one of a thing is no plural."""
+    source = saved(tmp_path, RELU)
+    child = start(tmp_path, "optimize", str(source), "-o", "out.onnx", "--report", "r.html", "--shapes", "1x4", "--pipeline", "canonicalize")
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 0, out + err
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    told = dict(re.findall(r"<tr><td>([a-z ]+)</td><td>(.*?)</td></tr>", page))
+    assert told["command"] == f"graphopt optimize {source} -o out.onnx --report r.html --shapes 1x4 --pipeline canonicalize"
+    assert {"model", "pipeline", "target", "threads", "versions", "processor", "date"} <= set(told)
+    assert re.search(r"\b1 [a-z]+s\b", re.sub(r"<[^>]*>", " ", page)) is None
