@@ -16,7 +16,9 @@ from graphopt.graph.questions import constant, consumers, is_constant, producer,
 from graphopt.rewrite.builder import Builder
 
 _ROUNDINGS = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "Round", "Floor", "Ceil"})
-_ELEMENTWISE = frozenset({"Mul", "Add", "Sub", "Div", "Neg", "Relu", "Clip", "Min", "Max", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity"})
+_ELEMENTWISE = frozenset(
+    {"Mul", "Add", "Sub", "Div", "Neg", "Relu", "Clip", "Min", "Max", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity"}
+)
 _NEAR = 32  # nodes behind one that are looked at
 Rewritten = ir.Value | Sequence[ir.Value | None] | None
 _LARGEST = 1 << 16  # elements of a constant that are read to see whether they are all 0 or 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 from io import StringIO
 
 import pytest
-from rich.console import Console
 from test_api import BLOCK, model
 
 import graphopt

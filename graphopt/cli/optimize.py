@@ -14,9 +14,7 @@ from graphopt.cli.shell import REPORTS, Json, ModelPath, Plugins, Shapes, Task, 
 def optimize(  # long, as it is the list of options: typer reads each from its argument
     model: ModelPath,
     out: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The file to write.", show_default=False)],
-    level: Annotated[
-        int | None, typer.Option("-O", "--level", min=0, help="0 normal form, 1 exact passes, 2 also int8.  [default: 1]")
-    ] = None,
+    level: Annotated[int | None, typer.Option("-O", "--level", min=0, help="0 normal form, 1 exact passes, 2 also int8.  [default: 1]")] = None,
     pipeline: Annotated[str | None, typer.Option(metavar="TEXT|@FILE", help="Passes to run, instead of a level.")] = None,
     target: Annotated[str, typer.Option(metavar="T", help="Where the model will run, such as cpu{threads=2}.")] = "cpu",
     samples: Annotated[str | None, typer.Option(metavar="DATA", help="Inputs to judge by: .npz, a folder of .npz, or a text file.")] = None,
@@ -69,6 +67,6 @@ def optimize(  # long, as it is the list of options: typer reads each from its a
     kind = "all" if remarks is None and remarks_format is not None else remarks
     told = None if kind is None or as_json else result.report.listed(kind, remarks_format or "lines")
     if remarks_format != "jsonl":
-        show(result.report if told is None else dataclasses.replace(result.report, apart=kind), as_json)
+        show(dataclasses.replace(result.report, apart="" if told is None or kind is None else kind), as_json)
     if told is not None and told.remarks:
         show(told, as_json=remarks_format == "jsonl")

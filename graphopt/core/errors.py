@@ -52,9 +52,9 @@ class SampleError(GraphoptError):
 
 def _place(error: BaseException) -> str:
     """Where an error was raised, for who writes the pass: in a file of their own rather than in a library that it calls."""
-    frames = traceback.extract_tb(error.__traceback__)
-    frames = [frame for frame in frames if "site-packages" not in frame.filename] or frames
-    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    frames = list(traceback.extract_tb(error.__traceback__))
+    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
 
 
 class PassError(GraphoptError):

@@ -250,7 +250,9 @@ def _say_rounded(job: Job, records: Sequence[PassRecord]) -> None:
     roundings = sum(node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") and not node.domain for node in all_nodes(job.model))
     changed = [record for step, record in zip(job.steps, records, strict=False) if step.exact and record.changes]
     if roundings and changed:
-        told = f"the input rounds to codes in {plural(roundings, 'place')}; exact passes move floats by their last digits, which may turn single codes"
+        told = (
+            f"the input rounds to codes in {plural(roundings, 'place')}; exact passes move floats by their last digits, which may turn single codes"
+        )
         changed[-1].remarks.append(Remark("warning", changed[-1].name.partition("{")[0], "", told))
 
 

@@ -36,7 +36,8 @@ def decode(model: ir.Model) -> None:
 
 
 def _decoded(codes: ir.Value, scale: ir.Value) -> ir.TensorProtocol:
-    assert codes.const_value is not None and scale.const_value is not None
+    assert codes.const_value is not None
+    assert scale.const_value is not None
     factor = scale.const_value.numpy()
     return ir.tensor(codes.const_value.numpy().astype(factor.dtype) * factor)
 

@@ -146,7 +146,9 @@ def test_passes_that_did_nothing_are_counted(tmp_path: Path) -> None:
 
 FFN = HEAD + "g (float[n, 8] x) => (float[n, 8] y) <float[8, {width}] up, float[{width}, 8] down{more}> {{ h = MatMul(x, up) a = Relu(h) {inner} }}"
 STATS = ", float[64] s, float[64] b, float[64] m, float[64] v"
-CONV = HEAD + "g (float[n, 8, s] x) => (float[n, 8, s] y) <float[64, 8, 1] up, float[8, 64, 1] down> { h = Conv(x, up) a = Relu(h) y = Conv(a, down) }"
+CONV = (
+    HEAD + "g (float[n, 8, s] x) => (float[n, 8, s] y) <float[64, 8, 1] up, float[8, 64, 1] down> { h = Conv(x, up) a = Relu(h) y = Conv(a, down) }"
+)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +183,11 @@ def test_what_torch_lacks_behind_the_last_block_keeps_no_block_from_being_pruned
     plain = graphopt.optimize(model(FFN.format(width=64, more="", inner="y = MatMul(a, down)")), "canonicalize, prune-ffn{ratio=0.5}", **run)  # type: ignore[arg-type]
     costs = [x.facts["cost"] for r in (report, plain.report) for x in r.remarks("applied") if "cost" in x.facts]
     assert costs[0] == costs[1], "the same block, judged by the same output"
-    first = FFN.format(width=64, more="", inner="z = MatMul(a, down) y = Identity(z)").replace("MatMul(x, up)", "MatMul(r, up)").replace("{ h", "{ r = Bernoulli(x) h")
+    first = (
+        FFN.format(width=64, more="", inner="z = MatMul(a, down) y = Identity(z)")
+        .replace("MatMul(x, up)", "MatMul(r, up)")
+        .replace("{ h", "{ r = Bernoulli(x) h")
+    )
     with pytest.raises(PassError, match="the torch executor has no `Bernoulli`"):
         graphopt.optimize(model(first), "canonicalize, prune-ffn{ratio=0.5}", **run)  # type: ignore[arg-type]
 

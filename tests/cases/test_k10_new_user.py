@@ -237,7 +237,14 @@ def test_texts_for_a_decoder_with_a_cache(tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(" ".join(f"w{(7 * k * n) % 97 + 3}" for k in range(1, 5 + n)) for n in range(1, 20)))
     run = ("optimize", tmp_path / "llama", "-o", tmp_path / "out.onnx", "--with-past", "--no-measure", "--json")
-    step = ("--pipeline", "canonicalize, quantize{mode=weight-only bits=4 method=gptq}", "--samples", texts, "--tokenizer", tmp_path / "tokenizer.json")
+    step = (
+        "--pipeline",
+        "canonicalize, quantize{mode=weight-only bits=4 method=gptq}",
+        "--samples",
+        texts,
+        "--tokenizer",
+        tmp_path / "tokenizer.json",
+    )
     report = json.loads(cli(*run, *step).stdout)
     assert report["loss"]["value"] is not None
     assert [row["changes"] > 0 for row in report["passes"] if row["name"].startswith("quantize")] == [True]

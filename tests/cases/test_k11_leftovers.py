@@ -33,7 +33,9 @@ def test_an_error_about_samples_names_what_does_without(pipeline: str, without: 
 def test_a_lossy_pass_that_did_nothing_says_so_at_the_end(tmp_path: Path) -> None:
     report = graphopt.optimize(model(RELU), "quantize, canonicalize", target="cpu{tune=off}").report
     told = [str(x) for x in report.remarks("warning")]
-    assert told == ["warning quantize: `quantize` was asked for and changed nothing: nothing to quantize: no MatMul, Gemm or Gather reads a stored weight that fits"]
+    assert told == [
+        "warning quantize: `quantize` was asked for and changed nothing: nothing to quantize: no MatMul, Gemm or Gather reads a stored weight that fits"
+    ]
     assert str(report).splitlines()[-1] == told[0]
     assert not graphopt.optimize(model(BLOCK), "quantize, fuse-rotary", target="cpu{tune=off}").report.remarks("warning")
 
