@@ -64,9 +64,9 @@ def optimize(  # long, as it is the list of options: typer reads each from its a
         if measure and result.report.speed_up.value is None:
             result.measure(shapes, progress=lambda done: tell("timing input and output, interleaved", done))
     result.save(out, report)
-    kind = "all" if remarks is None and remarks_format is not None else remarks
-    told = None if kind is None or as_json else result.report.listed(kind, remarks_format or "lines")
-    if remarks_format != "jsonl":
-        show(dataclasses.replace(result.report, apart="" if told is None or kind is None else kind), as_json)
-    if told is not None and told.remarks:
-        show(told, as_json=remarks_format == "jsonl")
+    kind, lines = remarks or ("all" if remarks_format else ""), remarks_format == "jsonl"
+    listed = result.report.listed(kind, remarks_format or "lines")
+    if not lines:
+        show(dataclasses.replace(result.report, apart="" if as_json else kind), as_json)
+    if listed.remarks and not as_json:
+        show(listed, as_json=lines)
