@@ -14,6 +14,7 @@ from graphopt.core import registry
 from graphopt.core.contract import Context
 from graphopt.core.errors import PassError
 from graphopt.core.pipeline import PassManager, parse
+from graphopt.report.declared import declared
 
 KNOWN = registry.passes()
 ASKED = {  # what a pass must be told
@@ -25,6 +26,13 @@ ASKED = {  # what a pass must be told
     "merge-heads": "ratio=0.25",
 }
 FUSED = {"merge-heads", "threshold-attention"}
+
+
+@pytest.mark.parametrize("name", list(KNOWN))
+def test_what_the_list_reads_off_the_source_is_what_the_class_says(name: str) -> None:
+    found, cls = declared(registry.passes().place(name), name, "exact", "samples", "data_free"), KNOWN[name]
+    assert (found["exact"], found["samples"], found["data_free"]) == (cls.exact, cls.samples, cls.data_free)
+    assert found["purpose"]
 
 
 class Watched(Context):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from graphopt.core.contract import Pass
 from graphopt.core.errors import PipelineError
 from graphopt.core.options import near
 from graphopt.core.registry import PASSES, Registry
 from graphopt.core.remarks import plural
+from graphopt.report.declared import declared
 from graphopt.report.document import Document
 from graphopt.report.elements import Element, Line, Table, Text
 
@@ -75,22 +74,23 @@ _SAMPLES = {"no": "", "can": "can use", "needs": "needs"}
 
 
 def listed(known: Registry, *, options: bool = False) -> Listing:
-    """Of each its name, what kind of pass it is, what it does, and who brings it; with `options` also these.
+    """Of each its name, what kind of pass it is, what it does, and who brings it; with `options` also these, which imports every module.
 
-    A module that cannot be imported is listed with the reason.
+    A module that cannot be read or imported is listed with the reason.
     """
+    keys = ("exact", "samples") if known.group == PASSES else ()
     found = []
     for name in known:
-        facts: dict[str, str] = {}
+        facts: dict[str, Any] = dict.fromkeys(keys)
+        options_text = ""
         try:
-            cls = known[name]
-            options_text, purpose = cls.describe(), _purpose(cls)
-            if issubclass(cls, Pass):
-                facts = {"numbers": "exact" if cls.exact else "lossy", "samples": _SAMPLES[cls.samples]}
+            facts = declared(known.place(name), name, *keys)
+            options_text = known[name].describe() if options else ""
         except Exception as error:  # noqa: BLE001 -- one broken module must not hide the others; its reason stands in the list
-            options_text, purpose = "", f"cannot be imported: {type(error).__name__}: {error}"
-            facts = {"numbers": "", "samples": ""} if known.group == PASSES else {}
-        found.append({"name": name} | facts | {"purpose": purpose} | ({"options": options_text} if options else {}) | {"owner": known.owner(name)})
+            facts["purpose"] = f"cannot be imported: {type(error).__name__}: {error}"
+        kind = {"numbers": {False: "lossy", True: "exact"}.get(facts["exact"], ""), "samples": _SAMPLES.get(facts["samples"], "")} if keys else {}
+        more = {"options": options_text} if options else {}
+        found.append({"name": name} | kind | {"purpose": facts["purpose"]} | more | {"owner": known.owner(name)})
     return Listing(found)
 
 
@@ -105,13 +105,6 @@ def described(known: Registry, name: str, kind: str) -> Described:
     cls = known[name]
     facts = {"name": name, "owner": known.owner(name), "options": cls.describe(), "doc": _doc(cls)}
     return Described(facts | ({"exact": cls.exact, "samples": cls.samples, "data_free": cls.data_free} if kind == "pass" else {}))
-
-
-def _purpose(cls: type) -> str:
-    """What it does in one line: that of its module, where this names it (`smooth: ...`), or the first of its own docstring."""
-    told = (sys.modules[cls.__module__].__doc__ or "").partition("\n")[0] if cls.__module__ in sys.modules else ""
-    name, _, purpose = told.partition(": ")
-    return purpose if name == getattr(cls, "name", "") and purpose else _doc(cls).partition("\n")[0]
 
 
 def _doc(cls: type) -> str:
