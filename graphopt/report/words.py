@@ -29,7 +29,7 @@ def called(source: Any) -> str:
 def head(**facts: object) -> Table:
     """The head of a page: `facts` that are not empty, and what every number in it depends on: the command, versions, the processor, the day."""
     told = {key.replace("_", " "): text for key, value in (facts | {"command": _command()}).items() if (text := str(value))}
-    told |= {"versions": ", ".join(_versions()), "processor": processor(), "date": time.strftime("%Y-%m-%d %H:%M %z")}
+    told |= {"versions": ", ".join(versions()), "processor": processor(), "date": time.strftime("%Y-%m-%d %H:%M %z")}
     return Table(("", ""), list(told.items()), detail=True)
 
 
@@ -40,7 +40,7 @@ def _command() -> str:
     return shlex.join(["graphopt", *sys.argv[1:]]) if name == "graphopt" else ""
 
 
-def _versions() -> Iterator[str]:
+def versions() -> Iterator[str]:
     from importlib import metadata
 
     for name in _PACKAGES:

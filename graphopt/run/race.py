@@ -10,9 +10,9 @@ from typing import Any
 import onnx_ir as ir
 
 from graphopt.core.contract import Array, Session, Target
-from graphopt.core.errors import GraphoptError, SampleError
+from graphopt.core.errors import GraphoptError, SampleError, TargetError
 from graphopt.graph.dims import limits, symbols
-from graphopt.run import Feeds, Port
+from graphopt.run import Feeds, Port, guarded
 from graphopt.run.clock import Clock, Done, Timings, latency, steady_clock
 from graphopt.run.samples import random_samples
 
@@ -72,18 +72,40 @@ def refusals(sessions: Mapping[str, Session], feeds: Iterable[Feeds]) -> dict[st
     return {name: why for name, session in sessions.items() if (why := next(filter(None, (_refusal(session, f) for f in feeds)), None))}
 
 
+def opened(target: Target, model: ir.Model, feeds: Mapping[str, Feeds]) -> Session:
+    """A session in this process of a finished model that was probed first, at the first of the sizes at which it runs.
+
+    Raises:
+        SampleError: there is none.
+        TargetError: the target cannot run here.
+    """
+    reasons: list[str] = []
+    for feed in feeds.values():
+        try:
+            return guarded.opened(target, model, feed)
+        except TargetError as error:
+            if not target.runs_here():
+                raise
+            reasons.append(str(error))
+    raise _no_size(feeds, reasons)
+
+
 def runnable(session: Session, feeds: Mapping[str, Feeds]) -> dict[str, Feeds]:
     """The sizes at which a model runs.
 
     Raises:
-        SampleError: there is none; it names the sizes, and says why for the first.
+        SampleError: there is none.
     """
     reasons = {label: _refusal(session, feed) for label, feed in feeds.items()}
     found = {label: feed for label, feed in feeds.items() if reasons[label] is None}
     if not found:
-        why = next(iter(reasons.values()), None)
-        raise SampleError(f"the input runs at none of the sizes {', '.join(feeds)} ({why}); add --samples DATA, or --shapes with sizes that it takes")
+        raise _no_size(feeds, [str(why) for why in reasons.values()])
     return found
+
+
+def _no_size(feeds: Mapping[str, Feeds], reasons: Sequence[str]) -> SampleError:
+    sizes, why = ", ".join(feeds), "".join(reasons[:1])
+    return SampleError(f"the input runs at none of the sizes {sizes} ({why}); add --samples DATA, or --shapes with sizes that it takes")
 
 
 def clock_of(target: Target) -> Clock:
