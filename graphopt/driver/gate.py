@@ -81,15 +81,19 @@ class Gate:
         finished, _ = target.finish(outcome.model)
         return target.session(finished) if said.passed else guarded.opened(target, finished, feed)
 
-    def input_session(self, feed: Feeds) -> Session:
+    def input_session(self, feeds: Mapping[str, Feeds]) -> Session:
         """A session in this process of the input, which may not run either.
+
+        Args:
+            feeds: label of a size -> inputs.
 
         Raises:
             TargetError: see `session`.
+            SampleError: it runs at none of the sizes.
         """
         if not self.off and isinstance(self.input, dict):
             return self.job.target.session(self.job.original)
-        return guarded.opened(self.job.target, self.job.original, feed)
+        return race.opened(self.job.target, self.job.original, feeds)
 
     def _on_all(self, model: ir.Model, exact: bool) -> Gated:
         """On the first sample; with --check-numerics on others, too."""
