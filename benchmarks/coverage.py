@@ -153,8 +153,9 @@ def judge(key: str, tool: str, folder: Path, entry: dict[str, Any]) -> dict[str,
 def measure(judged: Judge, made: _tools.Output) -> dict[str, Any]:
     """What a result fuses, and its numbers."""
     worst, bad, exporter = 0.0, {}, {}
-    for stage, model in made.runs.items():
-        for case, got in run(model, judged.cases).items():
+    runs = [(stage if optimize else f"{stage}-off", model, optimize) for stage, model in made.runs.items() for optimize in (True, False)]
+    for stage, model, optimize in runs:
+        for case, got in run(model, judged.cases, optimize).items():
             error = judged.error(case, got)
             excuse = judged.excuse(case, got) if _bad(error) else ""
             if excuse:
@@ -197,6 +198,10 @@ def _grouped(errors: Mapping[str, float | str], prefix: str) -> str:
     return text
 
 
+def _route(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
 def whole(row: dict[str, Any]) -> bool:
     return row.get("status") == "ok" and row["found"] >= row["expected"]
 
@@ -215,7 +220,7 @@ def table(rows: Mapping[str, Mapping[str, Any]], index: Mapping[str, Any], tools
     lines = ["| route | tool | blocks fused and right | models whole and right | wrong or failing |", "|---|---|---|---|---|"]
     for route in routes:
         for tool in tools:
-            mine = {k: r for k, r in rows[tool].items() if k.split(".")[1] == route and "broken" not in r}
+            mine = {k: r for k, r in rows[tool].items() if _route(k) == route and "broken" not in r}
             expected = sum(index[k]["blocks"] for k in mine)
             fused = sum(min(r["found"], r["expected"]) for r in mine.values() if r.get("status") == "ok")
             bad = [blame(r) for r in mine.values() if r.get("status") != "ok"]
@@ -240,7 +245,7 @@ def main() -> None:
     if given.worker:
         return serve(lambda line: judge(*line.split(" "), given.folder, index[line.split(" ")[0]]))
     routes, tools, names = given.routes.split(","), given.tools.split(","), set(filter(None, given.only.split(",")))
-    keys = [k for k, e in index.items() if "blocks" in e and k.split(".")[1] in routes and (not names or k.split(".")[0] in names)]
+    keys = [k for k, e in index.items() if "feeds" in e and _route(k) in routes and (not names or k.rpartition(".")[0] in names)]
     rows: dict[str, dict[str, Any]] = {tool: {} for tool in tools}
     if given.json and given.json.exists():
         rows = json.loads(given.json.read_text())["rows"] | {t: {} for t in tools if not names}
