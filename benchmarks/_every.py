@@ -183,7 +183,7 @@ class Model:
                 self.blocks, _ = _count.blocks(functools.partial(self.call, example))
                 return
             except Exception as error:  # noqa: BLE001  whatever an input breaks: the next plan may do
-                problem = problem if isinstance(problem, NoModel) else error
+                problem = problem or error  # that of the fullest plan
         raise problem or NoModel(f"no inputs are known for {', '.join(self.parameters)}")
 
     def _first_numbers(self, example: Mapping[str, Any]) -> tuple[Mapping[str, Any], Any]:

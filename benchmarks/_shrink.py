@@ -42,7 +42,7 @@ _SMALL = {
     "laurel_rank": 8, "max_source_positions": 32, "max_target_positions": LENGTH, "num_object_queries": 8, "two_stage_num_proposals": 8,
     "attention_hidden_size": WIDTH, "intermediate_size_mlp": FFN, "num_mem_blocks": 1, "chunk_size": 16, "mamba_chunk_size": 16,
     "expert_layer_period": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 1, "query_pre_attn_scalar": 16,
-    "rel_pos_bins": 32, "max_2d_position_embeddings": 128, "max_rel_pos": 128, "num_detection_tokens": 4, "max_image_length": -1,
+    "rel_pos_bins": 32, "rotary_dim": 8, "max_2d_position_embeddings": 128, "max_rel_pos": 128, "num_detection_tokens": 4, "max_image_length": -1,
 }  # fmt: skip
 
 
@@ -71,6 +71,8 @@ def _shrunk(config: Any, size: Size, overrides: Mapping[str, Any]) -> Any:
     made: dict[str, Any] = {}
     for name, value in given.items():
         inner = {k.partition(".")[2]: v for k, v in overrides.items() if k.startswith(f"{name}.")}
+        if value is None and name in allowed:
+            value = _missing(name)
         if name not in allowed or value is None or isinstance(value, (bool, str)):
             continue
         if hasattr(value, "sub_configs"):
@@ -81,10 +83,19 @@ def _shrunk(config: Any, size: Size, overrides: Mapping[str, Any]) -> Any:
             made[name] = _first(value, count)
         else:
             made[name] = _value(name, value, given, size, count)
-    made |= {k: v for k, v in overrides.items() if "." not in k}
+    made |= {k: made.get(k, given.get(k)) | v if isinstance(v, dict) else v for k, v in overrides.items() if "." not in k}
     kept = {k: v for k, v in made.items() if k in overrides or v is not given[k]}
     strings = {k: v for k, v in given.items() if k in allowed and isinstance(v, (str, bool)) and k not in ("transformers_version", "model_type")}
     return type(config)(**strings | kept)
+
+
+def _missing(name: str) -> int | None:
+    """A number for a field that has no default and that no model can do without."""
+    if _PICKED.fullmatch(name):
+        return 2
+    if _EXPERTS.fullmatch(name):
+        return 4
+    return VOCABULARY if name == "vocab_size" else None
 
 
 def _kinds(types: Any) -> list[str]:
@@ -103,7 +114,7 @@ def _is_layers(name: str) -> bool:
 
 def _value(name: str, value: Any, config: Mapping[str, Any], size: Size, layers: int) -> Any:
     if isinstance(value, dict):
-        return _rope(value) if size.widths and name.startswith("rope") else value
+        return _rope(value) if size.widths and name.startswith(("rope", "text_rope")) else value
     if isinstance(value, (list, tuple)):
         return _list(name, value, size, layers)
     if not isinstance(value, int):

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import _page
 import _tools
 from _worker import Worker, reason, serve
 
@@ -236,7 +237,9 @@ def main() -> None:
     parser.add_argument("--tools", default="graphopt", help=", ".join(_tools.TOOLS))
     parser.add_argument("--only", default="", help="names, separated by commas")
     parser.add_argument("--routes", default="dynamo18,dynamo23,script17,script17-eager")
-    parser.add_argument("--json", type=Path, help="write every row there; rows that are there already are kept unless --only names them")
+    parser.add_argument("--json", type=Path, help="write every row there; a row that is there already is kept, unless --only names it")
+    parser.add_argument("--write", type=Path, help="write the page of docs/ about all of them there")
+    parser.add_argument("--again", action="store_true", help="also judge what is there")
     parser.add_argument("--remarks", action="store_true", help="also print what was missed in models that are whole")
     parser.add_argument("--seconds", type=float, default=300, help="a longer run counts as hanging")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -248,17 +251,19 @@ def main() -> None:
     keys = [k for k, e in index.items() if "feeds" in e and _route(k) in routes and (not names or k.rpartition(".")[0] in names)]
     rows: dict[str, dict[str, Any]] = {tool: {} for tool in tools}
     if given.json and given.json.exists():
-        rows = json.loads(given.json.read_text())["rows"] | {t: {} for t in tools if not names}
+        rows |= json.loads(given.json.read_text())["rows"]
     worker = Worker(__file__, [str(given.folder)], given.seconds)
     for tool in tools:
-        for key in keys:
-            row = rows.setdefault(tool, {})[key] = worker.ask(f"{key} {tool}")
+        for key in [k for k in keys if given.again or names or k not in rows[tool]]:
+            row = rows[tool][key] = worker.ask(f"{key} {tool}")
             print(describe(key, tool, row), flush=True)
             if "missed" in row and (given.remarks or not whole(row)):
                 print(*(f"    missed {m}" for m in row["missed"]), sep="\n", flush=True)
             if given.json:
                 given.json.write_text(json.dumps({"index": index, "rows": rows}, indent=1))
     worker.stop()
+    if given.write:
+        given.write.write_text(_page.page(index, rows[tools[0]], routes, whole))
     return print(table(rows, index, tools, routes))
 
 
