@@ -15,11 +15,11 @@ from typing import Any
 import _count
 import _feeds
 from _feeds import Case
-from _shrink import FIRST_SPECIAL, SIZES, VOCABULARY, WIDTH, Size, small
+from _shrink import FIRST_SPECIAL, IMAGES, VOCABULARY, WIDTH, small
 from _special import INPUTS, LENGTHS, OVERRIDES
 from _worker import reason
 
-MOST_PARAMETERS = 40_000_000
+MOST_PARAMETERS, MOST_PLANS = 40_000_000, 24
 _CLASSES = (  # where to look for the class of a model, first to last
     "MODEL", "MODEL_FOR_CAUSAL_LM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM", "MODEL_FOR_IMAGE_TEXT_TO_TEXT", "MODEL_FOR_BACKBONE", "MODEL_FOR_SPEECH_SEQ_2_SEQ",
     "MODEL_FOR_MULTIMODAL_LM", "MODEL_FOR_PRETRAINING", "MODEL_FOR_OBJECT_DETECTION", "MODEL_FOR_DEPTH_ESTIMATION", "MODEL_FOR_IMAGE_CLASSIFICATION",
@@ -84,7 +84,7 @@ class Input:
 Plan = tuple[Input, ...]
 
 
-class Any_:
+class Sizes:
     """Sizes that the makers of inputs need, looked up in a configuration and the configurations inside."""
 
     def __init__(self, config: Any) -> None:
@@ -120,17 +120,19 @@ class Model:
     def __init__(self, name: str, implementation: str) -> None:
         self.name, self.row = name, self
         first: Exception | None = None
-        for size in SIZES:
+        for image in IMAGES:
+            if first is not None and "pixel_values" not in getattr(self, "parameters", ("pixel_values",)):
+                break  # it has no image whose size matters
             try:
-                self._build(size, implementation)
+                self._build(image, implementation)
                 self._choose()
                 break
             except (ImportError, Part) as error:
                 raise NoModel(reason(error)) from error
             except Exception as error:  # noqa: BLE001  whatever a size breaks: the next may do
                 first = first or error
-        else:
-            raise NoModel(reason(first)) from first
+        if not hasattr(self, "blocks"):
+            raise NoModel(reason(first or AssertionError())) from first
         from zoo import wrapped
 
         self.module = wrapped(self)
@@ -147,10 +149,10 @@ class Model:
             return "multimodal"
         return "encoder-decoder" if decoder else "vision" if visual else "audio" if sound else "text" if text else "other"
 
-    def _build(self, size: Size, implementation: str) -> None:
+    def _build(self, image: int, implementation: str) -> None:
         import torch
 
-        config = small(config_class(self.name), size, OVERRIDES.get(self.name, {}))
+        config = small(config_class(self.name), image, OVERRIDES.get(self.name, {}))
         _no_cache(config)
         kind = model_class(self.name)
         with torch.device("meta"):
@@ -162,7 +164,7 @@ class Model:
         from zoo import spread
 
         spread(self.inner)
-        self.sizes, self.size = Any_(config), size
+        self.sizes, self.image = Sizes(config), image
         self.parameters = list(inspect.signature(self.inner.forward).parameters)
 
     def _choose(self) -> None:
@@ -170,7 +172,7 @@ class Model:
         import torch
 
         problem: Exception | None = None
-        for plan in plans(self.name, self.inner):
+        for plan in itertools.islice(plans(self.name, self.inner), MOST_PLANS):
             self.plan, self.tokens = plan, 0
             try:
                 example = self.feeds()[0][1]
@@ -341,7 +343,7 @@ def _random(*shape: int) -> Any:
 
 
 def _pixels(m: Model) -> tuple[int, int, int]:
-    side = m.sizes("image_size img_size", m.size.image or 64)
+    side = m.sizes("image_size img_size", m.image or 64)
     return m.sizes("num_channels in_channels in_chans", 3), side, side
 
 

@@ -106,7 +106,8 @@ def _misses(index: Mapping[str, Entry], rows: Mapping[str, Entry], whole: Callab
     lines = ["## Every miss, by reason", "", "The reason is the remark of fuse-attention, without names of nodes. A model with several remarks stands at each; "
              "softmaxes that are no attention (routers of experts) have remarks, too.", "", "| reason | types: blocks fused / expected |", "|---|---|"]  # fmt: skip
     for reason, found in sorted(reasons.items(), key=lambda item: -len(item[1])):
-        lines.append(f"| {reason} | {'; '.join(f'{name} ({", ".join(where)})' for name, where in sorted(found.items()))} |")
+        types = [f"{name} ({', '.join(where)})" for name, where in sorted(found.items())]
+        lines.append(f"| {_cell(reason)} | {'; '.join(types)} |")
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ _LAYERS = re.compile(
 )
 _KEPT_LAYERS = {"num_feature_layers", "conv_layers", "num_conv_layers"}
 _WIDTHS = re.compile(
-    r"(vision_|text_|audio_|encoder_|decoder_|cross_attention_|out_|output_|input_|projector_|shared_|global_|pred_|prompt_|conditioning_|multimodal_"
+    r"(cross_|vision_|text_|audio_|encoder_|decoder_|cross_attention_|out_|output_|input_|projector_|shared_|global_|pred_|prompt_|conditioning_|multimodal_"
     r"|mm_|entity_|lexical_|query_|visual_|memory_attention_|mask_decoder_|aux_|memory_|perceiver_|fpn_|qformer_|abstractor_)*"
     r"(hidden_size|embed_dim|emb_dim|embedding_size|embedding_dim|hidden_dim|projection_dim|proj_dim|output_dim|d_model|n_embd|dim|d_latents|"
     r"qk_channels|v_channels|word_embed_proj_dim|embed_size|projection_size|output_size|hidden_channels|embed_proj_dim|hid_dim|conv_out|latent_dim|proj_size|channels_out)"
@@ -27,7 +27,7 @@ _HEADS = re.compile(r".*(attention_heads|num_heads|n_heads?|nhead|attn_heads|sel
 _SHARED_HEADS = re.compile(r".*(key_value_heads|kv_heads|multi_query_group_num|query_groups)")
 _HEAD_DIM = re.compile(r".*(head_dim|d_kv|d_head|head_size|key_dim|headdim|kv_channels)")
 _EXPERTS = re.compile(r"(.*_)?(num|n)_?(.*_)?experts|n_routed_experts|moe_num_experts")
-_PICKED = re.compile(r".*(experts_per_tok(en)?|top_?k|moe_k|topk|k_per_tok)")
+_PICKED = re.compile(r".*(experts_per_tok(en)?|top_?k(_experts)?|moe_k|topk|k_per_tok)")
 _IDS = re.compile(r".*(token_id|token_index|_id|_token|_ids|_tokens|token_ids)")
 _MODAL = re.compile(r".*(image|audio|video|vision|speech|visual|frame|patch|im_|boi|eoi|boa|eoa|row|mask_token|point|time).*")
 _WINDOWS = re.compile(r"sliding_window|local_attention|attention_chunk_size|window_size_1d|local_window_size|attention_window_size|.*sliding_window")
@@ -46,23 +46,15 @@ _SMALL = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """How far to shrink. `widths`: also those of layers; `image`: pixels on a side, 0 = as it is."""
-
-    widths: bool
-    image: int
+IMAGES = (32, 64, 0)  # pixels on a side to try; 0 = as the configuration has it
 
 
-SIZES = (Size(True, 32), Size(True, 64), Size(True, 128), Size(True, 0), Size(False, 64), Size(False, 0))
+def small(kind: type, image: int, overrides: Mapping[str, Any]) -> Any:
+    """An instance of a configuration class. `image`: one of IMAGES; `overrides`: dotted field -> value, for what the rules cannot know."""
+    return _shrunk(kind(), image, overrides)
 
 
-def small(kind: type, size: Size, overrides: Mapping[str, Any]) -> Any:
-    """An instance of a configuration class. `overrides`: dotted field -> value, for what the rules cannot know."""
-    return _shrunk(kind(), size, overrides)
-
-
-def _shrunk(config: Any, size: Size, overrides: Mapping[str, Any]) -> Any:
+def _shrunk(config: Any, image: int, overrides: Mapping[str, Any]) -> Any:
     given = {k: v for k, v in vars(config).items() if not k.startswith("_")}
     allowed = {f.name for f in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set(given)
     layers = [v for k, v in given.items() if isinstance(v, int) and _is_layers(k)]
@@ -76,14 +68,14 @@ def _shrunk(config: Any, size: Size, overrides: Mapping[str, Any]) -> Any:
         if name not in allowed or value is None or isinstance(value, (bool, str)):
             continue
         if hasattr(value, "sub_configs"):
-            made[name] = _shrunk(value, size, inner)
+            made[name] = _shrunk(value, image, inner)
         elif name == "layer_types" and kinds:
             made[name] = [kinds[k % len(kinds)] for k in range(count)]
         elif isinstance(value, (list, tuple)) and layers and len(value) in layers and len(value) > 3:
             made[name] = _first(value, count)
         else:
-            made[name] = _value(name, value, given, size, count)
-    made |= {k: made.get(k, given.get(k)) | v if isinstance(v, dict) else v for k, v in overrides.items() if "." not in k}
+            made[name] = _value(name, value, given, image, count)
+    made |= {k: made.get(k, given[k]) | v if isinstance(v, dict) and isinstance(given.get(k), dict) else v for k, v in overrides.items() if "." not in k}
     kept = {k: v for k, v in made.items() if k in overrides or v is not given[k]}
     strings = {k: v for k, v in given.items() if k in allowed and isinstance(v, (str, bool)) and k not in ("transformers_version", "model_type")}
     return type(config)(**strings | kept)
@@ -112,22 +104,18 @@ def _is_layers(name: str) -> bool:
     return name not in _KEPT_LAYERS and _LAYERS.fullmatch(name) is not None
 
 
-def _value(name: str, value: Any, config: Mapping[str, Any], size: Size, layers: int) -> Any:
+def _value(name: str, value: Any, config: Mapping[str, Any], image: int, layers: int) -> Any:
     if isinstance(value, dict):
-        return _rope(value) if size.widths and name.startswith(("rope", "text_rope")) else value
+        return _rope(value) if name.startswith(("rope", "text_rope")) else value
     if isinstance(value, (list, tuple)):
-        return _list(name, value, size, layers)
+        return _list(name, value, image, layers)
     if not isinstance(value, int):
         return value
-    return _count(name, value, config, layers) if not size.widths or _common(name) else _width(name, value, config, size, layers)
+    return _count(name, value, layers) if _is_layers(name) or "vocab" in name else _width(name, value, config, image, layers)
 
 
-def _common(name: str) -> bool:
-    return _is_layers(name) or "vocab" in name
-
-
-def _count(name: str, value: int, config: Mapping[str, Any], layers: int) -> int:
-    """What is smaller in every size: layers, vocabularies, experts, positions."""
+def _count(name: str, value: int, layers: int) -> int:
+    """Layers, vocabularies, experts, ids."""
     if _is_layers(name):
         return min(value, layers)
     if "vocab" in name:
@@ -136,24 +124,20 @@ def _count(name: str, value: int, config: Mapping[str, Any], layers: int) -> int
         return min(value, 2)
     if _EXPERTS.fullmatch(name):
         return min(value, 4)
-    if name in ("n_group", "topk_group", "num_expert_group", "first_k_dense_replace", "num_queries", "two_stage_num_proposals"):
-        return min(value, _SMALL[name])
     if _IDS.fullmatch(name):
         return _id(name, value)
-    if "position" in name and value > 1024:
-        return LENGTH
     return value
 
 
-def _width(name: str, value: int, config: Mapping[str, Any], size: Size, layers: int) -> int:
-    counted = _count(name, value, config, layers)
+def _width(name: str, value: int, config: Mapping[str, Any], image: int, layers: int) -> int:
+    counted = _count(name, value, layers)
     if counted != value or _PICKED.fullmatch(name) or _EXPERTS.fullmatch(name):
         return counted
     heads = next((v for k, v in config.items() if _HEADS.fullmatch(k) and not _SHARED_HEADS.fullmatch(k) and isinstance(v, (list, tuple))), None)
     if name in _SMALL:
         return _SMALL[name] if value > 0 else value
     if name == "image_size" or name == "img_size":
-        return size.image or value
+        return image or value
     if name == "patch_size":
         return 8 if value > 8 else value
     if _SHARED_HEADS.fullmatch(name):
@@ -186,19 +170,19 @@ def _id(name: str, value: int) -> int:
     return value if value < FIRST_SPECIAL else {"p": 0, "b": 1, "e": 2, "d": 1}.get(name.rpartition("decoder_")[2][:1], 3)
 
 
-def _list(name: str, value: Any, size: Size, layers: int) -> Any:
+def _list(name: str, value: Any, image: int, layers: int) -> Any:
     if not value or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
         return value
     if name in ("depths", "encoder_depths", "decoder_depths", "num_layers", "block_sizes", "encoder_layers", "layers", "layer_depths", "stage_repeats", "depth"):
         return type(value)(min(v, 1) for v in value)
     if "index" in name or "indices" in name or "indexes" in name or name.endswith("_layers"):
         return type(value)(dict.fromkeys(min(v, layers - 1) for v in value))
-    if name == "conv_dim" and size.widths:
+    if name == "conv_dim":
         return type(value)(32 for _ in value)
     if _IDS.fullmatch(name):
         return type(value)(_id(name, v) for v in value)
-    if name == "image_size" and size.image:
-        return type(value)(size.image for _ in value)
+    if name == "image_size" and image:
+        return type(value)(image for _ in value)
     if name == "mrope_section":
         return _sections(value)
     return value
