@@ -16,7 +16,7 @@ _SOFTMAX = {"_softmax", "_safe_softmax", "softmax"}
 
 
 def blocks(call: Any) -> tuple[int, Any]:
-    """(attention blocks that reach what `call()` gives, what it gives). A block is softmax(product, changed elementwise) times another product's operand."""
+    """(attention blocks that reach what `call()` gives, what it gives). A block is softmax(product, changed elementwise) times a third operand."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves

@@ -21,8 +21,9 @@ from _worker import reason
 
 MOST_PARAMETERS, MOST_PLANS = 40_000_000, 24
 _CLASSES = (  # where to look for the class of a model, first to last
-    "MODEL", "MODEL_FOR_CAUSAL_LM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM", "MODEL_FOR_IMAGE_TEXT_TO_TEXT", "MODEL_FOR_BACKBONE", "MODEL_FOR_SPEECH_SEQ_2_SEQ",
-    "MODEL_FOR_MULTIMODAL_LM", "MODEL_FOR_PRETRAINING", "MODEL_FOR_OBJECT_DETECTION", "MODEL_FOR_DEPTH_ESTIMATION", "MODEL_FOR_IMAGE_CLASSIFICATION",
+    "MODEL", "MODEL_FOR_CAUSAL_LM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM", "MODEL_FOR_IMAGE_TEXT_TO_TEXT", "MODEL_FOR_BACKBONE",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ", "MODEL_FOR_MULTIMODAL_LM", "MODEL_FOR_PRETRAINING", "MODEL_FOR_OBJECT_DETECTION",
+    "MODEL_FOR_DEPTH_ESTIMATION", "MODEL_FOR_IMAGE_CLASSIFICATION",
 )  # fmt: skip
 _LEFT_OUT = ("past_key_values", "encoder_past", "hidden_states", "attentions", "cache", "loss", "rope_deltas", "router", "mems")
 
@@ -194,7 +195,8 @@ class Model:
             return example, self._numbers(example)
         except (ValueError, RuntimeError) as error:
             features = _features(error) // len(next(iter(example.values())))
-            for self.tokens in filter(None, (features, features // self.sizes("hidden_size", WIDTH))):
+            for tokens in filter(None, (features, features // self.sizes("hidden_size", WIDTH))):
+                self.tokens = tokens
                 with contextlib.suppress(ValueError, RuntimeError):
                     example = self.feeds()[0][1]
                     return example, self._numbers(example)
@@ -214,8 +216,7 @@ class Model:
         long, short = LENGTHS.get(self.name, (12, 7))
         kinds = {i.kind for i in self.plan}
         if "mask" in kinds:
-            hard = (Case(2, long, "right"), Case(1, short), Case(2, long, "left"), Case(3, short, "holes"), Case(2, short, "empty"))
-            return hard
+            return (Case(2, long, "right"), Case(1, short), Case(2, long, "left"), Case(3, short, "holes"), Case(2, short, "empty"))
         return (Case(2, long), Case(1, short), Case(3, long)) if kinds & _LONG else (Case(2, long), Case(1, long), Case(3, long))
 
     def _feed(self, case: Case, seed: int) -> dict[str, Any]:
@@ -287,14 +288,16 @@ def plans(name: str, model: Any) -> Iterator[Plan]:
     required = [n for n, p in signature.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     text = [n for n in ("input_ids", "bbox", "attention_mask") if n in signature]
     decoder = [n for n in ("decoder_input_ids",) if n in signature]
-    visual = [n for n in ("pixel_values", "flattened_patches", "pixel_values_videos", "hidden_states", "image_grid_thw", "grid_thw") if n in signature]
+    visual = [
+        n for n in ("pixel_values", "flattened_patches", "pixel_values_videos", "hidden_states", "image_grid_thw", "grid_thw") if n in signature
+    ]
     visual = visual[:1]
     sound = [n for n in ("input_features", "input_values", "audio_values", "padding_mask") if n in signature][:1]
     if "input_ids" not in signature:
         text = []
     groups: list[list[str]] = []
-    for parts in ((text, visual, sound, decoder), (text, visual, decoder), (text, sound, decoder), (text, decoder), (visual, decoder), (sound, decoder),
-                  (text,), (visual,), (sound,)):  # fmt: skip
+    together = ((text, visual, sound, decoder), (text, visual, decoder), (text, sound, decoder), (text, decoder), (visual, decoder), (sound, decoder))
+    for parts in (*together, (text,), (visual,), (sound,)):
         wanted = list(dict.fromkeys(n for part in parts for n in part))
         wanted += [n for n in required if n not in wanted and n in _KINDS]
         if wanted and wanted not in groups:
@@ -366,6 +369,11 @@ def _mels(m: Model) -> int:
     return m.sizes("num_mel_bins n_mels mel_bins input_feat_per_channel feature_size input_feature_size num_mels input_dim", 80)
 
 
+def _history(m: Model) -> int:
+    """The steps of a series that a model wants to see: its context, and as many as it looks back from there."""
+    return m.sizes("context_length", 24) + max(getattr(m.sizes.config, "lags_sequence", None) or [0])
+
+
 _MAKERS: dict[str, Any] = {
     "ids": _ids, "mask": _mask, "decoder ids": _decoder_ids, "boxes": _boxes, "patches": _patches, "grid": _grid,
     "image": lambda c, m: _random(c.batch, *_pixels(m)),
@@ -379,11 +387,10 @@ _MAKERS: dict[str, Any] = {
     "channel, wave": lambda c, m: _random(c.batch, 1, 3840 if c.length > 7 else 5760),
     "states": lambda c, m: _random(c.batch, c.length, m.sizes("hidden_size d_model", WIDTH)),
     "fixed states": lambda c, m: _random(c.batch, 10, m.sizes("encoder_hidden_size hidden_size d_model", WIDTH)),
-    "series": lambda c, m: _random(c.batch, m.sizes("context_length", 24) + max(getattr(m.sizes.config, "lags_sequence", [0]) or [0])),
+    "series": lambda c, m: _random(c.batch, _history(m)),
     "channels of series": lambda c, m: _random(c.batch, m.sizes("context_length", 24), m.sizes("num_input_channels", 1)),
-    "series features": lambda c, m: _random(
-        c.batch, m.sizes("context_length", 24) + max(getattr(m.sizes.config, "lags_sequence", [0]) or [0]), m.sizes("num_time_features", 1)),
-    "series seen": lambda c, m: _random(c.batch, m.sizes("context_length", 24) + max(getattr(m.sizes.config, "lags_sequence", [0]) or [0])).abs() * 0 + 1,
+    "series features": lambda c, m: _random(c.batch, _history(m), m.sizes("num_time_features", 1)),
+    "series seen": lambda c, m: _random(c.batch, _history(m)).abs() * 0 + 1,
 }  # fmt: skip
 _KINDS: dict[str, tuple[str, ...]] = {
     "input_ids": ("ids",), "attention_mask": ("mask",), "decoder_input_ids": ("decoder ids",), "bbox": ("boxes",),

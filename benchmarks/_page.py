@@ -22,14 +22,14 @@ python benchmarks/zoo.py DIR --every      # builds and exports; a second run goe
 python benchmarks/coverage.py DIR --tools graphopt-untimed --json DIR/rows.json --write docs/coverage.md
 ```
 
-- **Types**: all {types} of `CONFIG_MAPPING`; {parts} of them are parts of others and have no class of a model of their own, {plain} have no attention.
-  Of the other {candidates}, {built} could be built small: by rules for the names of the fields of the configuration (2 layers, or one of each kind;
-  width 64; 4 heads), inputs by the names of the parameters of `forward`, random weights large enough that a wrong scale or mask shows.
+- **Types**: all {types} of `CONFIG_MAPPING` that were tried; {parts} of them are parts of others and have no class of a model of their own, {plain}
+  have no attention. Of the other {candidates}, {built} could be built small: by rules for the names of the fields of the configuration
+  (2 layers, or one of each kind; width 64; 4 heads), inputs by the names of the parameters of `forward`, random weights large enough that a wrong scale or mask shows.
 - **Expected blocks** are counted in torch: softmax(a product of two activations, changed elementwise) times a third, or a call of
   `scaled_dot_product_attention`, whose result reaches an output.
-- **Fused and right**: as in [benchmarks.md](benchmarks.md). Every output for every feed (two lengths; right and left padding, holes, a row that is masked
-  throughout; batch 1, 2 and 3) of the fused graph and of the artifact of `-O1`, with runtime optimizations off and at the default level, is within 1e-4
-  of torch; where the file as exported is not, of the file. The lowering is chosen without timing here.
+- **Fused and right**: as in [benchmarks.md](benchmarks.md). Every output for every feed (two lengths; right and left padding, holes, a row that
+  is masked throughout; batch 1, 2 and 3) of the fused graph and of the artifact of `-O1`, with runtime optimizations off and at the default
+  level, is within 1e-4 of torch; where the file as exported is not, of the file. The lowering is chosen without timing here.
 """
 
 
@@ -61,16 +61,17 @@ def _intro(index: Mapping[str, Entry]) -> str:
 
 
 def _by_route(index: Mapping[str, Entry], rows: Mapping[str, Entry], routes: list[str], whole: Callable[[Entry], bool]) -> str:
-    lines = ["## Counts", "", "| route | types exported | blocks fused and right | models whole and right | wrong or failing | not exportable | the file does not run |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    columns = (
+        "route", "types exported", "blocks fused and right", "models whole and right", "wrong or failing", "not exportable", "the file does not run",
+    )  # fmt: skip
+    lines = ["## Counts", "", f"| {' | '.join(columns)} |", "|---|---|---|---|---|---|---|"]
     for route in routes:
         mine = {k: r for k, r in rows.items() if _split(k)[1] == route}
         judged = [r for r in mine.values() if "broken" not in r]
         failed = sum("failed" in e for k, e in index.items() if _split(k)[1] == route)
         bad = sum(r.get("status") != "ok" for r in judged)
-        lines.append(
-            f"| {route} | {len(mine)} | {_blocks(judged)} | {sum(map(whole, judged))} / {len(judged)} | {bad} | {failed} | {len(mine) - len(judged)} |"
-        )
+        right = f"{_blocks(judged)} | {sum(map(whole, judged))} / {len(judged)}"
+        lines.append(f"| {route} | {len(mine)} | {right} | {bad} | {failed} | {len(mine) - len(judged)} |")
     return "\n".join(lines)
 
 
@@ -103,8 +104,8 @@ def _misses(index: Mapping[str, Entry], rows: Mapping[str, Entry], whole: Callab
             reasons[reason][name].append(f"{route} {row['found']}/{row['expected']}")
     if not reasons:
         return ""
-    lines = ["## Every miss, by reason", "", "The reason is the remark of fuse-attention, without names of nodes. A model with several remarks stands at each; "
-             "softmaxes that are no attention (routers of experts) have remarks, too.", "", "| reason | types: blocks fused / expected |", "|---|---|"]  # fmt: skip
+    said = "The reason is the remark of fuse-attention, without names of nodes. A model with several remarks stands at each."
+    lines = ["## Every miss, by reason", "", said, "", "| reason | types: blocks fused / expected |", "|---|---|"]
     for reason, found in sorted(reasons.items(), key=lambda item: -len(item[1])):
         types = [f"{name} ({', '.join(where)})" for name, where in sorted(found.items())]
         lines.append(f"| {_cell(reason)} | {'; '.join(types)} |")
@@ -136,8 +137,8 @@ def _exporter(rows: Mapping[str, Entry]) -> str:
             faults[f"{route}: rows that see no key differ from torch"].append(_split(key)[0])
     if not faults:
         return ""
-    lines = ["## Where the file as exported is not what torch computes", "", "Such a file is compared with itself.", "", "| route, fault | files | types |",
-             "|---|---|---|"]  # fmt: skip
+    head = ["## Where the file as exported is not what torch computes", "", "Such a file is compared with itself.", ""]
+    lines = [*head, "| route, fault | files | types |", "|---|---|---|"]
     return "\n".join([*lines, *(f"| {_cell(fault)} | {len(found)} | {_some(found)} |" for fault, found in sorted(faults.items()))])
 
 
@@ -160,8 +161,8 @@ def _unbuilt(index: Mapping[str, Entry]) -> str:
     for key, entry in index.items():
         if "unbuilt" in entry:
             reasons[_general(entry["unbuilt"])[:140]].add(_split(key)[0])
-    lines = ["## No small model", "", "What the rules of benchmarks/_shrink.py and benchmarks/_every.py do not build, with the error of the library.", "",
-             "| reason | types |", "|---|---|"]  # fmt: skip
+    said = "What the rules of benchmarks/_shrink.py and benchmarks/_every.py do not build, with the error of the library."
+    lines = ["## No small model", "", said, "", "| reason | types |", "|---|---|"]
     for reason, found in sorted(reasons.items(), key=lambda item: -len(item[1])):
         lines.append(f"| {_cell(reason)} | {', '.join(sorted(found))} |")
     return "\n".join(lines) if reasons else ""

@@ -21,7 +21,9 @@ _WIDTHS = re.compile(
     r"(hidden_size|embed_dim|emb_dim|embedding_size|embedding_dim|hidden_dim|projection_dim|proj_dim|output_dim|d_model|n_embd|dim|d_latents|"
     r"qk_channels|v_channels|word_embed_proj_dim|embed_size|projection_size|output_size|hidden_channels|embed_proj_dim|hid_dim|conv_out|latent_dim|proj_size|channels_out)"
 )
-_FFN = re.compile(r".*(ffn_dim|intermediate_size|intermediate_dim|ffn_hidden_size|mlp_dim|d_ff|n_inner|d_inner|dff|feedforward_size|feedforward_dim|mlp_hidden_size|dim_feedforward)")
+_FFN = re.compile(
+    r".*(ffn_dim|intermediate_size|intermediate_dim|ffn_hidden_size|mlp_dim|d_ff|n_inner|d_inner|dff|feedforward_size|feedforward_dim|mlp_hidden_size|dim_feedforward)"
+)
 _EXPERT_WIDTH = re.compile(r".*(moe|expert).*(intermediate|ffn|hidden|width|latent).*")
 _HEADS = re.compile(r".*(attention_heads|num_heads|n_heads?|nhead|attn_heads|self_attention_heads|heads)")
 _SHARED_HEADS = re.compile(r".*(key_value_heads|kv_heads|multi_query_group_num|query_groups)")
@@ -75,7 +77,9 @@ def _shrunk(config: Any, image: int, overrides: Mapping[str, Any]) -> Any:
             made[name] = _first(value, count)
         else:
             made[name] = _value(name, value, given, image, count)
-    made |= {k: made.get(k, given[k]) | v if isinstance(v, dict) and isinstance(given.get(k), dict) else v for k, v in overrides.items() if "." not in k}
+    made |= {
+        k: made.get(k, given[k]) | v if isinstance(v, dict) and isinstance(given.get(k), dict) else v for k, v in overrides.items() if "." not in k
+    }
     kept = {k: v for k, v in made.items() if k in overrides or v is not given[k]}
     strings = {k: v for k, v in given.items() if k in allowed and isinstance(v, (str, bool)) and k not in ("transformers_version", "model_type")}
     return type(config)(**strings | kept)
@@ -173,7 +177,18 @@ def _id(name: str, value: int) -> int:
 def _list(name: str, value: Any, image: int, layers: int) -> Any:
     if not value or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
         return value
-    if name in ("depths", "encoder_depths", "decoder_depths", "num_layers", "block_sizes", "encoder_layers", "layers", "layer_depths", "stage_repeats", "depth"):
+    if name in (
+        "depths",
+        "encoder_depths",
+        "decoder_depths",
+        "num_layers",
+        "block_sizes",
+        "encoder_layers",
+        "layers",
+        "layer_depths",
+        "stage_repeats",
+        "depth",
+    ):
         return type(value)(min(v, 1) for v in value)
     if "index" in name or "indices" in name or "indexes" in name or name.endswith("_layers"):
         return type(value)(dict.fromkeys(min(v, layers - 1) for v in value))

@@ -101,7 +101,8 @@ def onnxsim(path: Path) -> list[Output]:
 
 
 TOOLS: dict[str, Callable[[Path], list[Output]]] = {
-    "graphopt": graphopt, "graphopt-untimed": functools.partial(graphopt, target="cpu{tune=off}", promise=False), "onnxruntime": onnxruntime, "onnxscript": onnxscript, "onnxsim": onnxsim, "none": given,
+    "graphopt": graphopt, "graphopt-untimed": functools.partial(graphopt, target="cpu{tune=off}", promise=False),
+    "onnxruntime": onnxruntime, "onnxscript": onnxscript, "onnxsim": onnxsim, "none": given,
 }  # fmt: skip
 
 
