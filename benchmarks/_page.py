@@ -24,7 +24,8 @@ python benchmarks/coverage.py DIR --tools graphopt-untimed --json DIR/rows.json 
 
 - **Types**: all {types} of `CONFIG_MAPPING` that were tried; {parts} of them are parts of others and have no class of a model of their own, {plain}
   have no attention. Of the other {candidates}, {built} could be built small: by rules for the names of the fields of the configuration
-  (2 layers, or one of each kind; width 64; 4 heads), inputs by the names of the parameters of `forward`, random weights large enough that a wrong scale or mask shows.
+  (2 layers, or one of each kind; width 64; 4 heads), inputs by the names of the parameters of `forward`, random
+  weights large enough that a wrong scale or mask shows.
 - **Expected blocks** are counted in torch: softmax(a product of two activations, changed elementwise) times a third, or a call of
   `scaled_dot_product_attention`, whose result reaches an output.
 - **Fused and right**: as in [benchmarks.md](benchmarks.md). Every output for every feed (two lengths; right and left padding, holes, a row that

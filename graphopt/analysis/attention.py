@@ -80,7 +80,7 @@ class AttentionFacts:
 
     `anchor` is the Softmax or Attention node; `nodes` are all nodes from the product of query and key to `output`,
     the product with the value, of the axes [batch, heads, rows, value_dim] in `output_axes` terms.
-    `guarded`: rows that end as NaN are set to zero. `probabilities` [batch, heads, rows, keys] is what meets the value.
+    `guarded`: rows without any key are set to zero. `probabilities` [batch, heads, rows, keys] is what meets the value.
     """
 
     anchor: ir.Node
@@ -134,15 +134,18 @@ def _facts(node: ir.Node, tracer: Tracer) -> AttentionFacts | str:
 
 
 def _from_softmax(softmax: ir.Node, tracer: Tracer) -> AttentionFacts:
-    scores, probabilities = scores_of(softmax), probabilities_of(softmax)
+    scores = scores_of(softmax)
+    probabilities, terms = probabilities_of(softmax, scores), scores.terms
+    if probabilities.cleared:
+        terms = (*terms[:-1], dataclasses.replace(terms[-1], fill=float("-inf")))
     q = _operand("query", scores.product.inputs[0], tracer)
     k = _operand("key", scores.product.inputs[1], tracer, transposed=True)
     v = _operand("value", probabilities.product.inputs[1], tracer)
     nodes = tuple(dict.fromkeys((*scores.nodes, *probabilities.nodes)))
     return _checked(
         AttentionFacts(
-            softmax, nodes, probabilities.product.outputs[0], q, k, v, _count("query", q.heads), 0, 0, 0, scores.scale, scores.terms,
-            scores.softcap, scores.masked_before_cap, probabilities.guarded, probabilities.value, scores.factors, scores.clamped,
+            softmax, nodes, probabilities.product.outputs[0], q, k, v, _count("query", q.heads), 0, 0, 0, scores.scale, terms,
+            scores.softcap, scores.masked_before_cap, probabilities.guarded or probabilities.cleared, probabilities.value, scores.factors, scores.clamped,
         )
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from graphopt.graph.questions import Names, all_nodes, graphs, is_read
 from graphopt.graph.shapes import infer_shapes
 from graphopt.io import advisories as notices
 from graphopt.io import inline
-from graphopt.io.repair import repair
+from graphopt.io.repair import count_axes, repair
 from graphopt.io.save import STATES_SHAPES
 from graphopt.rewrite.dead import remove_dead
 
@@ -39,6 +39,7 @@ def normalize(model: ir.Model, remarks: Remarks) -> None:
     _freeze_listed_weights(model)
     _sort(model)
     name_everything(model)
+    count_axes(model, remarks)
     claims = notices.take_claims(model)
     model.graph.meta.setdefault(STATES_SHAPES, any(not v.is_graph_output() for v in claims))
     opset.lift(model)
