@@ -227,10 +227,11 @@ class Model:
 
     def axes(self, name: str) -> dict[int, str]:
         """The axes of an input that differ between its feeds; equal names are equal sizes."""
-        feeds = [feed[name] for _, feed in self.feeds()]
+        feeds, cases = [feed[name] for _, feed in self.feeds()], self.cases()
         kind = next(i.kind for i in self.plan if i.name == name)
         varied = [k for k in range(feeds[0].ndim) if len({t.shape[k] for t in feeds}) > 1]
-        return {k: "batch" if k == 0 else _AXES.get(kind, f"{name}_{k}") for k in varied}
+        batch = all(len(t) == c.batch for t, c in zip(feeds, cases, strict=True))
+        return {k: "batch" if k == 0 and batch else _AXES.get(kind, f"{name}_{k}") if k else f"{name}_0" for k in varied}
 
     def call(self, feed: Mapping[str, Any]) -> tuple[Any, ...]:
         """What the model computes: every tensor of floating point that it gives, but for caches and inner states."""

@@ -125,6 +125,16 @@ def expand(node: ir.Node, op: Builder) -> Rewritten:
     return [op.Expand(x, op.const(np.array(target, np.int64), f"{out.name}_shape"))]
 
 
+def unexpanded(node: ir.Node, op: Builder) -> Rewritten:
+    """An operand that is expanded to what its reader would broadcast it to is read as it was: another operand has the shape of the result."""
+    for k, value in enumerate(node.inputs):
+        wide = producer(value, "Expand")
+        others = [v for v in node.inputs if v is not None and v is not value]
+        if wide is not None and any(same_shape(v, node.outputs[0]) for v in others):
+            return [op.node(node.op_type, (*node.inputs[:k], wide.inputs[0], *node.inputs[k + 1 :]))]
+    return None
+
+
 def transpose(node: ir.Node, op: Builder) -> Rewritten:
     """An explicit permutation; two in a row become one, and one that moves nothing vanishes."""
     x = node.inputs[0]
