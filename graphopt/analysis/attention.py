@@ -23,11 +23,17 @@ from graphopt.graph.questions import all_nodes
 
 @dataclasses.dataclass(frozen=True)
 class Arrangement:
-    """A value of the graph, the permutation that gives the wanted axis order, and the shape that joins heads and features (or None)."""
+    """A value of the graph, the permutation that gives the wanted axis order, and the shape that joins heads and features, or that is
+    [batch, heads, rows, head_dim] of elements which stand in that order in other axes (or None)."""
 
     step: ViewStep
     perm: tuple[int, ...]
     shape: tuple[int, ...] | None = None
+
+    @property
+    def regrouped(self) -> bool:
+        """The axes of the value are not those of the shape: batch and heads stand in one of them, say."""
+        return self.shape is not None and len(self.shape) == 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +69,15 @@ class Operand:
     def split(self) -> Arrangement | None:
         """A value of shape [batch, heads, rows, head_dim]."""
         wanted = (self.batch, self.heads, self.rows, self.dim)
-        return self._in_order(wanted) or self._permuted(wanted)
+        return self._in_order(wanted) or self._permuted(wanted) or self._regrouped(wanted)
+
+    def _regrouped(self, wanted: tuple[Group, ...]) -> Arrangement | None:
+        """The last value with the wanted elements in the wanted order, if one Reshape can group them."""
+        sizes, flat = [size_of(g) for g in wanted[1:]], merged(tuple(a for g in wanted for a in g))
+        step = next((s for s in reversed(self.view.steps) if merged(tuple(a for g in s.axes for a in g)) == flat), None)
+        if step is None or not all(isinstance(size, int) for size in sizes):
+            return None
+        return Arrangement(step, tuple(range(len(step.axes))), (-1, *(size for size in sizes if isinstance(size, int))))
 
     def _in_order(self, wanted: tuple[Group, ...]) -> Arrangement | None:
         target = [merged(g) for g in wanted]
