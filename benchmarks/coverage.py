@@ -110,6 +110,18 @@ class Judge:
         first = reference(self.path, self.cases, next(iter(self.cases)))
         return reasons[0] if isinstance(first, str) else ""
 
+    def illegal(self) -> str:
+        """The reason, if onnxruntime does not load the file and the standard forbids it, too (the reference may still compute something)."""
+        import onnx
+
+        if not all(isinstance(got, str) and got.startswith("load: ") for got in self.file.values()):
+            return ""
+        try:
+            onnx.checker.check_model(onnx.load(self.path), full_check=True)
+        except Exception as error:  # noqa: BLE001
+            return reason(error)
+        return ""
+
     def from_file(self, case: str, got: Any) -> str:
         """How far the tool is from the file, where the file itself is far from torch."""
         file = self.file[case]
@@ -141,7 +153,12 @@ def judge(key: str, tool: str, folder: Path, entry: dict[str, Any]) -> dict[str,
     if broken:
         return {"broken": broken}
     start = time.time()
-    results = _tools.TOOLS[tool](path)
+    try:
+        results = _tools.TOOLS[tool](path)
+    except Exception:
+        if judged.illegal():
+            return {"broken": judged.illegal()}
+        raise
     seconds = time.time() - start
     rows = []
     for made in results:

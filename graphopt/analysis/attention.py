@@ -159,7 +159,8 @@ def _from_softmax(softmax: ir.Node, tracer: Tracer) -> AttentionFacts:
     return _checked(
         AttentionFacts(
             softmax, nodes, probabilities.product.outputs[0], q, k, v, _count("query", q.heads), 0, 0, 0, scores.scale, terms,
-            scores.softcap, scores.masked_before_cap, probabilities.guarded or probabilities.cleared, probabilities.value, scores.factors, scores.clamped,
+            scores.softcap, scores.masked_before_cap, probabilities.guarded or probabilities.cleared, probabilities.value, scores.factors,
+            scores.clamped,
         )
     )  # fmt: skip
 
