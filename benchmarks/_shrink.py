@@ -39,7 +39,7 @@ _SMALL = {
     "num_latents": 8, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "mamba_d_ssm": 128, "mamba_d_state": 16,
     "mamba_n_groups": 1, "n_groups": 1, "ssm_state_size": 16, "mamba_headdim": 16, "mamba_ngroups": 1, "state_size": 16, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 4, "max_window_layers": 1, "index_n_heads": 4, "index_head_dim": 32, "index_topk": 8, "lru_width": WIDTH,
+    "num_conv_pos_embedding_groups": 4, "max_window_layers": 1, "index_n_heads": 4, "index_head_dim": 32, "index_topk": 16, "lru_width": WIDTH,
     "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0, "altup_num_inputs": 2,
     "laurel_rank": 8, "max_source_positions": 32, "max_target_positions": LENGTH, "num_object_queries": 8, "two_stage_num_proposals": 8,
     "attention_hidden_size": WIDTH, "intermediate_size_mlp": FFN, "num_mem_blocks": 1, "chunk_size": 16, "mamba_chunk_size": 16,
@@ -134,12 +134,12 @@ def _count(name: str, value: int, layers: int) -> int:
 
 
 def _width(name: str, value: int, config: Mapping[str, Any], image: int, layers: int) -> int:
+    if name in _SMALL:
+        return _SMALL[name] if value > 0 else value
     counted = _count(name, value, layers)
     if counted != value or _PICKED.fullmatch(name) or _EXPERTS.fullmatch(name):
         return counted
     heads = next((v for k, v in config.items() if _HEADS.fullmatch(k) and not _SHARED_HEADS.fullmatch(k) and isinstance(v, (list, tuple))), None)
-    if name in _SMALL:
-        return _SMALL[name] if value > 0 else value
     if name == "image_size" or name == "img_size":
         return image or value
     if name == "patch_size":

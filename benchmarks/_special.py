@@ -16,6 +16,7 @@ _BACKBONE = {
         "out_features": ["stage4"],
     }
 }  # fmt: skip
+_HEAD = {"head_dim": 16}
 _EXPERTS = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
 _COMPASS = {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}}
 
@@ -33,6 +34,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": _COMPASS, "cohere_compass": {f"text_config.{k}": v for k, v in _COMPASS.items()},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
              "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2}},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "hunyuan_v1_dense": _HEAD, "hunyuan_v1_moe": _HEAD, "hunyuan_vl_text": _HEAD, "hunyuan_vl": {"text_config.head_dim": 16},
+    "hy_v4_vl_text": _sections(2, 1, 1), "hy_v4_vl": _sections(2, 1, 1, field="text_config.rope_parameters"),
     "detr": _BACKBONE, "conditional_detr": _BACKBONE, "deformable_detr": _BACKBONE, "dab-detr": _BACKBONE | {"query_dim": 4},
     "table-transformer": _BACKBONE,
 }  # fmt: skip
@@ -43,5 +47,6 @@ LENGTHS: dict[str, tuple[int, int]] = {}
 # parameter and kind of every input
 INPUTS: dict[str, tuple[tuple[str, str], ...]] = {
     "blip_2_qformer": (("query_embeds", "states"), ("encoder_hidden_states", "fixed states")),
+    "idefics2_perceiver": (("context", "fixed states"),),
     "instructblip_qformer": (("query_embeds", "states"), ("encoder_hidden_states", "fixed states")),
 }
