@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.attention import Arrangement, AttentionFacts
 from graphopt.analysis.scores import MaskTerm
-from graphopt.graph.attention_node import LOWEST, fills, is_too_low, may_be_too_low, may_overflow
+from graphopt.graph.attention_node import LOWEST, fills, is_too_low, may_be_too_low
 from graphopt.graph.questions import producer, same_dim, scalar
 from graphopt.rewrite.builder import Builder
 
@@ -133,7 +133,8 @@ def _clamped(op: Builder, value: ir.Value, term: MaskTerm, dtype: ir.DataType, a
     if not always and not may_be_too_low(term.value, term.factor):
         return value
     finite: ir.Value = op.Max(value, op.const(np.array(_lowest(dtype), dtype.numpy()), "lowest"))
-    if always or not (fills(term.value)[1] or may_overflow(term.value)):
+    lows, fed = fills(term.value, term.factor)
+    if always or not (fed or sum(map(is_too_low, lows)) > 1):
         return finite
     least = op.const(np.array(np.finfo(dtype.numpy()).min, dtype.numpy()), "least")
-    return op.Where(op.Less(value, least), value, finite)  # -inf, fed or the sum of two masks, is "no key", not "a very low score"
+    return op.Where(op.Less(value, least), value, finite)  # a caller may feed -inf, and two lowest numbers add up to it: "no key", not "very low"

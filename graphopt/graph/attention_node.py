@@ -143,16 +143,6 @@ def may_be_too_low(mask: ir.Value, factor: float = 1.0) -> bool:
     return not any(np.isneginf(c) for c in found) and (fed or any(is_too_low(c) for c in found))
 
 
-def may_overflow(mask: ir.Value | None, depth: int = 8) -> bool:
-    """True if the mask may hold -inf as the sum of two of the lowest numbers, as a padding mask and a causal one give where both hide a key."""
-    node = producer(mask)
-    if node is None or depth == 0 or node.op_type not in (*_ARRANGING, *_MIXING):
-        return False
-    if node.op_type == "Add" and all(v is not None and any(c < -1.7e38 for c in fills(v)[0]) for v in node.inputs):
-        return True
-    return any(may_overflow(v, depth - 1) for v in (node.inputs[:1] if node.op_type in _ARRANGING else node.inputs))
-
-
 def is_too_low(number: float) -> bool:
     """Below `LOWEST`, which half and single precision round."""
     return number < 1.01 * LOWEST
