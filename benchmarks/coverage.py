@@ -141,7 +141,7 @@ class Judge:
             self.spread[case] = distance(evaluated, file) if not isinstance(file, str) else ""
         found, apart, spread = self.known[case], "" if isinstance(file, str) else distance(got, file), self.spread[case]
         if not isinstance(file, str) and _bad(apart):  # rounding may decide: 1e6 is subtracted from all scores of a row, say
-            known = not isinstance(spread, str) and not isinstance(apart, str) and TOLERANCE < spread and apart <= 4 * spread
+            known = not isinstance(spread, str) and not isinstance(apart, str) and spread > TOLERANCE and apart <= 4 * spread
             return f"two evaluations of the file differ by {spread:.1e}" if known else ""
         if not _bad(found):
             return ""
