@@ -13,6 +13,7 @@ from graphopt.core.contract import Array, Metric, Session, Target
 from graphopt.core.errors import GraphoptError, SampleError
 from graphopt.core.pipeline import lower
 from graphopt.report.report import Measured
+from graphopt.run import guarded
 from graphopt.run.distance import relative_l2
 from graphopt.run.samples import Samples
 
@@ -58,12 +59,12 @@ class Loss:
         if self.samples is None:
             raise SampleError(NO_SAMPLES)
         if self._outputs is None:
-            self._outputs = self._run(self.target.session(self.original), self.samples)
+            self._outputs = self._run(self._opened(self.original), self.samples)
         return relative_l2(self._outputs, self._run(session, self.samples))
 
     def of_graph(self, model: ir.Model) -> float:
         """The loss of a graph before lowering, as the target runs it by its table: to judge a pass, nothing is timed."""
-        return self.of(self.target.session(lower(model, self.target, tune=False, original=self.original)))
+        return self.of(self._opened(self.target.finish(lower(model, self.target, tune=False, original=self.original))[0]))
 
     def report(self, session: Callable[[], Session]) -> Measured:
         """The loss for the report, or why there is none."""
@@ -76,10 +77,14 @@ class Loss:
 
     def _fall(self, metric: Metric, session: Session) -> float:
         if self._score is None:
-            self._score = float(metric(self.target.session(self.original)))
+            self._score = float(metric(self._opened(self.original)))
         if not self._score > 0:
             raise GraphoptError(f"the metric of the original is {self._score:g}; a relative fall needs a positive number, larger for better models")
         return (self._score - float(metric(session))) / self._score
+
+    def _opened(self, model: ir.Model) -> Session:
+        """What the runtime dies of must not end this process."""
+        return guarded.opened(self.target, model, None if self.samples is None else next(iter(self.samples)))
 
     def _run(self, session: Session, samples: Samples) -> list[dict[str, Array]]:
         return [self._padding.kept(feed).counted(session.run(feed)) for feed in samples]
