@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import _every
+
 Entry = Mapping[str, Any]
 FAMILIES = ("text", "encoder-decoder", "vision", "audio", "multimodal", "other")
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxscript")
@@ -22,7 +24,7 @@ python benchmarks/zoo.py DIR --every      # builds and exports; a second run goe
 python benchmarks/coverage.py DIR --tools graphopt-untimed --json DIR/rows.json --write docs/coverage.md
 ```
 
-- **Types**: all {types} of `CONFIG_MAPPING` that were tried; {parts} of them are parts of others and have no class of a model of their own, {plain}
+- **Types**: {types} of the {every} of `CONFIG_MAPPING`{rest}; {parts} of them are parts of others and have no class of a model of their own, {plain}
   have no attention. Of the other {candidates}, {built} could be built small: by rules for the names of the fields of the configuration
   (2 layers, or one of each kind; width 64; 4 heads), inputs by the names of the parameters of `forward`, random
   weights large enough that a wrong scale or mask shows.
@@ -52,11 +54,13 @@ def _intro(index: Mapping[str, Entry]) -> str:
     for key, entry in index.items():
         name = _split(key)[0]
         states[name] = entry if "blocks" in entry or name not in states else states[name]
+    every = len(_every.names())
     parts = sum("part of another" in e.get("unbuilt", "") for e in states.values())
     plain = sum("no attention" in e.get("unbuilt", "") for e in states.values())
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in _PACKAGES)
     return _INTRO.format(
         date=datetime.datetime.now(datetime.UTC).date(), versions=versions, python=platform.python_version().rpartition(".")[0], types=len(states),
+        every=every, rest="" if len(states) >= every else ", in the order of the alphabet (the export took more time than there was: run it again)",
         parts=parts, plain=plain, candidates=len(states) - parts - plain, built=sum("blocks" in e for e in states.values()),
     )  # fmt: skip
 
