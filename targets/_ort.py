@@ -104,4 +104,4 @@ class CpuProvider(OwnOperators):
 
     def report(self, model: ir.Model) -> dict[str, Any]:
         """`integer`: weights that are multiplied as integers; `float`: [{name, reason}] of the other stored integers; `tables`: of rows."""
-        return integer_report(model, self.finish(model)[0])
+        return integer_report(model, lambda: self.finish(model)[0])
