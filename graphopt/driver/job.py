@@ -19,7 +19,7 @@ from graphopt.core.fuel import Fuel
 from graphopt.core.options import near
 from graphopt.core.pipeline import Instrument, PassManager, PassRecord, parse, render
 from graphopt.core.places import check_places
-from graphopt.core.remarks import Progress, Remark, Remarks, plural
+from graphopt.core.remarks import Progress, Remarks
 from graphopt.driver import instruments
 from graphopt.driver import promise as promises
 from graphopt.driver.gate import Gate
@@ -28,10 +28,9 @@ from graphopt.driver.instruments import Dump
 from graphopt.driver.loss import NO_SAMPLES, Loss
 from graphopt.driver.options import RunOptions
 from graphopt.driver.promise import Outcome
-from graphopt.driver.result import Result, report_of
+from graphopt.driver.result import Result, reason, report_of, say_idle, say_rounded
 from graphopt.driver.transaction import TransactionManager
 from graphopt.graph.interface import interface
-from graphopt.graph.questions import all_nodes
 from graphopt.graph.shapes import drop_contradicted
 from graphopt.graph.verify import complaints, verify
 from graphopt.io import advisories, closed
@@ -172,8 +171,8 @@ class Job:
         outcome = ran.outcome
         if self.promise and any(record.changes for record in outcome.records):
             outcome = promises.kept(ran, gate)
-        _say_rounded(self, outcome.records)
-        _say_idle(self.passes, outcome.records if self.fuel is None else [])
+        say_rounded(self, outcome.records)
+        say_idle(self.passes, outcome.records if self.fuel is None else [])
         records = [self.loaded, *outcome.records]
         self._check(outcome.model)
         records += _settled(outcome.model)
@@ -294,35 +293,9 @@ def _check_required(required: Iterable[str], passes: Sequence[Pass], lowerings: 
             raise PipelineError(f"{name} is required and is not in the pipeline `{render(passes)}`{near(name, names)}; {known}")
 
 
-def _say_rounded(job: Job, records: Sequence[PassRecord]) -> None:
-    """Exact means up to the rounding of floats; of an input that rounds to codes itself that is less than bit for bit."""
-    roundings = sum(node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") and not node.domain for node in all_nodes(job.model))
-    changed = [record for step, record in zip(job.steps, records, strict=False) if step.exact and record.changes]
-    if roundings and changed:
-        told = (
-            f"the input rounds to codes in {plural(roundings, 'place')}; exact passes move floats by their last digits, which may turn single codes"
-        )
-        changed[-1].remarks.append(Remark("warning", changed[-1].name.partition("{")[0], "", told))
-
-
-def _say_idle(passes: Sequence[Pass], records: Sequence[PassRecord]) -> None:
-    """A lossy pass is asked for to gain something; one that did nothing is a warning, with the first reason that it gave."""
-    for step, record in zip(passes, records, strict=False):
-        if not (step.exact or record.changes):
-            record.remarks.append(Remark("warning", step.name, "", f"`{step}` was asked for and changed nothing{_reason([record])}"))
-
-
-def _reason(records: Sequence[PassRecord]) -> str:
-    missed = [remark for record in records for remark in record.remarks if remark.kind == "missed"]
-    if not missed:
-        return "; no candidate was found"
-    first = next((remark for remark in missed if remark.node), missed[0])
-    return f": {first.message}" + (f" (at `{first.node}`)" if first.node else "")
-
-
 def _require(names: Sequence[str], records: Sequence[PassRecord]) -> None:
     """Every named pass must have changed something; the error has the first reason that it gave."""
     for name in names:
         own = [record for record in records if record.name.partition("{")[0] == name]
         if not any(record.changes for record in own):
-            raise GraphoptError(f"{name} is required and changed nothing{_reason(own)}")
+            raise GraphoptError(f"{name} is required and changed nothing{reason(own)}")

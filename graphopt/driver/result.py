@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from graphopt.core import places
-from graphopt.core.contract import Artifact, Session, Target
+from graphopt.core.contract import Artifact, Pass, Session, Target
 from graphopt.core.errors import GraphoptError
 from graphopt.core.pipeline import PassRecord, render
-from graphopt.core.remarks import Remark
+from graphopt.core.remarks import Remark, plural
 from graphopt.graph import size
 from graphopt.graph.opset import versions
 from graphopt.graph.questions import all_nodes
@@ -166,3 +166,29 @@ def _say_inexact(job: Job, records: list[PassRecord], judged: Measured) -> None:
     if not judged.value <= limit:  # also where it is no number
         told = f"the loss is {judged.value:.3g}, and every pass that changed something claims to be exact; --check-numerics names the one that is not"
         records.append(PassRecord("loss", 0, 0.0, [Remark("warning", "loss", "", told, {"loss": judged.value})]))
+
+
+def say_rounded(job: Job, records: Sequence[PassRecord]) -> None:
+    """Exact means up to the rounding of floats; of an input that rounds to codes itself that is less than bit for bit."""
+    roundings = sum(node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") and not node.domain for node in all_nodes(job.model))
+    changed = [record for step, record in zip(job.steps, records, strict=False) if step.exact and record.changes]
+    if roundings and changed:
+        told = (
+            f"the input rounds to codes in {plural(roundings, 'place')}; exact passes move floats by their last digits, which may turn single codes"
+        )
+        changed[-1].remarks.append(Remark("warning", changed[-1].name.partition("{")[0], "", told))
+
+
+def say_idle(passes: Sequence[Pass], records: Sequence[PassRecord]) -> None:
+    """A lossy pass is asked for to gain something; one that did nothing is a warning, with the first reason that it gave."""
+    for step, record in zip(passes, records, strict=False):
+        if not (step.exact or record.changes):
+            record.remarks.append(Remark("warning", step.name, "", f"`{step}` was asked for and changed nothing{reason([record])}"))
+
+
+def reason(records: Sequence[PassRecord]) -> str:
+    missed = [remark for record in records for remark in record.remarks if remark.kind == "missed"]
+    if not missed:
+        return "; no candidate was found"
+    first = next((remark for remark in missed if remark.node), missed[0])
+    return f": {first.message}" + (f" (at `{first.node}`)" if first.node else "")

@@ -302,9 +302,12 @@ def test_a_pass_that_claims_to_be_exact_and_is_not_is_told(tmp_path: Path) -> No
     judged = (*run, "--samples", tmp_path / "x.npz", "--json", "--pipeline")
 
     def warnings(pipeline: str) -> list[str]:
-        passes = json.loads(cli(*judged, pipeline).stdout)["passes"]
+        passes = json.loads(cli(*judged, pipeline, "--no-gate").stdout)["passes"]
         return [x["message"] for row in passes for x in row["remarks"] if x["kind"] == "warning"]
 
+    taken_back = json.loads(cli(*judged, "canonicalize, liar").stdout)
+    assert [row["changes"] for row in taken_back["passes"] if row["name"] == "liar"] == [0], "the gate takes it back; without the gate:"
+    assert taken_back["loss"]["value"] < 1e-6
     (told,) = warnings("canonicalize, liar")
     assert told.startswith("the loss is ")
     assert told.endswith("claims to be exact; --check-numerics names the one that is not")
