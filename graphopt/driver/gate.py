@@ -81,15 +81,19 @@ class Gate:
         finished, _ = target.finish(outcome.model)
         return target.session(finished) if said.passed else guarded.opened(target, finished, feed)
 
-    def input_session(self, feed: Feeds) -> Session:
+    def input_session(self, feeds: Mapping[str, Feeds]) -> Session:
         """A session in this process of the input, which may not run either.
+
+        Args:
+            feeds: label of a size -> inputs.
 
         Raises:
             TargetError: see `session`.
+            SampleError: it runs at none of the sizes.
         """
         if not self.off and isinstance(self.input, dict):
             return self.job.target.session(self.job.original)
-        return guarded.opened(self.job.target, self.job.original, feed)
+        return race.opened(self.job.target, self.job.original, feeds)
 
     def _on_all(self, model: ir.Model, exact: bool) -> Gated:
         """On the first sample; with --check-numerics on others, too."""
@@ -130,6 +134,7 @@ class Gate:
     def _compared(self, base: ir.Model, feed: Feeds | None, found: Mapping[str, Array], grain: str) -> Gated:
         """Its numbers at the default level against a baseline with runtime optimizations off; the input's own error sets what is too far."""
         expected = _plain(base, feed)
+        whose = f"{'those of the input' if base is self.job.original else 'its own'} with runtime optimizations off"
         if isinstance(expected, str):
             return Gated(None, f"loaded and run; there is nothing to judge its numbers by: {expected}")
         if excess(expected, found, grain).times > _ROUNDING:
@@ -138,9 +143,8 @@ class Gate:
             if isinstance(self.input, str):
                 return Gated(None, f"loaded and run; the input does not run: {self.input}; the numbers of its own are others: {off}")
             if off.times > _ROUNDING * max(1.0, self._own_error):
-                return Gated(False, f"onnxruntime's default level computes it wrongly: {off}")
-        whose = "its own" if base is not self.job.original else "those of the input"
-        return Gated(True, f"loaded and run; its numbers are {whose} with runtime optimizations off")
+                return Gated(False, f"its numbers as the target runs it are not {whose}: {off}")
+        return Gated(True, f"loaded and run; its numbers are {whose}")
 
     @functools.cached_property
     def input(self) -> dict[str, Array] | str:

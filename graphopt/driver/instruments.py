@@ -14,11 +14,13 @@ import onnx_ir as ir
 from graphopt.core.contract import Array, Batches, Context, Pass, Session
 from graphopt.core.errors import GraphoptError, SampleError, TargetError, VerifyError
 from graphopt.core.pipeline import Instrument
+from graphopt.core.remarks import plural
 from graphopt.driver.options import RunOptions
 from graphopt.graph.interface import RESIZED, RETYPED, Interface, interface
 from graphopt.graph.questions import all_nodes, grain
 from graphopt.graph.text import diff, graph_text
 from graphopt.graph.verify import complaints, verify
+from graphopt.report.writers import changes as changes_writer
 from graphopt.run.distance import TOLERANCE, Difference, compare_outputs, excess
 from graphopt.run.samples import Samples, runnable_samples
 
@@ -147,15 +149,15 @@ class Time(Instrument):
 
 
 class PrintChanged(Instrument):
-    """Prints what each pass changed to stderr, as a diff of the graph's text."""
+    """Prints what each pass changed to stderr, as a diff of the graph's text (report/writers/changes.py)."""
 
     def before(self, step: Pass, position: int, model: ir.Model, ctx: Context) -> None:
         self._before = graph_text(model)
 
     def after(self, step: Pass, position: int, changes: int, seconds: float, model: ir.Model, ctx: Context) -> None:
-        changed = diff(self._before, graph_text(model))
-        head = f"--- after pass {position} `{step}`: {changes} changes"
-        print(f"{head}\n{changed}".rstrip() if changed else f"{head}, the graph is the same", file=sys.stderr)
+        changed = diff(self._before, graph_text(model), context=3)
+        same = "" if changed else ", the graph is the same"
+        changes_writer.show(f"--- after pass {position} `{step}`: {plural(changes, 'change')}{same}", changed)
 
 
 class Dump(Instrument):

@@ -19,7 +19,7 @@ from graphopt.core.fuel import Fuel
 from graphopt.core.options import near
 from graphopt.core.pipeline import Instrument, PassManager, PassRecord, parse, render
 from graphopt.core.places import check_places
-from graphopt.core.remarks import Progress, Remarks
+from graphopt.core.remarks import Progress, Remark, Remarks, plural
 from graphopt.driver import instruments
 from graphopt.driver import promise as promises
 from graphopt.driver.gate import Gate
@@ -31,12 +31,14 @@ from graphopt.driver.promise import Outcome
 from graphopt.driver.result import Result, report_of
 from graphopt.driver.transaction import TransactionManager
 from graphopt.graph.interface import interface
-from graphopt.graph.opset import versions
+from graphopt.graph.questions import all_nodes
+from graphopt.graph.shapes import drop_contradicted
 from graphopt.graph.verify import complaints, verify
+from graphopt.io import advisories, closed
 from graphopt.io.load import check_options, keeps_bytes, load_both, load_options
 from graphopt.io.save import sources_of
 from graphopt.report.words import called
-from graphopt.run.race import parse_shapes
+from graphopt.run.race import parse_shapes, sizes_for
 from graphopt.run.samples import Samples
 
 if TYPE_CHECKING:
@@ -112,7 +114,9 @@ class Job:
         check_places(files, () if given is None else [str(given)])
         remarks, start = Remarks(), clock()
         original, model = load_both(source, remarks=remarks, **load_options(options))
-        target = _held(target, model, remarks)
+        if shapes:
+            sizes_for(model, parse_shapes(shapes))
+        target = closed.held(target, model, remarks)
         lowerings = tuple(target.lowerings())
         repaired = sum("repaired" in remark.facts for remark in remarks)
         loaded = PassRecord("load", repaired, clock() - start, list(remarks))
@@ -168,8 +172,11 @@ class Job:
         outcome = ran.outcome
         if self.promise and any(record.changes for record in outcome.records):
             outcome = promises.kept(ran, gate)
+        _say_rounded(self, outcome.records)
+        _say_idle(self.passes, outcome.records if self.fuel is None else [])
         records = [self.loaded, *outcome.records]
         self._check(outcome.model)
+        records += _settled(outcome.model)
         _require(self.required, records)
         changed = any(record.changes for record in records)
         plain = self.model.clone() if self.loaded.changes else self.original  # what the door mended is in the output
@@ -219,6 +226,15 @@ class Job:
             raise VerifyError(text.rstrip()) from error
 
 
+def _settled(model: ir.Model | None) -> list[PassRecord]:
+    """What the passes made may have shapes that ONNX contradicts; the file states none of them."""
+    if model is None:
+        return []
+    remarks = Remarks()
+    advisories.contradicted(drop_contradicted(model), remarks)
+    return [PassRecord("check", 0, 0.0, list(remarks))] if len(remarks) else []
+
+
 def parse_target(text: str | Target, plugins: tuple[str, ...] = ()) -> Target:
     """A target from its text; one that is made stays as it is.
 
@@ -241,15 +257,6 @@ def _shaped(target: Target, shapes: str | None) -> Target:
     if all(field.name != "shapes" for field in dataclasses.fields(target)):  # type: ignore[arg-type]
         return target
     return dataclasses.replace(target, shapes=tuple(shapes.replace(" ", "").split(",")))  # type: ignore[type-var]
-
-
-def _held(target: Target, model: ir.Model, remarks: Remarks) -> Target:
-    """With a limit to the opset where bodies that nobody may change hold the file at an old one."""
-    limit = versions.ceiling(model)
-    if limit is None or (target.opset is not None and target.opset <= limit) or all(f.name != "opset" for f in dataclasses.fields(target)):  # type: ignore[arg-type]
-        return target
-    remarks.warning("", f"the output stays at opset {limit}: bodies under operators of other domains are written for it, and left as they are")
-    return dataclasses.replace(target, opset=limit)  # type: ignore[type-var]
 
 
 def _promised(promise: bool | None, pipeline: str | None, level: int, fuel: int | None) -> bool:
@@ -287,11 +294,35 @@ def _check_required(required: Iterable[str], passes: Sequence[Pass], lowerings: 
             raise PipelineError(f"{name} is required and is not in the pipeline `{render(passes)}`{near(name, names)}; {known}")
 
 
+def _say_rounded(job: Job, records: Sequence[PassRecord]) -> None:
+    """Exact means up to the rounding of floats; of an input that rounds to codes itself that is less than bit for bit."""
+    roundings = sum(node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") and not node.domain for node in all_nodes(job.model))
+    changed = [record for step, record in zip(job.steps, records, strict=False) if step.exact and record.changes]
+    if roundings and changed:
+        told = (
+            f"the input rounds to codes in {plural(roundings, 'place')}; exact passes move floats by their last digits, which may turn single codes"
+        )
+        changed[-1].remarks.append(Remark("warning", changed[-1].name.partition("{")[0], "", told))
+
+
+def _say_idle(passes: Sequence[Pass], records: Sequence[PassRecord]) -> None:
+    """A lossy pass is asked for to gain something; one that did nothing is a warning, with the first reason that it gave."""
+    for step, record in zip(passes, records, strict=False):
+        if not (step.exact or record.changes):
+            record.remarks.append(Remark("warning", step.name, "", f"`{step}` was asked for and changed nothing{_reason([record])}"))
+
+
+def _reason(records: Sequence[PassRecord]) -> str:
+    missed = [remark for record in records for remark in record.remarks if remark.kind == "missed"]
+    if not missed:
+        return "; no candidate was found"
+    first = next((remark for remark in missed if remark.node), missed[0])
+    return f": {first.message}" + (f" (at `{first.node}`)" if first.node else "")
+
+
 def _require(names: Sequence[str], records: Sequence[PassRecord]) -> None:
     """Every named pass must have changed something; the error has the first reason that it gave."""
     for name in names:
         own = [record for record in records if record.name.partition("{")[0] == name]
         if not any(record.changes for record in own):
-            missed = [remark for record in own for remark in record.remarks if remark.kind == "missed"]
-            why = f": {missed[0].message} (at `{missed[0].node}`)" if missed else "; no candidate was found"
-            raise GraphoptError(f"{name} is required and changed nothing{why}")
+            raise GraphoptError(f"{name} is required and changed nothing{_reason(own)}")

@@ -17,6 +17,7 @@ from graphopt.core.pipeline import PassRecord, render
 from graphopt.core.remarks import Remark
 from graphopt.graph import size
 from graphopt.graph.opset import versions
+from graphopt.graph.questions import all_nodes
 from graphopt.graph.serialize import model_bytes
 from graphopt.graph.size import Size
 from graphopt.io import save
@@ -28,6 +29,10 @@ from graphopt.run.samples import Samples
 
 if TYPE_CHECKING:
     from graphopt.driver.job import Job
+
+
+_FINELY, _COARSELY = 1e-3, 2e-2  # loss that rounding explains: in float32; in 16 bits, with codes that may flip, or of a metric
+_COARSE = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.INT8, ir.DataType.UINT8)
 
 
 @dataclasses.dataclass
@@ -97,9 +102,11 @@ class Result:
         effort = race.QUICK if quick else race.QUOTE
         try:
             feeds = race.feeds_of(self.target, self.graph, self.samples, sizes)
+            base = race.opened(self.target, self.original, feeds)
+            feeds = race.runnable(base, feeds)
             first = next(iter(feeds.values()))
             output = self.session() if self.report.gate.passed else guarded.opened(self.target, self._shipped(), first)
-            sessions = {"input": guarded.opened(self.target, self.original, first), "output": output}
+            sessions = {"input": base, "output": output}
             timed = race.race(sessions, feeds, clock=race.clock_of(self.target), effort=effort, progress=progress)
         except GraphoptError as error:
             self.report.speed_up = Measured(None, str(error))
@@ -112,7 +119,17 @@ def told(timed: Timings) -> tuple[Measured, list[Timing]]:
     """The speed-up of `output` over `input` for the report, and both their latencies."""
     rows = zip(timed.shapes, timed.seconds["input"], timed.seconds["output"], strict=True)
     latency = [Timing(shape, a * 1e3, b * 1e3) for shape, a, b in rows]
-    return Measured(timed.speedup("output"), None, f"geometric mean over {', '.join(timed.shapes)}"), latency
+    how = f"geometric mean over {', '.join(timed.shapes)}"
+    return Measured(timed.speedup("output"), None, how, _below(timed)), latency
+
+
+def _below(timed: Timings) -> str | None:
+    """What to say of speeds below that of the input."""
+    if min(timed.ratios("output")) >= 0.995:  # 1.00x as it is printed
+        return None
+    if timed.not_slower("output"):
+        return "what is below 1.00x is within the noise of the timing"
+    return f"slower than the input beyond the noise of the timing, {min(timed.ratios('output')):.2f}x at worst"
 
 
 def report_of(job: Job, lowered: ir.Model, records: list[PassRecord]) -> Report:
@@ -133,5 +150,19 @@ def report_of(job: Job, lowered: ir.Model, records: list[PassRecord]) -> Report:
     if warnings := described.pop("warnings", []):
         records.append(PassRecord("report", 0, 0.0, [Remark("warning", "report", "", text) for text in warnings]))
     judged = job.loss.report(lambda: target.session(shipped))
+    _say_inexact(job, records, judged)
     told = [rise.as_dict() for rise in rises]
     return Report(render(job.passes), described, before, after, records, judged, rises=told, model=job.name, threads=target.threads)
+
+
+def _say_inexact(job: Job, records: list[PassRecord], judged: Measured) -> None:
+    """A loss beyond rounding, where every pass that changed something claims to have none, is a defect of one of them."""
+    lossy = {step.name for step in job.steps if not step.exact}
+    done = [record for record in records if record.changes and record.name.partition("{")[0] != "load"]
+    if judged.value is None or not done or any(record.name.partition("{")[0] in lossy for record in done):
+        return
+    narrow = any(v.dtype in _COARSE for node in all_nodes(job.model) for v in node.outputs)
+    limit = _COARSELY if narrow or job.loss.metric is not None else _FINELY
+    if not judged.value <= limit:  # also where it is no number
+        told = f"the loss is {judged.value:.3g}, and every pass that changed something claims to be exact; --check-numerics names the one that is not"
+        records.append(PassRecord("loss", 0, 0.0, [Remark("warning", "loss", "", told, {"loss": judged.value})]))

@@ -115,6 +115,19 @@ def _floor(a: ir.SymbolicDim, b: int) -> ir.SymbolicDim | None:
     return ir.SymbolicDim(sympy.floor(a._expr / b))
 
 
+def rounded(dim: Dim) -> Dim:
+    """The same dimension by floor alone: texts with ceiling are what onnx_ir writes and cannot read."""
+    if isinstance(dim, int) or "ceiling" not in str(dim) or dim._expr is None:
+        return dim
+    import sympy
+
+    def up(x: sympy.Expr) -> sympy.Expr:
+        over, under = sympy.fraction(sympy.together(x))
+        return sympy.floor((over + under - 1) / under) if under.is_Integer else -sympy.floor(-x)
+
+    return ir.SymbolicDim(dim._expr.replace(sympy.ceiling, up))
+
+
 @functools.lru_cache(maxsize=4096)
 def _divide(a: ir.SymbolicDim, b: int | ir.SymbolicDim) -> int | ir.SymbolicDim | None:
     import sympy

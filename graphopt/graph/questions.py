@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -38,13 +39,24 @@ def scalar(value: ir.Value | None) -> float | int | bool | None:
     return None if array is None else array.reshape(()).item()
 
 
+_SCOPES = "pkg.torch.onnx.name_scopes"  # metadata of nodes that torch's exporter writes
 ORIGINS = "graphopt.origins"  # node.meta: the names of the input's nodes that a node stands for, where they are not its own
 
 
 def origins(node: ir.Node) -> frozenset[str]:
-    """The names of the input's nodes that a node stands for: its own, unless a change of the graph made it."""
-    found: frozenset[str] = node.meta.get(ORIGINS) or frozenset((node.name or "",))
-    return found
+    """The names of the input's nodes that a node stands for: its own, unless a change of the graph made it; also behind the place in the torch
+    module that it comes from, where torch's exporter says so: `lm_head/node_linear_28`."""
+    found: frozenset[str] | None = node.meta.get(ORIGINS)
+    if found:
+        return found
+    name, module = node.name or "", module_of(node)
+    return frozenset((name, f"{module}/{name}")) if module and not name.startswith(f"{module}/") else frozenset((name,))
+
+
+def module_of(node: ir.Node) -> str:
+    """The torch module that a node comes from, such as `model.layers.0.mlp`; empty where nobody says."""
+    scopes = re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, ""))  # ['', 'model', 'model.norm', 'add_692']: modules, then the operator
+    return scopes[-2] if len(scopes) > 1 else ""
 
 
 def attr(node: ir.Node, name: str, default: Any = None) -> Any:

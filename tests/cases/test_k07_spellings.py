@@ -143,10 +143,10 @@ def test_k71_any_equation_gives_the_numbers_of_numpy(case: tuple[str, list[list[
 
 @pytest.mark.parametrize("equation", ["bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd", "bnqd,bnkd->bnqk", "bijd,bkd->bijk", "...id,...jd->...ij"])
 def test_k71_products_of_two_activations_are_one_matmul(equation: str) -> None:
-    left, right = equation.split("->")[0].split(",")
     fixed = {"h": 2, "n": 2, "d": 4}
-    shapes = [",".join(str(fixed.get(i, i.upper())) for i in term.replace("...", "b")) for term in (left, right)]
-    text = f'(float[{shapes[0]}] x, float[{shapes[1]}] u) => (float y) {{ y = Einsum<equation = "{equation}">(x, u) }}'
+    terms = equation.replace("...", "b").replace("->", ",").split(",")
+    left, right, out = (",".join(str(fixed.get(i, i.upper())) for i in term) for term in terms)
+    text = f'(float[{left}] x, float[{right}] u) => (float[{out}] y) {{ y = Einsum<equation = "{equation}">(x, u) }}'
     counts = Counter(check(build(text), "canonicalize").ops)
     assert counts["MatMul"] == 1
     assert counts["Einsum"] == 0

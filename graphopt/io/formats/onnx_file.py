@@ -70,7 +70,12 @@ def from_file(path: Path) -> Loaded:
         with path.open("rb") as file:
             head = file.read(512)
     except OSError as error:
-        raise LoadError(f"{path}: {error.strerror or error}; give an .onnx file or a Hugging Face model folder") from None
+        todo = (
+            "give an .onnx file or a Hugging Face model folder"
+            if isinstance(error, (FileNotFoundError, NotADirectoryError))
+            else "it is there, and cannot be read"
+        )
+        raise LoadError(f"{path}: {error.strerror or error}; {todo}") from None
     if not head:
         raise LoadError(f"{path}: the file is empty; export or download it again")
     for magic, kind in _MAGIC.items():
