@@ -10,7 +10,7 @@ from fuzz.case import FINDING  # type: ignore[import-not-found]
 from fuzz.make import KINDS, make  # type: ignore[import-not-found]
 from fuzz.worker import Cases  # type: ignore[import-not-found]
 
-COUNTS = {"graphs": 60, "blocks": 30, "bytes": 80, "structure": 60, "pipelines": 20}
+COUNTS = {"graphs": 40, "blocks": 10, "bytes": 110, "structure": 80, "pipelines": 10}
 CHUNK = 10  # seeds of one test: a failure names them all
 
 
