@@ -11,7 +11,10 @@ class GraphoptError(Exception):
 
 
 class LoadError(GraphoptError):
-    """The source could not be turned into a graph."""
+    """The source could not be turned into a graph. One line, also where a name in it holds several."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.replace("\r", "\\r").replace("\n", "\\n"))
 
 
 @contextlib.contextmanager

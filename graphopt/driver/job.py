@@ -31,8 +31,9 @@ from graphopt.driver.promise import Outcome
 from graphopt.driver.result import Result, report_of
 from graphopt.driver.transaction import TransactionManager
 from graphopt.graph.interface import interface
-from graphopt.graph.opset import versions
+from graphopt.graph.shapes import drop_contradicted
 from graphopt.graph.verify import complaints, verify
+from graphopt.io import advisories, closed
 from graphopt.io.load import check_options, keeps_bytes, load_both, load_options
 from graphopt.io.save import sources_of
 from graphopt.report.words import called
@@ -112,7 +113,7 @@ class Job:
         check_places(files, () if given is None else [str(given)])
         remarks, start = Remarks(), clock()
         original, model = load_both(source, remarks=remarks, **load_options(options))
-        target = _held(target, model, remarks)
+        target = closed.held(target, model, remarks)
         lowerings = tuple(target.lowerings())
         repaired = sum("repaired" in remark.facts for remark in remarks)
         loaded = PassRecord("load", repaired, clock() - start, list(remarks))
@@ -170,6 +171,7 @@ class Job:
             outcome = promises.kept(ran, gate)
         records = [self.loaded, *outcome.records]
         self._check(outcome.model)
+        records += _settled(outcome.model)
         _require(self.required, records)
         changed = any(record.changes for record in records)
         plain = self.model.clone() if self.loaded.changes else self.original  # what the door mended is in the output
@@ -219,6 +221,15 @@ class Job:
             raise VerifyError(text.rstrip()) from error
 
 
+def _settled(model: ir.Model | None) -> list[PassRecord]:
+    """What the passes made may have shapes that ONNX contradicts; the file states none of them."""
+    if model is None:
+        return []
+    remarks = Remarks()
+    advisories.contradicted(drop_contradicted(model), remarks)
+    return [PassRecord("check", 0, 0.0, list(remarks))] if len(remarks) else []
+
+
 def parse_target(text: str | Target, plugins: tuple[str, ...] = ()) -> Target:
     """A target from its text; one that is made stays as it is.
 
@@ -241,15 +252,6 @@ def _shaped(target: Target, shapes: str | None) -> Target:
     if all(field.name != "shapes" for field in dataclasses.fields(target)):  # type: ignore[arg-type]
         return target
     return dataclasses.replace(target, shapes=tuple(shapes.replace(" ", "").split(",")))  # type: ignore[type-var]
-
-
-def _held(target: Target, model: ir.Model, remarks: Remarks) -> Target:
-    """With a limit to the opset where bodies that nobody may change hold the file at an old one."""
-    limit = versions.ceiling(model)
-    if limit is None or (target.opset is not None and target.opset <= limit) or all(f.name != "opset" for f in dataclasses.fields(target)):  # type: ignore[arg-type]
-        return target
-    remarks.warning("", f"the output stays at opset {limit}: bodies under operators of other domains are written for it, and left as they are")
-    return dataclasses.replace(target, opset=limit)  # type: ignore[type-var]
 
 
 def _promised(promise: bool | None, pipeline: str | None, level: int, fuel: int | None) -> bool:

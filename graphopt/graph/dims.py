@@ -47,6 +47,8 @@ def multiply(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> int | ir.Symbo
 
 def divide(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> int | ir.SymbolicDim | None:
     """a / b where it is proved to leave no rest (as polynomials in the dimension symbols), else None."""
+    if b == 0:
+        return None
     if a == b:
         return 1
     if b == 1:

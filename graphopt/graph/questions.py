@@ -260,3 +260,16 @@ class Names:
         self._last[hint] = k
         self.taken.add(name)
         return name
+
+
+_CODES = ("Quantize", "Dequantize", "Integer", "QLinear", "QAttention", "QGemm", "NBits", "Round")  # in names of operators that round to codes
+
+
+def grain(model: ir.Model) -> str:
+    """The coarsest that a graph rounds to on its way: `codes`, a float type, or nothing that is coarser than its outputs."""
+    if any(mark in node.op_type for node in all_nodes(model) for mark in _CODES):
+        return "codes"
+    values = [*model.graph.inputs, *model.graph.initializers.values(), *(v for node in all_nodes(model) for v in node.outputs)]
+    kinds = {v.dtype for v in values}
+    coarse = {ir.DataType.BFLOAT16: "bfloat16", ir.DataType.FLOAT16: "float16", ir.DataType.FLOAT: "float32"}
+    return next((name for kind, name in coarse.items() if kind in kinds), "")

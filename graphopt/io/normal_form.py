@@ -21,6 +21,7 @@ from graphopt.graph.shapes import drop_contradicted, infer_shapes
 from graphopt.io import advisories as notices
 from graphopt.io import closed, inline
 from graphopt.io.dim_names import hide_names
+from graphopt.io.legal import check_nodes
 from graphopt.io.order import check_sources, sort
 from graphopt.io.repair import count_axes, repair
 from graphopt.io.runtime_ops import read as runtime_ops
@@ -41,6 +42,7 @@ def normalize(model: ir.Model, remarks: Remarks) -> None:
     inline.functions(model)
     closed.keep_names(model)
     check_sources(model)
+    check_nodes(model)
     lift_constants(model)
     _freeze_listed_weights(model)
     sort(model.graph)

@@ -13,10 +13,12 @@ import onnx_ir as ir
 from graphopt.core.errors import LoadError, about
 from graphopt.core.remarks import Remarks
 from graphopt.graph.serialize import read
+from graphopt.io.formats import sound
 from graphopt.io.formats.format import Format, Loaded, is_path
 from graphopt.io.formats.sparse import densified
 from graphopt.io.order import check_sources, put_in_order
 
+_LONG = 400  # letters of another library's message
 _MAGIC = {
     b"PK\x03\x04": "a zip archive; unpack it, or, if it is a PyTorch checkpoint, load the module in Python and pass it with example_inputs",
     b"\x1f\x8b": "a gzip archive; unpack it first",
@@ -124,6 +126,7 @@ def _deserialize(proto: onnx.ModelProto, name: str) -> ir.Model:
     if standard is not None and standard > onnx.defs.onnx_opset_version():
         raise LoadError(f"{name}: opset {standard} is newer than the installed onnx knows ({onnx.defs.onnx_opset_version()}); update onnx")
     with about(name):
+        sound.check(proto)
         proto = densified(proto)
     try:
         model = ir.from_proto(proto)
@@ -137,7 +140,8 @@ def _deserialize(proto: onnx.ModelProto, name: str) -> ir.Model:
 def _root_line(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).partition("\n")[0]
+    line = str(error).partition("\n")[0]
+    return line if len(line) <= _LONG else f"{line[:_LONG]}..."
 
 
 # ---- tensors --------------------------------------------------------------------------------------------------------------------------
