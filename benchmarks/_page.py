@@ -72,12 +72,16 @@ def _by_route(index: Mapping[str, Entry], rows: Mapping[str, Entry], routes: lis
     lines = ["## Counts", "", f"| {' | '.join(columns)} |", "|---|---|---|---|---|---|---|"]
     for route in routes:
         mine = {k: r for k, r in rows.items() if _split(k)[1] == route}
-        judged = [r for r in mine.values() if "broken" not in r]
+        judged = [r for r in mine.values() if "broken" not in r and not _late(r)]
         failed = sum("failed" in e for k, e in index.items() if _split(k)[1] == route)
         bad = sum(r.get("status") != "ok" for r in judged)
         right = f"{_blocks(judged)} | {sum(map(whole, judged))} / {len(judged)}"
-        lines.append(f"| {route} | {len(mine)} | {right} | {bad} | {failed} | {len(mine) - len(judged)} |")
+        lines.append(f"| {route} | {len(mine)} | {right} | {bad} | {failed} | {sum('broken' in r for r in mine.values())} |")
     return "\n".join(lines)
+
+
+def _late(row: Entry) -> bool:
+    return str(row.get("failed", "")).startswith("took more than")
 
 
 def _blocks(rows: Iterable[Entry]) -> str:
@@ -91,7 +95,7 @@ def _by_family(index: Mapping[str, Entry], rows: Mapping[str, Entry], routes: li
     for family in FAMILIES:
         cells = []
         for route in routes:
-            mine = [r for k, r in rows.items() if _split(k)[1] == route and index[k].get("family") == family and "broken" not in r]
+            mine = [r for k, r in rows.items() if _split(k)[1] == route and index[k].get("family") == family and "broken" not in r and not _late(r)]
             cells.append(f"{_blocks(mine)} ({len(mine)})" if mine else "-")
         if any(c != "-" for c in cells):
             lines.append(f"| {family} | {' | '.join(cells)} |")
@@ -118,10 +122,12 @@ def _misses(index: Mapping[str, Entry], rows: Mapping[str, Entry], whole: Callab
 
 
 def _wrong(rows: Mapping[str, Entry]) -> str:
-    bad = {k: r for k, r in rows.items() if "broken" not in r and r.get("status") != "ok"}
+    bad = {k: r for k, r in rows.items() if "broken" not in r and not _late(r) and r.get("status") != "ok"}
+    late = [k for k, r in rows.items() if _late(r)]
+    head = "## Wrong numbers and failures\n\n" + (f"Not judged in the time given: {', '.join(late)}.\n\n" if late else "")
     if not bad:
-        return "## Wrong numbers and failures\n\nNone."
-    lines = ["## Wrong numbers and failures", "", "| file | what |", "|---|---|"]
+        return f"{head}None."
+    lines = [head.rstrip("\n"), "", "| file | what |", "|---|---|"]
     for key, row in sorted(bad.items()):
         what = row.get("failed") or "; ".join(f"{case}: {error}" for case, error in list(row["bad"].items())[:2])
         lines.append(f"| {key} | {_cell(what)} |")
