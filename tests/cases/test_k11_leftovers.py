@@ -169,7 +169,8 @@ STRANGE: dict[str, tuple[Any, str]] = {  # a file as a stranger may bring it -> 
     "a weight without a name": (adding("graph.initializer", onnx.numpy_helper.from_array(normal(3), "")), ""),
     "a weight that a node makes as well": (adding("graph.initializer", onnx.numpy_helper.from_array(normal(2), "h")), "h"),
     "two nodes that make one value": (adding("graph.node", onnx.helper.make_node("Relu", ["x"], ["h"])), "h"),
-    "an empty input at the end": (lambda p: p.graph.node[2].input.append(""), ""),
+    "an empty input at the end": (lambda p: (p.graph.node[2].input.extend(["", ""]), setattr(p.graph.node[2], "op_type", "Clip")), ""),
+    "an empty input too many": (lambda p: p.graph.node[2].input.append(""), "`Neg` of opset 13 does not take 2 inputs"),
     "an input that is read and not there": (lambda p: p.graph.node[2].input.append("ghost"), "ghost"),
     "a node without outputs": (adding("graph.node", onnx.helper.make_node("Relu", ["x"], [])), ""),
     "an operator that nobody knows": (setting("graph.node.1.op_type", "Sinkhorn"), ""),
@@ -182,7 +183,7 @@ STRANGE: dict[str, tuple[Any, str]] = {  # a file as a stranger may bring it -> 
         lambda p: p.functions.append(onnx.helper.make_function("my", "F", ["a"], ["b"], [onnx.helper.make_node("Relu", ["a"], ["b"])], [onnx.helper.make_opsetid("", 17)])),
         "",
     ),
-    "an attribute that is not known": (lambda p: p.graph.node[2].attribute.append(onnx.helper.make_attribute("speed", 3)), ""),
+    "an attribute that is not known": (lambda p: p.graph.node[2].attribute.append(onnx.helper.make_attribute("speed", 3)), "has no attribute `speed`"),
     "an output of no type": (lambda p: p.graph.output[0].ClearField("type"), ""),
     "a weight of another length than it says": (lambda p: p.graph.initializer[0].dims.__setitem__(0, 3), "w"),
 }  # fmt: skip
