@@ -94,6 +94,8 @@ def _write(model: ir.Model, path: Path, sources: set[str], external: bool, same:
     out = path.absolute()
     data = data_file(out)
     check_places((out, data), sources)
+    for file in (data,) if external else () if out.suffix == ".onnx" else (out,):
+        _check_owner(file, out)
     try:
         with beside(out) as folder:
             if external:
@@ -141,8 +143,15 @@ def _move(folder: Path, files: list[Path], stale: list[Path]) -> None:
         raise
 
 
+def _check_owner(file: Path, out: Path) -> None:
+    """Refuse a file that holds the weights of another model in its folder."""
+    for other in sorted(file.parent.glob("*.onnx")) if file.is_file() and not _refers(out, file) else ():
+        if other != out and _refers(other, file):
+            raise SaveError(f"cannot write {file}: it holds the weights of {other}; choose another name")
+
+
 def _refers(model_file: Path, data: Path) -> bool:
-    """True if the model that is being replaced is the one that `data` belongs to."""
+    """True if weights of a model lie in the file `data`."""
     if not (model_file.is_file() and data.is_file()):
         return False
     try:
