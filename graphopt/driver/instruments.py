@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -19,10 +20,10 @@ from graphopt.graph.interface import RESIZED, RETYPED, Interface, interface
 from graphopt.graph.questions import all_nodes
 from graphopt.graph.text import diff, graph_text
 from graphopt.graph.verify import verify
-from graphopt.run.distance import Difference, compare_outputs
+from graphopt.run.distance import Difference, arrays_in, compare_outputs
 from graphopt.run.samples import Samples, runnable_samples
 
-Outputs = list[dict[str, Array]]  # for each sample, name -> array
+Outputs = list[dict[str, Any]]  # for each sample, name -> array, or what a sequence, an optional or a map holds
 _FEEDS = 4  # samples that check-numerics runs, at most
 
 
@@ -117,7 +118,7 @@ class CheckNumerics(Instrument):
     def _run(self, session: Session) -> Outputs:
         return [session.run(feed) for feed in self._feeds]
 
-    def _steady(self, outputs: dict[str, Array]) -> dict[str, Array]:
+    def _steady(self, outputs: dict[str, Any]) -> dict[str, Any]:
         return {name: array for name, array in outputs.items() if name not in self._unsteady}
 
     def _first_inside(self, model: ir.Model, number: int) -> str:
@@ -208,7 +209,7 @@ def _reference(model: ir.Model) -> Session:
     return reference.session(model) if standard else _plain(model)
 
 
-def _broken(expected: dict[str, Array], found: dict[str, Array], free: Collection[str]) -> Difference | None:
+def _broken(expected: dict[str, Any], found: dict[str, Any], free: Collection[str]) -> Difference | None:
     """What even a lossy pass must not do: another shape or dtype (but for outputs that are `free`, as the user asked for it), a NaN that was none."""
     for name, array in expected.items():
         difference = compare_outputs({name: array}, {k: v for k, v in found.items() if k == name})
@@ -216,8 +217,9 @@ def _broken(expected: dict[str, Array], found: dict[str, Array], free: Collectio
             if name in free and name in found:
                 continue
             return difference
-        if array.dtype.kind == "f" and bool((np.isnan(found[name]) & ~np.isnan(array)).any()):
-            return Difference(name, reason="has become NaN")
+        for (at, before), (_, after) in zip(arrays_in(array, name), arrays_in(found[name], name), strict=True):
+            if before.dtype.kind == "f" and bool((np.isnan(after) & ~np.isnan(before)).any()):
+                return Difference(at, reason="has become NaN")
     return None
 
 

@@ -16,6 +16,7 @@ from graphopt.core.errors import VerifyError
 from graphopt.graph.dims import dim_names, is_opaque, size_of
 from graphopt.graph.interface import Interface, check_interface, interface
 from graphopt.graph.questions import all_nodes, bodies, is_read, makers, reached, shape_text
+from graphopt.graph.serialize import structure
 from graphopt.graph.shapes import declared_shape, infer_shapes
 from graphopt.graph.text import neighbourhood
 
@@ -271,5 +272,4 @@ def _light(model: ir.Model) -> onnx.ModelProto:
         value.shape = value.shape if value.shape is not None else declared_shape(value)
         if value.shape is None:  # behind an operator without schema; the checker wants a shape, and there is nothing to say
             copy.graph.outputs.remove(value)
-    proto: onnx.ModelProto = ir.to_proto(copy)
-    return proto
+    return structure(copy)

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from graphopt.core.contract import Array
 from graphopt.core.errors import GraphoptError, SampleError
 from graphopt.run import Feeds
+from graphopt.run.distance import arrays_in
 
 
 def observable(model: ir.Model, value: ir.Value) -> bool:
@@ -60,7 +61,8 @@ class Limited:
         seen = 0
         for feed in self.samples:
             yield feed
-            seen += max((a.size for a in feed.values() if a.dtype.kind in "iu"), default=max((len(a) for a in feed.values() if a.ndim), default=1))
+            arrays = [a for _, a in arrays_in(list(feed.values()))]
+            seen += max((a.size for a in arrays if a.dtype.kind in "iu"), default=max((len(a) for a in arrays if a.ndim), default=1))
             if seen >= self.rows:
                 return
 

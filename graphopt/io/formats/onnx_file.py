@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from graphopt.core.errors import LoadError
 from graphopt.core.remarks import Remarks
-from graphopt.graph.serialize import read
+from graphopt.graph.serialize import graph_of, read
 from graphopt.io.formats.format import Format, Loaded, is_path
 
 _MAGIC = {
@@ -118,7 +118,7 @@ def _deserialize(proto: onnx.ModelProto, name: str) -> ir.Model:
     if proto.graph.sparse_initializer:
         raise LoadError(f"{name}: it has sparse initializers, which graphopt does not read; store them as dense tensors")
     try:
-        return ir.from_proto(proto)
+        return graph_of(proto)
     except Exception as error:  # noqa: BLE001 -- the deserializer wraps every kind of error; the innermost one says what is wrong
         raise LoadError(f"{name}: invalid ONNX model: {_root_line(error)}") from None
 
