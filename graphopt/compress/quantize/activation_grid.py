@@ -49,11 +49,13 @@ def calibrated(x: ir.Value, ranges: Ranges, ctx: Context) -> ActivationGrid | st
 
 def on_grid(op: Builder, x: ir.Value, g: ActivationGrid) -> ir.Value:
     """x, float32 of any shape, rounded to the grid."""
-    scale, zero = op.const(np.array(g.scale, np.float32), f"{x.name}_scale"), op.const(np.array(g.zero_point, np.uint8), f"{x.name}_zero_point")
+    name = x.name or "even"  # rows that were just divided have none yet
+    scale, zero = op.const(np.array(g.scale, np.float32), f"{name}_scale"), op.const(np.array(g.zero_point, np.uint8), f"{name}_zero_point")
     value: ir.Value = op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
     return value
 
 
+EVEN = ActivationGrid(1 / 127, 128, (-1.0, 1.0))  # of rows whose largest magnitude is 1: fixed, so that no row depends on the rest of its batch
 _TINY = float(np.finfo(np.float32).tiny)  # a row of zeros is divided by it and stays zero
 _UNEVEN = 1.5  # rows=auto: rounding error of one scale for all, in that of one scale for each row
 

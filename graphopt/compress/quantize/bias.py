@@ -162,7 +162,7 @@ def _rounding(linear: Linear, seen: ActivationStats, *, rows: bool) -> tuple[ir.
     size = np.maximum(np.abs(seen.rows).max(1, keepdims=True), np.finfo(np.float32).tiny) if rows else np.float32(1)
     scale, zero = (scalar(v) for v in code.inputs[1:3]) if code.op_type == "QuantizeLinear" else (None, None)
     if scale is None or zero is None:
-        scale, zero = grid(-1.0, 1.0) if rows else grid(float(seen.bottom.min()), float(seen.top.max()))
+        scale, zero = grid(float(seen.bottom.min()), float(seen.top.max()))
     step = np.float32(scale)
     rounded: Array = ((np.clip(np.rint(seen.rows / size / step) + zero, 0, 255) - zero) * step * size).astype(np.float32)
     return code.inputs[0], rounded
