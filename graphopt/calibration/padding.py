@@ -127,16 +127,16 @@ class Padding:
         found = []
         for name in self._masks:
             mask = np.asarray(feed.get(name, _NOTHING)) != 0
-            if mask.all() or not mask.any():
-                continue
             if name not in self._known:
+                if mask.all() or not mask.any():
+                    continue
                 verdict = self._try(name, feed)
                 if verdict is None:
                     continue
                 self._known[name] = verdict
             verdict = self._known[name]
             self._learn(name, verdict)
-            if verdict.feeds:
+            if verdict.feeds and not (mask == verdict.value).all():
                 found.append((mask == verdict.value, {n: kind for n, kind in verdict.kinds.items() if kind is not None}))
         return Kept(tuple(found))
 

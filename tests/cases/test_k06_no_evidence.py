@@ -95,3 +95,142 @@ def test_minilm_gives_the_same_bits_in_any_batch() -> None:
     if not same_bits(ort.session(source)):
         pytest.skip("the float kernels of this machine give other bits at other sizes, also without quantization")
     assert same_bits(made)
+
+
+# ---- a floor on the rows that a fit needs ------------------------------------------------------------------------------------------------
+
+EXPERTS = 3
+
+
+def experts() -> Any:
+    """A mixture of experts over tokens [n, 32]: each token goes to the expert that the last input names; the experts are FFNs of their own."""
+    parts, sums = [], []
+    for e in range(EXPERTS):
+        parts.append(f"""
+            n{e} = Constant<value_int={e}>() t{e} = Equal(to, n{e}) i{e} = NonZero(t{e}) w{e} = Squeeze(i{e}, at) r{e} = Gather(x, w{e})
+            u{e} = MatMul(r{e}, up{e}) g{e} = Relu(u{e}) d{e} = MatMul(g{e}, down{e}) j{e} = Unsqueeze(w{e}, last)
+            s{e} = ScatterND<reduction="add">({f"s{e - 1}" if e else "zero"}, j{e}, d{e})""")
+        sums.append(f"s{e}")
+    text = f"{HEAD} g (float[n,32] x, int64[n] to) => (float[n,32] y) {{ zero = Sub(x, x) {' '.join(parts)} y = Add(x, {sums[-1]}) }}"
+    stored = {f"{k}{e}": v for e in range(EXPERTS) for k, v in _ffn(e).items()}
+    return parse(text, **stored, at=np.array([0]), last=np.array([1]))
+
+
+def _ffn(e: int) -> dict[str, Array]:
+    rng = np.random.default_rng(10 + e)
+    return {"up": rng.standard_normal((32, 64)).astype(np.float32) / 6, "down": rng.standard_normal((64, 32)).astype(np.float32) / 8}
+
+
+def tokens(counts: tuple[int, ...], seed: int = 0) -> dict[str, Array]:
+    """So many tokens for each expert."""
+    to = np.repeat(np.arange(len(counts)), counts)
+    return {"x": np.random.default_rng(seed).standard_normal((len(to), 32)).astype(np.float32), "to": to}
+
+
+UNEVEN = [tokens((100, 1, 0), seed) for seed in range(1)]
+
+
+def changed(pipeline: str, source: Any, samples: Any, **options: Any) -> tuple[Any, set[int], str]:
+    """The result, the experts whose weights are other ones (in float, at two decimals of the step), and all remarks."""
+    result = graphopt.optimize(source, pipeline, samples=samples, promise=False, target="cpu{tune=off}", **options)
+    told = "\n".join(r.message for record in result.report.passes for r in record.remarks)
+    moved = set()
+    for e in range(EXPERTS):
+        feed = tokens(tuple(40 * (k == e) for k in range(EXPERTS)), 9)
+        base = ort.session(source, optimize=False).run(feed)["y"]
+        if not np.allclose(ort.session(result.graph, optimize=False).run(feed)["y"], base, atol=1e-5):
+            moved.add(e)
+    return result, moved, told
+
+
+@pytest.mark.parametrize("options", ["energy=0.9", "ratio=0.5", "rank=4", "energy=0.5 method=asvd", "ratio=0.5 sequential=true"])
+def test_an_expert_that_no_sample_reaches_stays_whole(options: str) -> None:
+    _, moved, told = changed(f"factorize{{{options}}}", experts(), UNEVEN)
+    assert moved == {0}
+    assert "the samples show 0 rows of its 32 features" in told
+    assert "the samples show 1 row of its 64 features" in told
+    assert "method=svd needs none" in told
+
+
+def test_one_token_decides_no_rank() -> None:
+    """Before: rank 1, with an error of 0."""
+    source = parse(f"{HEAD} g (float[n,32] x) => (float[n,32] y) {{ y = MatMul(x, w) }}", **weights(w=(32, 32)))
+    few = [{"x": np.random.default_rng(0).standard_normal((1, 32)).astype(np.float32)}]
+    result = graphopt.optimize(source, "factorize{energy=0.5}", samples=few, promise=False, target="cpu{tune=off}")
+    assert [n.op_type for n in result.graph.graph] == ["MatMul"]
+    plain = graphopt.optimize(source, "factorize{energy=0.5 method=svd}", samples=few, promise=False, target="cpu{tune=off}")
+    assert [n.op_type for n in plain.graph.graph] == ["MatMul", "MatMul"]
+
+
+@pytest.mark.parametrize("options", ["method=gptq", "method=awq", "method=awq-gptq", "codes=kmeans"])
+def test_what_no_sample_reaches_is_rounded_by_its_weights(options: str) -> None:
+    """The same bits as without samples for the experts that none reaches; only the others are fitted."""
+    source = experts()
+    pipeline = f"quantize{{mode=weight-only bits=4 {options}}}"
+    result, _, told = changed(pipeline, source, UNEVEN)
+    assert "rounded by its weights alone" in told
+    plain = graphopt.optimize(source, "quantize{mode=weight-only bits=4" + (" codes=kmeans}" if "kmeans" in options else "}"), promise=False)
+    for e in range(EXPERTS):
+        feed = tokens(tuple(40 * (k == e) for k in range(EXPERTS)), 9)
+        same = np.array_equal(*(ort.session(x.graph, optimize=False).run(feed)["y"] for x in (result, plain)))
+        assert same == (e > 0)
+
+
+def test_static_ranges_need_rows() -> None:
+    _, moved, told = changed("quantize{mode=static}", experts(), UNEVEN)
+    assert moved == {0}
+    assert "mode=dynamic needs none" in told
+    _, moved, told = changed("quantize{mode=dynamic bias-correction=true}", experts(), UNEVEN)
+    assert moved == {0, 1, 2}
+    assert "bias not corrected: the samples show 1 row" in told
+
+
+def test_smoothing_needs_rows() -> None:
+    source = experts()
+    large = [{**UNEVEN[0], "x": UNEVEN[0]["x"] * np.where(np.arange(32) == 3, 50, 1).astype(np.float32)}]
+    result, _, told = changed("smooth{multiply=true strength=0.5}", source, large)
+    assert told.count("not smoothed: the samples show") == 4
+    assert [n.op_type for n in result.graph.graph].count("Mul") == 2
+
+
+@pytest.mark.parametrize("importance", ["obs", "fisher", "taylor", "reconstruction"])
+def test_importance_needs_rows(importance: str) -> None:
+    """The unreached experts cost nothing on the samples, and went first."""
+    pytest.importorskip("torch", reason="torch is not installed")
+    _, moved, told = changed(f"canonicalize, prune-ffn{{ratio=0.3 importance={importance} multiple=8}}", experts(), UNEVEN)
+    assert moved == {0}
+    assert told.count(f"{importance} cannot judge it: the samples show") == 2
+    assert "importance=magnitude refit=false needs no samples" in told
+
+
+def test_a_refit_needs_rows() -> None:
+    _, moved, told = changed("canonicalize, prune-ffn{ratio=0.3 importance=magnitude multiple=8}", experts(), UNEVEN)
+    assert moved == {0, 1, 2}
+    assert told.count("refitted: error") == 1
+    assert told.count("not refitted: the samples show") == 2
+
+
+def test_an_effect_of_nothing_chooses_nothing() -> None:
+    """mix-precision: an expert that no sample reaches moves no output, and would get the fewest bits."""
+    _, moved, told = changed("mix-precision{loss=0.5 choices=int4}", experts(), [tokens((100, 0, 0))])
+    assert moved == {0}
+    assert "no choice moves the outputs of the samples at all" in told
+
+
+GATED = """<ir_version: 10, opset_import: ["": 21]> g (float[b,s,32] x, bool pick) => (float[b,s,32] y) {
+    u = MatMul(x, up) g = Relu(u) d = MatMul(g, down) a = Add(x, d)
+    y = If(pick) <then_branch = t () => (float[b,s,32] p) { p = Identity(a) }, else_branch = e () => (float[b,s,32] q) { q = Identity(x) }> }"""
+
+
+@pytest.mark.parametrize("importance", ["obs", "fisher", "taylor"])
+def test_a_batch_whose_branch_reads_no_block(importance: str) -> None:
+    pytest.importorskip("torch", reason="torch is not installed")
+    source = parse(GATED, **_ffn(0))
+    rng = np.random.default_rng(0)
+    batches = [{"x": rng.standard_normal((2, 9, 32)).astype(np.float32), "pick": np.array(pick)} for pick in (False, True, False, True)]
+    pipeline = f"canonicalize, prune-ffn{{ratio=0.5 importance={importance} multiple=8}}"
+    for order in (batches, batches[::-1]):
+        result = graphopt.optimize(source, pipeline, samples=order, promise=False)
+        assert result.report.output.parameters < result.report.input.parameters
+    with pytest.raises(graphopt.GraphoptError, match="no float output of the model follows from them"):
+        graphopt.optimize(source, pipeline, samples=batches[:1], promise=False)

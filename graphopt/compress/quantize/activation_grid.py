@@ -8,9 +8,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.calibration.activations import LinearInputs
+from graphopt.calibration.enough import too_few
 from graphopt.calibration.ranges import Ranges, grid
 from graphopt.core.contract import Context
-from graphopt.graph.questions import attr
+from graphopt.graph.questions import attr, static_dim
 from graphopt.rewrite.builder import Builder
 from graphopt.run.observe import observable
 
@@ -43,6 +44,9 @@ def calibrated(x: ir.Value, ranges: Ranges, ctx: Context) -> ActivationGrid | st
         return f"its input `{x.name}` was empty on every sample"
     if not found.finite:
         return f"its input `{x.name}` holds numbers on the samples that are not finite"
+    few = too_few(found.rows, static_dim(x, -1) or 1)
+    if few is not None:
+        return f"{few}; mode=dynamic needs none"
     scale, zero = grid(found.low, found.high)
     return ActivationGrid(scale, zero, found.seen)
 

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.linear import Linear, Linears, StoredOperands
 from graphopt.calibration.activations import ActivationStats, LinearInputs
+from graphopt.calibration.enough import too_few
 from graphopt.calibration.ranges import grid
 from graphopt.core.contract import Array, Context
 from graphopt.graph.questions import constant, is_constant, producer, scalar, used_once
@@ -73,9 +74,9 @@ class CorrectBias(RewritePass[CorrectionMatch]):
         """
         found = [x for x in ctx.get(Linears(casts=True)) if not x.quantized and x.x.dtype == ir.DataType.FLOAT]
         seen = ctx.get(LinearInputs()) if found else {}
-        reasons = {x.node.outputs[0].name or "": "a batch of matrices" if x.batch else "" if x.x in seen else "no row of it was seen" for x in found}
-        known = {x.node.outputs[0].name or "": Before(x, seen[x.x], x.x.name or "") for x in found if x.x in seen and not x.batch}
-        return cls(known, {name: reason for name, reason in reasons.items() if reason})
+        reasons = {x.node.outputs[0].name or "": _unknown(x, seen.get(x.x)) for x in found}
+        known = {name: Before(x, seen[x.x], x.x.name or "") for x in found if reasons[name := x.node.outputs[0].name or ""] is None}
+        return cls(known, {name: reason for name, reason in reasons.items() if reason is not None})
 
     def match(self, node: ir.Node, ctx: Context) -> CorrectionMatch | Miss | None:
         linear = ctx.get(StoredOperands()).get(node)
@@ -147,6 +148,13 @@ def _correction(before: Array, after: Array, seen: ActivationStats, rounded: Arr
     kept = norms > 0
     left, whole = ((np.square(e).sum(1)[kept] / norms[kept]).sum() for e in (errors - off.astype(np.float32), errors))
     return off, 1 - float(left / whole) if whole > 0 else 0.0
+
+
+def _unknown(linear: Linear, seen: ActivationStats | None) -> str | None:
+    """Why the samples do not tell what a product is off by on the average."""
+    if linear.batch:
+        return "a batch of matrices"
+    return "no row of it was seen" if seen is None else too_few(seen.seen, linear.in_features)
 
 
 def _rounding(linear: Linear, seen: ActivationStats, *, rows: bool) -> tuple[ir.Value, Array | None]:
