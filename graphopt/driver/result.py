@@ -24,6 +24,7 @@ from graphopt.report.report import Measured, Report, Timing
 from graphopt.report.words import megabytes
 from graphopt.run import race
 from graphopt.run.clock import Done, Timings
+from graphopt.run.observe import extent
 from graphopt.run.samples import Samples
 
 if TYPE_CHECKING:
@@ -126,4 +127,5 @@ def report_of(job: Job, lowered: ir.Model, records: list[PassRecord]) -> Report:
     described = {"name": str(target)} | target.report(lowered)
     judged = job.loss.report(lambda: target.session(lowered))
     told = [rise.as_dict() for rise in rises]
-    return Report(render(job.passes), described, before, after, records, judged, rises=told, model=job.name, threads=target.threads)
+    read = None if job.samples is None else extent(job.samples)
+    return Report(render(job.passes), described, before, after, records, judged, rises=told, model=job.name, threads=target.threads, samples=read)

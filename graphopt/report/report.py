@@ -56,6 +56,7 @@ class Report(Document):
     Attributes:
         rises: versions that the output needs and the input did not: {what, before, after, reason}.
         model, threads: what the input is called, and the threads that it was timed with, where they are known.
+        samples: `batches` and `rows` (tokens, where ids are fed; padding included) that passes and the loss could read; None without samples.
     """
 
     title: ClassVar[str] = "graphopt report"
@@ -71,6 +72,7 @@ class Report(Document):
     rises: Sequence[dict[str, Any]] = ()
     model: str = ""
     threads: int | None = None
+    samples: Mapping[str, int] | None = None
 
     @property
     def changes(self) -> int:
@@ -107,6 +109,7 @@ class Report(Document):
             "speed_up": self.speed_up.as_dict(),
             "loss": self.loss.as_dict(),
             "latency": [dataclasses.asdict(t) | {"speed_up": t.speed_up} for t in self.latency] or None,
+            "samples": None if self.samples is None else dict(self.samples),
             "passes": [record.as_dict() for record in self.passes],
         }
 
@@ -128,6 +131,8 @@ class Report(Document):
         told = [f"{key} {len(value) if isinstance(value, list) else value}" for key, value in self.target.items() if key != "name" and value]
         if told:
             found.append(Line(f"target {self.target['name']}: {', '.join(told)}"))
+        if self.samples is not None:
+            found.append(Line(f"samples: {plural(self.samples['batches'], 'batch', 'batches')}, {self.samples['rows']:,} tokens or rows"))
         found += [Line(_rise(rise)) for rise in self.rises]
         passes = [(r.name, r.changes, f"{r.seconds:.2f}", sum(x.kind == "missed" for x in r.remarks) or "") for r in self.passes]
         found.append(Table(("pass", "changes", "seconds", "missed"), passes, plural(self.changes, "change"), "lrrr"))

@@ -57,7 +57,7 @@ class Runner(ABC):
         check_feeds({k: v for k, v in feeds.items() if k not in defaults}, self.inputs)
         names = [port.name for port in self.outputs]
         try:
-            arrays = self._call(names, in_width(feeds, (*self.inputs, *self._defaults)))
+            arrays = self._call(names, in_size(in_width(feeds, (*self.inputs, *self._defaults)), self.inputs))
         except Exception as error:
             raise TargetError(f"{self.engine} failed to run the model: {one_line(error)}") from error
         return dict(zip(names, arrays, strict=True))
@@ -111,3 +111,13 @@ def in_width(feeds: Feeds, inputs: Iterable[Port]) -> dict[str, Any]:
         if isinstance(array, np.ndarray) and port.dtype is not None and array.dtype != port.dtype and array.dtype.kind == port.dtype.kind == "f":
             fed[port.name] = array.astype(port.dtype)
     return fed
+
+
+def in_size(feeds: dict[str, Any], inputs: Iterable[Port]) -> dict[str, Any]:
+    """The feeds with what is empty in the sizes of the inputs: a pass may have given an empty cache fewer heads than the user's has."""
+    for port in inputs:
+        array = feeds.get(port.name)
+        if isinstance(array, np.ndarray) and not array.size and array.ndim == len(port.shape):
+            shape = tuple(d if isinstance(d, int) else n for d, n in zip(port.shape, array.shape, strict=True))
+            feeds[port.name] = array if shape == array.shape or 0 not in shape else np.zeros(shape, array.dtype)
+    return feeds

@@ -16,7 +16,10 @@ from graphopt.calibration.enough import too_few
 from graphopt.calibration.pair import LeastSquares, Meeting, Pair
 from graphopt.compress.weights import store, unfit
 from graphopt.core.contract import Array, Context
+from graphopt.core.errors import SampleError
+from graphopt.graph.interface import RESIZED
 from graphopt.graph.questions import Names
+from graphopt.run import Feeds
 
 _RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0)  # of the mean second moment, towards the old weights; chosen on what is held out
 _HELD_OUT = 4  # one batch of so many; one row, where there are fewer batches
@@ -32,6 +35,8 @@ def fit_behind(model: ir.Model, teacher: ir.Model, names: Sequence[str], ctx: Co
     """
     ctx.invalidate()
     samples = ctx.require_samples()
+    for feed in samples:
+        _check_caches(model, feed)
     old = {x.node.name: x for x in Linears().compute(teacher, Context(teacher))}
     new = {x.node.name: x for x in Linears().compute(model, Context(model))}
     order = [str(n.name) for n in model.graph if n.name in set(names)]
@@ -48,6 +53,17 @@ def fit_behind(model: ir.Model, teacher: ir.Model, names: Sequence[str], ctx: Co
             ctx.remarks.applied(name, f"refitted: error {before:.4f} -> {after:.4f}", before=before, after=after)
     for name, reason in refused.items():
         ctx.remarks.missed(name, f"not refitted: {reason}")
+
+
+def _check_caches(model: ir.Model, feed: Feeds) -> None:
+    """Raises SampleError where samples fill a cache whose heads are others by now; an empty one fits in any size."""
+    for name in model.graph.meta.get(RESIZED, ()):
+        array = feed.get(name)
+        value = next((v for v in model.graph.inputs if v.name == name), None)
+        sizes = () if value is None or value.shape is None else tuple(value.shape)
+        if isinstance(array, np.ndarray) and array.size and any(isinstance(d, int) and d != n for d, n in zip(sizes, array.shape, strict=True)):
+            text = f"the samples feed `{name}` as {list(array.shape)}, and it has become {list(map(str, sizes))}"
+            raise SampleError(f"{text}, to which nothing can be refitted; give samples with an empty `{name}`, or refit=false")
 
 
 def _fit(model: ir.Model, names: Names, new: Linear, old: Linear, met: Meeting) -> tuple[float, float] | str:
