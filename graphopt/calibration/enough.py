@@ -2,7 +2,7 @@
 
 n rows of K numbers have second moments of rank n at most. Along the other K - n directions a fit has nothing but its ridge to go by, which holds as
 long as n is no small part of K: factors of MiniLM at a given rank are still better from 16 rows than without any (cosine 0.50 beside 0.45, at 384 and
-1,536 features). A rank or an error, though, that is read off the moments is at most n, and 0, whatever is there.
+1,536 features). A rank or an error, though, that is read off the moments is at most n, and 0, whatever is there (0.11 beside 0.56, at energy=0.95).
 """
 
 from __future__ import annotations

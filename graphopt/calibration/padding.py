@@ -128,9 +128,9 @@ class Padding:
         for name in self._masks:
             mask = np.asarray(feed.get(name, _NOTHING)) != 0
             if name not in self._known:
-                if mask.all() or not mask.any():
+                if mask.all():
                     continue
-                verdict = self._try(name, feed)
+                verdict = self._try(name, feed if mask.any() else {**feed, name: _half(feed[name])})
                 if verdict is None:
                     continue
                 self._known[name] = verdict
@@ -191,6 +191,12 @@ class Padding:
         shown = [n for n in names if n not in given]
         session = ort.session(exposed(self._model, shown)) if shown else None
         return [{**{n: feed[n] for n in names if n in feed}, **(session.run(feed) if session else {})} for feed in feeds]
+
+
+def _half(mask: Array) -> Array:
+    """Ones for the first half of the positions, in place of a mask that keeps none."""
+    kept = np.arange(mask.shape[1]) < (mask.shape[1] + 1) // 2
+    return np.broadcast_to(kept, mask.shape).astype(mask.dtype)
 
 
 def _two_rows(name: str, feed: Feeds) -> dict[str, Array]:

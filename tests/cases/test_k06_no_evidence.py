@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from models import minilm, minilm_folder, parse  # type: ignore[import-not-found]
 
 import graphopt
+from graphopt.calibration.padding import Padding
 from graphopt.cli import demo_race
 from graphopt.run import ort
 from graphopt.run.samples import Samples
@@ -234,3 +236,22 @@ def test_a_batch_whose_branch_reads_no_block(importance: str) -> None:
         assert result.report.output.parameters < result.report.input.parameters
     with pytest.raises(graphopt.GraphoptError, match="no float output of the model follows from them"):
         graphopt.optimize(source, pipeline, samples=batches[:1], promise=False)
+
+
+def test_samples_that_are_all_padding() -> None:
+    """No row counts, so that nothing is fitted; and a mask that hides where it is 1 is not mistaken for one."""
+    source = layer()
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 50, (4, 9))
+    nothing = [{"ids": ids, "mask": np.zeros_like(ids)}]
+    result = graphopt.optimize(source, "canonicalize, factorize{ratio=0.3}", samples=nothing, promise=False, target="cpu{tune=off}")
+    told = [r.message for record in result.report.passes for r in record.remarks]
+    assert sum("the samples show 0 rows" in text for text in told) == 6
+    assert not any(record.changes for record in result.report.passes if record.name.startswith("factorize"))
+    turned = layer()
+    for node in turned.graph.node:
+        if node.op_type == "Sub" and list(node.input) == ["a1", "one"]:  # 0 - mask in place of mask - 1
+            node.input[:] = ["none", "a1"]
+    turned.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0], np.float32), "none"))
+    kept = Padding(graphopt.load(turned)).about(["x"]).kept(nothing[0])
+    assert kept.masks == ()

@@ -97,5 +97,5 @@ def test_samples_with_a_cache_of_heads(pipeline: str) -> None:
     text = pipeline + " resize=past_k+past_v+present_k+present_v}"
     result = graphopt.optimize(source, text, samples=batches(0), promise=False)
     assert any("refitted: error" in r.message for record in result.report.passes for r in record.remarks)
-    with pytest.raises(graphopt.GraphoptError, match="feed `past_k` as .* give samples with an empty `past_k`, or refit=false"):
+    with pytest.raises(graphopt.GraphoptError, match=r"feed `past_k` as .* give samples with an empty `past_k`, or refit=false"):
         graphopt.optimize(source, text, samples=batches(3), promise=False)

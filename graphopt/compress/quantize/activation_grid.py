@@ -65,7 +65,7 @@ _UNEVEN = 1.5  # rows=auto: rounding error of one scale for all, in that of one 
 
 
 def wants_rows(node: ir.Node, rows: str, ctx: Context) -> bool:
-    """Whether each row of the activation of a MatMul or Gemm gets a scale of its own; `auto` asks the samples.
+    """Whether each row of the activation of a MatMul or Gemm gets a scale of its own; `auto` asks the samples, and gives it where they are silent.
 
     Raises:
         SampleError: `auto` without samples.
@@ -76,7 +76,7 @@ def wants_rows(node: ir.Node, rows: str, ctx: Context) -> bool:
     if rows == "true":
         return True
     seen = ctx.get(LinearInputs()).get(x)
-    return seen is not None and seen.unevenness > _UNEVEN
+    return seen is None or too_few(seen.seen, static_dim(x, -1) or 1) is not None or seen.unevenness > _UNEVEN
 
 
 def row_scale(op: Builder, x: ir.Value, graph: object) -> ir.Value:
