@@ -199,6 +199,7 @@ def seconds(text: str, steps: int = 1) -> tuple[float, ir.Model]:
     return time.process_time() - start, model
 
 
+@pytest.mark.timed
 def test_j04_long_chains_take_linear_time() -> None:
     adds = "\n".join(f"v{k + 1} = Add(v{k}, c)" for k in range(2000))
     took, model = seconds(f"(float[4] v0) => (float[4] v2000) <float[4] c> {{ {adds} }}")

@@ -95,6 +95,7 @@ def test_a_wrong_weight_is_seen_by_the_comparison(tmp_path: Path) -> None:
         assert_same(run(path, feeds), run(to_proto(model), feeds))
 
 
+@pytest.mark.timed
 def test_time_is_linear() -> None:
     """J04: 9,600 nodes load in seconds, and so do 2,000 in a chain and 1,000 nested Identity."""
     x, nodes = "x", []

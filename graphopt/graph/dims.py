@@ -10,7 +10,18 @@ import onnx_ir as ir
 
 Dim = int | ir.SymbolicDim
 _FAR = 2**31 - 1  # bounds of a Slice from here on mean the end of the axis, as exporters write them
+_LARGE = 2**20  # elements of an axis
 _OPAQUE = re.compile(r"\b(_d\d+|join_\w+)\b")  # symbols that inference made up
+
+
+_MINUS = re.compile(r"(^|[(,+\-/%]|(?<!\*)\*)\s*-")  # one that negates; that of an exponent stands behind **
+
+
+def symbolic(text: str) -> ir.SymbolicDim:
+    """The dimension that a text says, with the usual precedence: the parser of onnx_ir takes -s**2 for (-s)**2."""
+    if "**" not in text or not _MINUS.search(text):
+        return ir.SymbolicDim(text)
+    return ir.SymbolicDim(ir.SymbolicDim(_MINUS.sub(r"\1-1*", text))._expr)
 
 
 def is_opaque(dim: object) -> bool:
@@ -46,7 +57,7 @@ def divide(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> int | ir.Symboli
 
 
 def quotient(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> int | ir.SymbolicDim | None:
-    """a / b rounded down, for a length `a` and a positive number `b`; exact also for a symbolic `b`."""
+    """a / b rounded down, for a length `a` (which is not negative) and a positive number `b`; exact also for a symbolic `b`."""
     exact = divide(a, b)
     if exact is not None or not isinstance(b, int) or b <= 0 or isinstance(a, int):
         return exact
@@ -71,7 +82,7 @@ def extent(dim: Dim, start: Dim, end: Dim, step: Dim) -> Dim | None:
     stop = end if end == dim else _least(dim, dim + end) if isinstance(end, int) and end < 0 else _least(dim, end)
     if stop is None or (start == 0 and step == 1 and isinstance(end, int) and end >= 0):
         return stop
-    return _positive(-((start - stop) // step))
+    return _positive((stop - start + step - 1) // step)
 
 
 def _least(a: Dim, b: Dim) -> Dim | None:
@@ -90,9 +101,12 @@ def _positive(a: Dim) -> Dim | None:
 
 @functools.lru_cache(maxsize=4096)
 def _floor(a: ir.SymbolicDim, b: int) -> ir.SymbolicDim | None:
+    """None for what is negative where every symbol is large: no length is, and operators round it towards 0."""
     import sympy
 
-    return None if a._expr is None else ir.SymbolicDim(sympy.floor(a._expr / b))
+    if a._expr is None or a._expr.subs(dict.fromkeys(a._expr.free_symbols, _LARGE)) < 0:
+        return None
+    return ir.SymbolicDim(sympy.floor(a._expr / b))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -128,7 +142,7 @@ def size_of(dim: object, bindings: Bindings) -> int | None:
     if text in bindings:
         return bindings[text]
     try:
-        found = ir.SymbolicDim(text).evaluate(bindings)
+        found = symbolic(text).evaluate(bindings)
     except ValueError:  # a name that is no expression, such as `input::dim 0`
         return None
     return found if isinstance(found, int) else None

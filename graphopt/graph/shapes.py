@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
+from graphopt.graph.dims import symbolic
 from graphopt.graph.questions import static_dim
 from graphopt.graph.shape_rules import INITIAL, Contents, register
 
@@ -149,7 +150,7 @@ def _tidy(values: Sequence[ir.Value]) -> None:
         if text is not None:
             import json
 
-            value.meta[_CONTENTS] = [int(x) if isinstance(x, int) or x.lstrip("-").isdigit() else ir.SymbolicDim(x) for x in json.loads(text)]
+            value.meta[_CONTENTS] = [int(x) if isinstance(x, int) or x.lstrip("-").isdigit() else symbolic(x) for x in json.loads(text)]
 
 
 def _is_number(dim: int | ir.SymbolicDim) -> bool:

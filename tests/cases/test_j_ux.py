@@ -109,6 +109,7 @@ def chain(op: str, count: int) -> onnx.ModelProto:
     return model("\n".join([head, "v0 = Identity(x)", *lines, f"y = Relu(v{count}) }}"]))
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(
     ("op", "count", "left"), [("Add(PREVIOUS, b)", 2000, None), ("Identity(PREVIOUS)", 1000, 1), ("MatMul(PREVIOUS, w)", 400, 401)]
 )
