@@ -17,10 +17,11 @@ def too_few(rows: int, features: int, *, ranks: bool = False) -> str | None:
     """Why nothing is fitted to so many rows; None where they are enough.
 
     Args:
-        features: K, the numbers of a row.
+        features: K, the numbers of a row; 1 for what all numbers of all rows decide together, such as a range.
         ranks: the rank or the error of the moments themselves is read, which wants K rows.
     """
     need = max(_LEAST, features if ranks else math.ceil(features / _PART))
     if rows >= need:
         return None
-    return f"the samples show {rows} row{'' if rows == 1 else 's'} of its {features} features, and {need} are needed; add samples that reach it"
+    of = f"its {features} features" if features > 1 else "it"
+    return f"the samples show {rows} row{'' if rows == 1 else 's'} of {of}, and {need} are needed; add samples that reach it"

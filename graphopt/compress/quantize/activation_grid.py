@@ -11,7 +11,7 @@ from graphopt.calibration.activations import LinearInputs
 from graphopt.calibration.enough import too_few
 from graphopt.calibration.ranges import Ranges, grid
 from graphopt.core.contract import Context
-from graphopt.graph.questions import attr, static_dim
+from graphopt.graph.questions import attr
 from graphopt.rewrite.builder import Builder
 from graphopt.run.observe import observable
 
@@ -44,7 +44,7 @@ def calibrated(x: ir.Value, ranges: Ranges, ctx: Context) -> ActivationGrid | st
         return f"its input `{x.name}` was empty on every sample"
     if not found.finite:
         return f"its input `{x.name}` holds numbers on the samples that are not finite"
-    few = too_few(found.rows, static_dim(x, -1) or 1)
+    few = too_few(found.rows, 1)
     if few is not None:
         return f"{few}; mode=dynamic needs none"
     scale, zero = grid(found.low, found.high)
@@ -76,7 +76,7 @@ def wants_rows(node: ir.Node, rows: str, ctx: Context) -> bool:
     if rows == "true":
         return True
     seen = ctx.get(LinearInputs()).get(x)
-    return seen is None or too_few(seen.seen, static_dim(x, -1) or 1) is not None or seen.unevenness > _UNEVEN
+    return seen is None or too_few(seen.seen, 1) is not None or seen.unevenness > _UNEVEN
 
 
 def row_scale(op: Builder, x: ir.Value, graph: object) -> ir.Value:
