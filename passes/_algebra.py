@@ -1,6 +1,6 @@
 """Canonical spelling of elementwise arithmetic: no neutral elements, constants on the right, products instead of quotients.
 
-A rule looks at one node and returns what stands for its outputs, or None.
+A rule looks at one node and returns what stands for its outputs, None, or the reason why a node that it knows stays.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import onnx_ir as ir
 from graphopt.core.contract import Array
 from graphopt.graph.questions import constant, is_constant, producer, rank, same_shape, scalar, used_once
 from graphopt.rewrite.builder import Builder
+from graphopt.rewrite.match import Miss
 
-Rewritten = ir.Value | Sequence[ir.Value | None] | None
+Rewritten = ir.Value | Sequence[ir.Value | None] | Miss | None  # a Miss: it stays, for this reason
 _LARGEST = 1 << 16  # elements of a constant that are read to see whether they are all 0 or 1
 _EXACT = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)  # types whose rounding shows: only exact changes there
 _WIDE = (ir.DataType.FLOAT, ir.DataType.DOUBLE)

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.graph.fold import is_random
-from graphopt.graph.questions import attr, constant, is_read, producer, rank, same_dim, same_shape, static_dim
+from graphopt.graph.questions import attr, constant, is_constant, is_read, producer, rank, same_dim, same_shape, static_dim, used_once
 from graphopt.graph.shapes import slice_bounds
 from graphopt.rewrite.builder import Builder
 
@@ -86,6 +86,24 @@ def batched_transpose(node: ir.Node, op: Builder) -> Rewritten:
     whole = [*range(lead), *(p + lead - 1 for p in perm[1:])]
     kept = all(same_dim(a, b) for a, b in zip(x.shape[lead:], middle[1:], strict=True))
     return [op.Transpose(x, perm=whole)] if kept and all(same_dim(x.shape[p], d) for p, d in zip(whole, out.shape, strict=True)) else None
+
+
+def bias_before_split(node: ir.Node, op: Builder) -> Rewritten:
+    """A constant [heads, dim] behind the Reshape that splits the features of a product is added in front of it, where a bias stands."""
+    split = producer(node.inputs[0], "Reshape")
+    whole, bias, out = split.inputs[0] if split is not None else None, node.inputs[1], node.outputs[0]
+    if split is None or whole is None or whole.shape is None or out.shape is None or producer(whole, "MatMul") is None:
+        return None
+    lead, width = len(whole.shape) - 1, static_dim(whole, -1)
+    tail = out.shape[lead:]
+    if not (used_once(split.outputs[0]) and used_once(whole) and same_shape(split.outputs[0], out) and len(tail) > 1):
+        return None
+    if not all(same_dim(a, b) for a, b in zip(whole.shape[:-1], out.shape, strict=False)) or width is None:
+        return None
+    array = constant(bias) if is_constant(bias) else None
+    if array is None or array.size != width or array.shape[max(array.ndim - len(tail), 0) :] != tuple(tail):
+        return None
+    return [op.Reshape(op.Add(whole, op.const(array.reshape(-1), str(bias.name))), split.inputs[1])]  # type: ignore[union-attr]
 
 
 def _sources(node: ir.Node) -> list[ir.Value]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import numpy as np
@@ -48,15 +49,23 @@ def additive_mask(op: Builder, f: AttentionFacts, queries: Rows, keys: Rows) -> 
 
 
 def _total(op: Builder, f: AttentionFacts, queries: Rows) -> ir.Value:
+    """All terms in the order in which they meet the scores: a summand joins what was there, and a fill takes its place.
+
+    So a key that two summands hide at the lowest number is at -inf, or below what one of them hides, and one that two fills hide is not.
+    """
     dtype = f.output.dtype or ir.DataType.FLOAT
-    parts = [_four_axes(op, _additive(op, t, dtype, f.clamped), t, f, queries) for t in f.terms if t.kind == "add"]
-    hiding = [t for t in f.terms if t.kind != "add"]
-    if hiding:  # each replaces scores by one and the same number, so a key that two of them hide is hidden once
-        seen = [_four_axes(op, t.value if t.kind == "keep" else op.Not(t.value), t, f, queries) for t in hiding]
-        keep = functools.reduce(op.And, seen)
-        parts.append(_choice(op, keep, hiding[0].fill if np.isneginf(hiding[0].fill) else -np.finfo(np.float64).max, dtype, True, f.clamped))
-    total: ir.Value = functools.reduce(op.Add, parts)
-    if dtype == ir.DataType.FLOAT16 and len(parts) > 1:  # two of its lowest numbers add up to -inf
+    total: ir.Value | None = None
+    for adds, run in itertools.groupby(f.terms, key=lambda t: t.kind == "add"):
+        terms = list(run)
+        if adds:
+            parts = [_four_axes(op, _additive(op, t, dtype, f.clamped), t, f, queries) for t in terms]
+            total = functools.reduce(op.Add, parts if total is None else [total, *parts])
+            continue
+        seen = [_four_axes(op, t.value if t.kind == "keep" else op.Not(t.value), t, f, queries) for t in terms]
+        fill = terms[0].fill if np.isneginf(terms[0].fill) else -np.finfo(np.float64).max
+        total = _choice(op, functools.reduce(op.And, seen), fill, dtype, True, f.clamped, total)
+    assert total is not None
+    if f.clamped and len(f.terms) > 1:
         total = op.Max(total, op.const(np.array(_lowest(dtype), dtype.numpy()), "lowest"))
     return total
 
@@ -116,9 +125,11 @@ def _additive(op: Builder, term: MaskTerm, dtype: ir.DataType, clamped: bool) ->
     return _clamped(op, value, term, dtype, clamped)
 
 
-def _choice(op: Builder, condition: ir.Value, fill: float, dtype: ir.DataType, keep: bool, clamped: bool) -> ir.Value:
+def _choice(op: Builder, condition: ir.Value, fill: float, dtype: ir.DataType, keep: bool, clamped: bool, before: ir.Value | None = None) -> ir.Value:
+    """The fill, or what was there before (0)."""
     finite = fill if np.isneginf(fill) and not clamped else max(fill, _lowest(dtype))
-    low, nought = op.const(np.array(finite, dtype.numpy()), "masked"), op.const(np.array(0.0, dtype.numpy()), "zero")
+    low = op.const(np.array(finite, dtype.numpy()), "masked")
+    nought = op.const(np.array(0.0, dtype.numpy()), "zero") if before is None else before
     return op.Where(condition, nought, low) if keep else op.Where(condition, low, nought)
 
 
@@ -131,7 +142,8 @@ def _clamped(op: Builder, value: ir.Value, term: MaskTerm, dtype: ir.DataType, a
     if not always and not may_be_too_low(term.value, term.factor):
         return value
     finite: ir.Value = op.Max(value, op.const(np.array(_lowest(dtype), dtype.numpy()), "lowest"))
-    if always or not fills(term.value)[1]:
+    lows, fed = fills(term.value, term.factor)
+    if always or not (fed or sum(map(is_too_low, lows)) > 1):
         return finite
     least = op.const(np.array(np.finfo(dtype.numpy()).min, dtype.numpy()), "least")
-    return op.Where(op.Less(value, least), value, finite)  # a caller may feed -inf, which is "no key", not "a very low score"
+    return op.Where(op.Less(value, least), value, finite)  # a caller may feed -inf, and two lowest numbers add up to it: "no key", not "very low"

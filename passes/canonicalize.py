@@ -14,7 +14,7 @@ from graphopt.graph.questions import all_nodes, graphs, is_constant, is_read
 from graphopt.graph.shapes import infer_shapes
 from graphopt.io.inline import decided_ifs
 from graphopt.rewrite.builder import Builder
-from graphopt.rewrite.dead import remove_dead
+from graphopt.rewrite.dead import detach, remove_dead
 from graphopt.rewrite.engine import Driver
 from graphopt.rewrite.match import Match, Miss
 
@@ -27,7 +27,7 @@ _SHOWN = 5  # names in one remark
 
 _ARITHMETIC = (_algebra.constant_on_the_right, _algebra.neutral_element)
 _RULES: Mapping[str, Sequence[Callable[[ir.Node, Builder], Rewritten]]] = {
-    "Add": _ARITHMETIC,
+    "Add": (*_ARITHMETIC, _layout.bias_before_split),
     "Mul": (*_ARITHMETIC, _algebra.chained_scales),
     "Sub": (_algebra.neutral_element, _algebra.subtraction),
     "Div": (_algebra.neutral_element, _algebra.division),
@@ -83,6 +83,7 @@ class _Work:
         self.driver = Driver(model, ctx)
         self.folder = Folder(model.opset_imports.get("", 1), grow)
         self.done: dict[str, list[str]] = {}  # rule -> the nodes that it replaced
+        self.left: dict[ir.Node, str] = {}  # what a rule knows and leaves, and why
         self.seen: dict[Hashable, Sequence[ir.Value]] = {}
         self.total = 0
         self.dry = False  # out of fuel
@@ -104,7 +105,7 @@ class _Work:
                 if not self.dry and not self.endless:
                     self.visit(node)
         decided = any(n.op_type == "If" and n.domain == "" and is_constant(n.inputs[0]) for n in all_nodes(self.model))
-        if decided and not self.dry and self.ctx.fuel.burn():
+        if decided and not self.dry and self.ctx.fuel.burn(decided_ifs):
             self.note("decided Ifs replaced by the branch that runs", decided_ifs(self.model))
         if self.total == before:
             return False
@@ -114,10 +115,15 @@ class _Work:
     def visit(self, node: ir.Node) -> None:
         if node.domain != "":
             return
+        self.left.pop(node, None)
         for rule in (self.fold, *_RULES.get(node.op_type, ()), self.seen_before):
             op = self.driver.builder(node.graph)
             got = rule(node, op)
-            if got is None:
+            if isinstance(got, Miss):
+                self.left[node] = got.reason
+                for made in op.nodes:  # it must not count as a reader of what it names
+                    detach(made)
+            if got is None or isinstance(got, Miss):
                 continue
             replaced = self.replace(node, op, [got] if isinstance(got, ir.Value) else got)
             if replaced or self.dry:
@@ -166,9 +172,8 @@ class _Work:
 
     def merge_initializers(self) -> None:
         for copy, original in _merge.equal_initializers(self.model.graph):
-            if not self.ctx.fuel.burn():
-                self.dry = True
-                return
+            if not self.ctx.fuel.burn(str(copy.name)):
+                continue
             copy.replace_all_uses_with(original)
             del self.model.graph.initializers[str(copy.name)]
             self.note("equal weights merged", 1, name=str(copy.name))
@@ -182,3 +187,6 @@ class _Work:
         for what, names in self.done.items():
             shown = [n for n in names[:_SHOWN] if n]
             self.ctx.remarks.applied(shown[0] if shown else "", f"{what}: {len(names)}", rule=what, count=len(names), nodes=shown)
+        for node, reason in self.left.items():
+            if node.graph is not None:
+                self.ctx.remarks.missed(node.name or "", reason)

@@ -55,7 +55,8 @@ class FuseAttention(RewritePass[FusibleAttention]):
     """Fuse attention into the standard Attention operator.
 
     Recognition is `graphopt.analysis.attention`; what it refuses is a missed remark with the reason. Masks stay additive, and rows that
-    are masked everywhere keep what they gave: the average of all values for a finite mask, zero behind a NaN guard.
+    are masked everywhere keep what they gave in float32: the average of the values that are masked once for a finite mask, zero behind a NaN
+    guard. (In 16 bits a kernel that takes the lowest number for "no key" gives zero there; a row that gave NaN gives a number.)
     Vaswani et al. 2017, "Attention Is All You Need"; ONNX operator Attention-23.
     """
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.analysis.formulas.norms import NormFormula, norm_of, only_reader, other_operand, square_of
 from graphopt.core.contract import Context
 from graphopt.graph.questions import attr, constant, enclosed, is_constant, producer, rank, scalar
 from graphopt.graph.shapes import contents
@@ -39,6 +40,8 @@ class NormMatch(Match):
 class FuseNorm(RewritePass[NormMatch]):
     """(x - mean) / sqrt(var + eps) * gamma + beta -> LayerNormalization; x / sqrt(mean(x^2) + eps) * gamma -> RMSNormalization.
 
+    The variance may be mean(x^2) - mean^2, whose last digits differ where the mean is large beside the deviation: the operators compute it
+    as well as float32 can, or better. gamma may be folded into the root, and the mean into the shift.
     Ba et al., Layer Normalization (2016); Zhang and Sennrich, Root Mean Square Layer Normalization (2019). A residual sum before the norm
     stays an Add: it is a fact (analysis/analysis/stream.py) that targets spell.
     """
@@ -46,8 +49,8 @@ class FuseNorm(RewritePass[NormMatch]):
     anchors: ClassVar[frozenset[str]] = frozenset({"ReduceMean"})
 
     def match(self, node: ir.Node, ctx: Context) -> NormMatch | Miss | None:
-        square = _square(node)
-        core = None if square is None else _quotient(node, square.inputs[0])
+        square = square_of(node)
+        core = None if square is None else norm_of(node, square)
         if square is None or core is None:
             return None
         op_type = "LayerNormalization" if core.centered else "RMSNormalization"
@@ -55,14 +58,17 @@ class FuseNorm(RewritePass[NormMatch]):
         reason = _unfit(node, square, core) or _unfit_opset(op_type, ctx)
         if reason is not None or isinstance(sizes, str):
             return Miss(node, reason or str(sizes))
+        unfit = next((v for v in (core.gamma, core.beta) if v is not None and (v.dtype != core.x.dtype or not _fits(v, core.x, sizes))), None)
+        if unfit is not None:
+            return Miss(node, f"`{unfit.name}`, which scales or shifts inside of the quotient, is no constant along the normalized axes")
         path, side, x = list(core.path), {square, *core.side}, core.x
-        narrow = producer(x, "Cast")
+        narrow = producer(x, "Cast") if core.gamma is None else None  # a folded gamma scales in float32
         if narrow is not None and narrow.inputs[0] is not None and (back := _cast_back(path[-1].outputs[0], x, narrow.inputs[0])) is not None:
             path.append(back)  # the operators cast to float32 and back before they scale, like this
             side.add(narrow)
             x = narrow.inputs[0]
-        gamma = _take(path, "Mul", x, sizes)
-        beta = _take(path, "Add", x, sizes) if core.centered else None
+        gamma = core.gamma or (_take(path, "Mul", x, sizes) if core.beta is None else None)
+        beta = core.beta or (_take(path, "Add", x, sizes) if core.centered else None)
         return NormMatch(enclosed(path, side), (path[-1].outputs[0],), op_type, x, float(core.epsilon or 0), sizes, gamma, beta)
 
     def build(self, op: Builder, m: NormMatch) -> Sequence[ir.Value]:
@@ -72,83 +78,7 @@ class FuseNorm(RewritePass[NormMatch]):
         return [op.node(m.op_type, (m.x, *affine), axis=-len(m.sizes), epsilon=m.epsilon)]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Core:
-    """numerator / sqrt(mean(numerator^2) + epsilon): `path` computes it from the mean on, `side` the numerator from x."""
-
-    x: ir.Value
-    centered: bool  # the numerator is x - mean(x), and not x itself
-    epsilon: float | None
-    epsilon_name: str
-    path: tuple[ir.Node, ...]
-    side: tuple[ir.Node, ...]
-
-
-def _square(node: ir.Node) -> ir.Node | None:
-    """The node that squares (or raises to another constant power) what `node` averages."""
-    square = producer(node.inputs[0], "Mul", "Pow")
-    if square is None:
-        return None
-    if square.op_type == "Mul":
-        return square if square.inputs[0] is square.inputs[1] else None
-    return square if scalar(square.inputs[1]) is not None else None
-
-
-def _quotient(mean: ir.Node, numerator: ir.Value | None) -> _Core | None:
-    """Follow mean -> Add epsilon -> Sqrt (or Pow, Reciprocal, 1 / ..) -> the quotient with the numerator."""
-    add = _reader(mean, "Add")
-    root = None if add is None else _reader(add, "Sqrt", "Pow")
-    if numerator is None or add is None or root is None:
-        return None
-    exponent = 0.5 if root.op_type == "Sqrt" else scalar(root.inputs[1])
-    inverse = None if exponent == -0.5 else _reader(root, "Reciprocal", "Div")
-    if inverse is not None and inverse.op_type == "Div" and scalar(inverse.inputs[0]) != 1:
-        inverse = None
-    if exponent not in (0.5, -0.5):
-        return None
-    last = inverse or root
-    multiply = exponent == -0.5 or inverse is not None
-    final = _reader(last, "Mul" if multiply else "Div")
-    if final is None or (not multiply and final.inputs[1] is not last.outputs[0]):
-        return None
-    divided = _other(final, last.outputs[0])
-    if divided is None or not (divided is numerator or _same_difference(divided, numerator)):
-        return None
-    epsilon = _other(add, mean.outputs[0])
-    number = scalar(epsilon)
-    path = [mean, add, root, *([inverse] if inverse is not None else []), final]
-    x, centered, side = _centered(numerator)
-    twin = divided.producer()
-    side = (*side, *([twin] if divided is not numerator and twin is not None else []))
-    return _Core(x, centered, None if number is None else float(number), "" if epsilon is None else str(epsilon.name), tuple(path), side)
-
-
-def _reader(node: ir.Node, *op_types: str) -> ir.Node | None:
-    """The only node that reads the output of `node`, in the same graph, if it is one of `op_types`. (The driver sees to public outputs.)"""
-    uses = list(node.outputs[0].uses())
-    reader = uses[0].node if len(uses) == 1 else None
-    return reader if reader is not None and reader.graph is node.graph and reader.domain == "" and reader.op_type in op_types else None
-
-
-def _other(node: ir.Node, value: ir.Value) -> ir.Value | None:
-    return node.inputs[1] if node.inputs[0] is value else node.inputs[0]
-
-
-def _same_difference(a: ir.Value, b: ir.Value) -> bool:
-    first, second = producer(a, "Sub"), producer(b, "Sub")
-    return first is not None and second is not None and list(first.inputs) == list(second.inputs)
-
-
-def _centered(numerator: ir.Value) -> tuple[ir.Value, bool, tuple[ir.Node, ...]]:
-    """(x, True, nodes) if the numerator is x minus a mean of x; else (the numerator, False, ())."""
-    difference = producer(numerator, "Sub")
-    mean = None if difference is None else producer(difference.inputs[1], "ReduceMean")
-    if difference is None or mean is None or mean.inputs[0] is not difference.inputs[0] or difference.inputs[0] is None:
-        return numerator, False, ()
-    return difference.inputs[0], True, (difference, mean)
-
-
-def _unfit(node: ir.Node, square: ir.Node, core: _Core) -> str | None:
+def _unfit(node: ir.Node, square: ir.Node, core: NormFormula) -> str | None:
     """Why the operators would compute something else."""
     if square.op_type == "Pow" and (power := scalar(square.inputs[1])) != 2:
         return f"the exponent is {power:g}, a variance has 2"
@@ -204,15 +134,15 @@ def _cast_back(value: ir.Value, wide: ir.Value, narrow: ir.Value) -> ir.Node | N
     if wide.dtype != ir.DataType.FLOAT or narrow.dtype not in _HALF:
         return None
     node = value.producer()
-    back = None if node is None else _reader(node, "Cast")
+    back = None if node is None else only_reader(node, "Cast")
     return back if back is not None and back.outputs[0].dtype == narrow.dtype else None
 
 
 def _take(path: list[ir.Node], op_type: str, x: ir.Value, sizes: tuple[int, ...]) -> ir.Value | None:
     """gamma or beta: the other operand of the next node, if it fits the normalized axes; the node then joins the path."""
     value = path[-1].outputs[0]
-    reader = None if value.is_graph_output() else _reader(path[-1], op_type)
-    operand = None if reader is None else _other(reader, value)
+    reader = None if value.is_graph_output() else only_reader(path[-1], op_type)
+    operand = None if reader is None else other_operand(reader, value)
     if reader is None or operand is None or operand is value or operand.dtype != x.dtype or not _fits(operand, x, sizes):
         return None
     path.append(reader)

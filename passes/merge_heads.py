@@ -16,7 +16,7 @@ from graphopt.compress.budget import Menu, solve
 from graphopt.compress.prune.merge import Asked, Merging, unmergeable
 from graphopt.compress.prune.pool import pool
 from graphopt.compress.prune.refit import fit_behind
-from graphopt.compress.prune.units import OutOfFuel, carry_out, planned
+from graphopt.compress.prune.units import carry_out, planned
 from graphopt.compress.weights import Editor
 from graphopt.core.contract import Context, Pass
 from graphopt.core.options import exclusive, option
@@ -95,8 +95,6 @@ class MergeHeads(Pass):
         gone = sorted(h for cluster, kept in zip(clusters, stays, strict=True) for h in cluster if h != kept)
         try:
             planned(plan, ctx, (unit,), gone)
-        except OutOfFuel:
-            return False
         except Refusal as refusal:
             ctx.remarks.missed(unit.node.name or "", f"not merged: {refusal}")
             return False

@@ -78,10 +78,10 @@ class PruneHeadDim(Pass):
             gone, lost = part.choose(averages)
             try:
                 self._try(model, unit, part, gone)
-                if ctx.fuel.empty:
-                    break
-                plan.remove(part.operand.value, part.operand.dim_axis, part.operand.mask(gone), inside=unit.inside)
-                ctx.fuel.burn()
+                with plan.together():
+                    plan.remove(part.operand.value, part.operand.dim_axis, part.operand.mask(gone), inside=unit.inside)
+                    if not ctx.fuel.burn():
+                        raise Refusal(ctx.fuel.why)
             except Refusal as refusal:
                 ctx.remarks.missed(unit.node.name or "", f"{part.what} not narrowed: {refusal}")
                 continue

@@ -17,8 +17,9 @@ class PruneHeads(Pruning, Ratio):
     """Remove attention heads: projections, biases, norms and position tables of each head, reshapes and split sizes.
 
     What is left computes what the old graph would if the removed heads gave zeros, and then the output projections are refitted to make up for
-    them (Kwon et al. 2022). Query heads that share a key head go together. Heads of layers that share their weights go from all of them; heads
-    that are named go from the named layer alone, whose weights are then forked. Key and value caches shrink with their heads.
+    them (Kwon et al. 2022). Query heads that share a key head go together, unless it is the only one, or as many of every key head are named.
+    Heads of layers that share their weights go from all of them; heads that are named go from the named layer alone, whose weights are then
+    forked. Key and value caches shrink with their heads.
 
     Args:
         ratio: this fraction of all heads goes, chosen over all layers.

@@ -69,14 +69,14 @@ class PruneHidden(Pass):
                 continue
             order = np.argsort(_worth(ctx, readers, size), kind="stable")
             mask = np.isin(np.arange(size), order[: size - stays])
-            if ctx.fuel.empty:
-                break
             try:
-                s.remove(x, -1, mask)
+                with s.together():
+                    s.remove(x, -1, mask)
+                    if not ctx.fuel.burn():
+                        raise Refusal(ctx.fuel.why)
             except Refusal as refusal:
                 ctx.remarks.missed(node.name or "", f"not pruned: {refusal}")
                 continue
-            ctx.fuel.burn()
             ctx.remarks.applied(node.name or "", f"hidden state: {size} -> {stays} channels", before=size, after=stays)
             changes += 1
         if not streams:

@@ -8,6 +8,7 @@ import importlib.util
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -15,6 +16,7 @@ import onnx_ir as ir
 from graphopt.core.contract import Context, Pass
 from graphopt.core.errors import GraphoptError
 from graphopt.core.remarks import Remarks
+from graphopt.graph.fold import is_random
 from graphopt.graph.questions import all_nodes, is_constant, nbytes
 from graphopt.graph.shapes import declared_shape, infer_shapes
 from graphopt.io.normal_form import normalize
@@ -25,17 +27,24 @@ _WORKER = """
 import sys
 sys.modules["torch"] = None
 import onnx, onnxsim
-model, _ = onnxsim.simplify(onnx.load(sys.argv[1]), tensor_size_threshold=sys.argv[3] + "B", include_subgraph=True, certify=False)
+settings = {"tensor_size_threshold": sys.argv[3] + "B", "include_subgraph": True, "certify": False, "skipped_optimizers": sys.argv[4:]}
+model, _ = onnxsim.simplify(onnx.load(sys.argv[1]), **settings)
 onnx.save(model, sys.argv[2])
 """
+# What it would write in operators of one runtime, or in another form than the passes that recognize these blocks.
+_SKIPPED = (
+    "fuse_attention", "fuse_gelu", "fuse_gqa", "fuse_layer_norm", "fuse_lp_normalization", "fuse_qkv", "fuse_rms_norm", "fuse_rope",
+)  # fmt: skip
+_MERGES = "eliminate_common_subexpression"  # also two random nodes into one
 
 
 @dataclasses.dataclass(frozen=True)
 class Simplify(Pass):
     """Simplify by onnxsim (https://github.com/onnxsim/onnxsim), on a copy, and take the result only if the interface is the same.
 
-    Overridable initializers and unused inputs, which onnxsim would fold or drop, keep their place. Not part of -O1, where canonicalize
-    does this work.
+    Overridable initializers and unused inputs, which onnxsim would fold or drop, keep their place; random nodes stay apart, and no operator of a
+    runtime is written. A result that has not fewer nodes, or as many with smaller weights, is refused. Not part of -O1, where canonicalize does
+    this work.
 
     Attributes:
         max_growth: bytes of weights that the result may have more than the input; else it is refused with a remark.
@@ -54,7 +63,12 @@ class Simplify(Pass):
             return 0
         before, after = _census(model), _census(simplified)
         changes = max((before - after).total(), (after - before).total())
-        if not changes or not ctx.fuel.burn():
+        if not changes:
+            return 0
+        if (after.total(), nbytes(simplified)) >= (before.total(), nbytes(model)):
+            ctx.remarks.missed("", f"the graph stays as it was: onnxsim makes {after.total()} nodes of {before.total()}")
+            return 0
+        if not ctx.fuel.burn():
             return 0
         _adopt(model, simplified)
         ctx.remarks.applied("", f"onnxsim: {before.total()} nodes -> {after.total()}", nodes_before=before.total(), nodes_after=after.total())
@@ -67,7 +81,7 @@ class Simplify(Pass):
         with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
             source, target = Path(folder, "in.onnx"), Path(folder, "out.onnx")
             ir.save(structure, source)
-            reason = self._call(source, target)
+            reason = self._call(source, target, (*_SKIPPED, *([_MERGES] if any(map(is_random, all_nodes(model))) else [])))
             if reason is not None:
                 return reason
             result = ir.load(target)
@@ -75,13 +89,18 @@ class Simplify(Pass):
         reason = _restore(model, result, kept)
         if reason is not None:
             return reason
+        domains = {n.domain for n in all_nodes(result)} - {n.domain for n in all_nodes(model)}
+        if domains:
+            return f"onnxsim wrote operators of {', '.join(sorted(domains))}"
         normalize(result, Remarks())
+        if _random(result) != _random(model):
+            return "onnxsim merged or removed random nodes"
         grown = nbytes(result) - nbytes(model)
         return f"its weights would grow by {grown} bytes, max-growth is {self.max_growth}" if grown > self.max_growth else result
 
-    def _call(self, source: Path, target: Path) -> str | None:
-        """Run onnxsim on a file; a text is the reason why there is no result."""
-        command = [sys.executable, "-c", _WORKER, str(source), str(target), str(max(self.max_growth, 1))]
+    def _call(self, source: Path, target: Path, skipped: Sequence[str]) -> str | None:
+        """Run onnxsim on a file, without the optimizers `skipped`; a text is the reason why there is no result."""
+        command = [sys.executable, "-c", _WORKER, str(source), str(target), str(max(self.max_growth, 1)), *skipped]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=self.timeout, check=False)
         except subprocess.TimeoutExpired:
@@ -157,6 +176,10 @@ def _adopt(model: ir.Model, simplified: ir.Model) -> None:
         new.metadata_props.update(old_output.metadata_props)
     model.graph = graph
     infer_shapes(model)
+
+
+def _random(model: ir.Model) -> collections.Counter[str]:
+    return collections.Counter(n.op_type for n in all_nodes(model) if is_random(n))
 
 
 def _census(model: ir.Model) -> collections.Counter[str]:

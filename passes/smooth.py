@@ -63,7 +63,7 @@ class Smooth(Pass):
                 ctx.remarks.missed(where, f"not smoothed: {self._even(group, before)}")
                 continue
             if not ctx.fuel.burn():
-                break
+                continue
             fold(inserter, group, s, "smooth")
             ctx.remarks.applied(
                 where, f"strength {strength:g}: output error {before:.4f} -> {after:.4f}", strength=strength, before=before, after=after

@@ -29,7 +29,7 @@ class StripMetadata(Pass):
         for properties in annotated(model):
             for key in [k for k in properties if k.startswith(self.prefix)]:
                 if not ctx.fuel.burn():
-                    break
+                    continue
                 entries += 1
                 kinds[key] += 1
                 nbytes += len(key.encode()) + len(properties.pop(key).encode())

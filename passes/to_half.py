@@ -58,7 +58,8 @@ class _Conversion:
         if not fit and not self._tell():
             self.ctx.remarks.missed("", "nothing to convert: no float32 node takes the type")
         changed = [n for n in fit if self.ctx.fuel.burn()]
-        self.plan.wide.update(dict.fromkeys(fit[len(changed) :], "the fuel is used up"))
+        burned = set(changed)
+        self.plan.wide.update((n, self.ctx.fuel.why) for n in fit if n not in burned)
         if not changed:
             return 0
         for node in changed:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Linear, StoredOperands, stored
 from graphopt.core.contract import Context
+from graphopt.core.errors import TargetError
 from graphopt.graph.questions import all_nodes, constant, consumers, is_constant, producer, rank
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Match, Miss
@@ -27,8 +28,11 @@ from ._vendored import VENDOR, blocked_weights
 
 _EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
 WEIGHT_ONLY = "its input is not quantized to 8 bits by one scale (weight-only)"
+_SIGNED = "its input has signed codes, for which there is no kernel of its own; between codes the runtime multiplies integers"
+_CONVOLVED = "a Conv reads it"
 _LOOKED_UP = "its codes are looked up in a codebook when the runtime loads it, which then holds and multiplies floats"
 _UNSPELLED = "it was left as DequantizeLinear, and the runtime does not fuse it"
+_AT_LOAD = (_UNSPELLED, WEIGHT_ONLY, _SIGNED, _CONVOLVED)  # true unless the runtime makes an integer product of it when it loads the file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +112,7 @@ class SpellIntegerMatmul(RewritePass[MatmulMatch]):
             return None
         reason = why_float(linear) or (None if self.vendor else _bias_lost(linear))
         if reason is not None:
-            left = reason == WEIGHT_ONLY and not self.vendor
+            left = reason == _SIGNED or (reason == WEIGHT_ONLY and not self.vendor)
             return Miss(node, f"`{linear.weight.name}` is {'left to the runtime' if left else 'multiplied as float'}: {reason}")
         decode = producer(linear.x, "DequantizeLinear")
         assert decode is not None
@@ -154,6 +158,8 @@ def why_float(linear: Linear) -> str | None:
     dynamic = None if decode is None else producer(decode.inputs[0], "DynamicQuantizeLinear")
     if decode is None or not (_on_stored_grid(decode) if dynamic is None else tuple(decode.inputs) == tuple(dynamic.outputs)):
         return WEIGHT_ONLY
+    if dynamic is None and decode.inputs[0] is not None and decode.inputs[0].dtype == ir.DataType.INT8:
+        return _SIGNED
     if grid.block or grid.axis not in (None, linear.channel_axis):
         return "its scales do not run along the output features"
     if linear.weight.dtype not in _EIGHT_BITS:
@@ -164,10 +170,10 @@ def why_float(linear: Linear) -> str | None:
 
 
 def _on_stored_grid(decode: ir.Node) -> bool:
-    """A uint8 activation with one constant scale and zero point. (The runtime has no integer kernel for int8 beside uint8 weights.)"""
+    """An 8-bit activation with one constant scale and zero point."""
     codes, scale, zero = (*decode.inputs, None)[:3]
     sizes = [None if v is None or v.const_value is None else v.const_value.size for v in (scale, zero)]
-    return codes is not None and codes.dtype == ir.DataType.UINT8 and is_constant(scale) and sizes[0] == 1 and (zero is None or sizes[1] == 1)
+    return codes is not None and codes.dtype in _EIGHT_BITS and is_constant(scale) and sizes[0] == 1 and (zero is None or sizes[1] == 1)
 
 
 def _bias_lost(linear: Linear) -> str | None:
@@ -219,11 +225,14 @@ def _standard(op: Builder, m: MatmulMatch, codes: ir.Value, weight: ir.Value, sc
     return op.Mul(op.Cast(total, to=ir.DataType.FLOAT), op.Mul(m.x_scale, scale))
 
 
-def integer_report(model: ir.Model) -> dict[str, Any]:
+def integer_report(model: ir.Model, shipped: ir.Model) -> dict[str, Any]:
     """Which stored integer weights of a lowered graph are multiplied as integers, which as floats and why, and which are tables of rows.
 
     A multiply that still stands between DequantizeLinear nodes counts as what the installed runtime makes of it when it loads the model;
     `rounded_at_load` names the weight-only ones among them whose activations it then rounds to 8 bits, although the graph does not.
+
+    Args:
+        shipped: the model as it is written.
     """
     integer: dict[str, None] = {}
     tables: dict[str, None] = {}
@@ -247,10 +256,16 @@ def integer_report(model: ir.Model) -> dict[str, Any]:
             floats[weight.value.name or ""] = _why_decoded(node, readers)
     floats.update((name, _LOOKED_UP) for x in operands.values() if x.codebook is not None and (name := x.codebook.codes.name or ""))
     report: dict[str, Any] = {}
-    if any(reason in (_UNSPELLED, WEIGHT_ONLY) for reason in floats.values()):
-        fused, rounded = multiplied_at_load(model, operands.values())
+    if any(reason in _AT_LOAD for reason in floats.values()):
+        try:
+            fused, rounded = multiplied_at_load(shipped, operands.values())
+        except TargetError as error:
+            fused, rounded = set(), set()
+            report["warnings"] = [f"which weights it multiplies as integers is not known: {error}"]
+            floats = {name: f"not known; {reason}" if reason in _AT_LOAD else reason for name, reason in floats.items()}
         integer.update(dict.fromkeys(name for name in floats if name in fused or name in rounded))
-        report = {"rounded_at_load": [{"name": name, "reason": ROUNDED} for name in floats if name in rounded]} if rounded else {}
+        if rounded:
+            report["rounded_at_load"] = [{"name": name, "reason": ROUNDED} for name in floats if name in rounded]
     told = [{"name": name, "reason": reason} for name, reason in floats.items() if name not in integer and name not in tables]
     told += [{"name": name, "reason": f"blocks of it are decoded inside {op}, which multiplies floats"} for name, op in blocked.items()]
     return {"integer": list(integer), "float": told, "tables": list(tables), **report}

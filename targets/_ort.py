@@ -17,10 +17,11 @@ from graphopt.driver.lowering.ort_target import OrtTarget, registered
 from graphopt.rewrite.choices import table_passes
 
 from ._integer import integer_report
+from ._refused import SpellHalfNorm, SpellHalfTransposed, SpellSigned
 from ._table import cpu_table
 from ._vendored import VENDOR
 
-EXACT = "canonicalize, simplify-masks, fuse-norm, fuse-activation, fuse-rotary, fuse-attention, canonicalize"
+EXACT = "canonicalize, fold-affine, simplify-masks, fuse-norm, fuse-activation, fuse-rotary, fuse-attention, canonicalize"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,9 @@ class CpuProvider(OwnOperators):
     def spell(self) -> Sequence[Pass]:
         return [ChooseSpellings(), *table_passes(self.spellings())]
 
+    def lowerings(self) -> Sequence[Pass]:
+        return [*super().lowerings(), SpellSigned(), SpellHalfTransposed(), SpellHalfNorm()]
+
     def providers(self) -> Sequence[str | tuple[str, Mapping[str, str]]]:
         return ()
 
@@ -99,4 +103,4 @@ class CpuProvider(OwnOperators):
 
     def report(self, model: ir.Model) -> dict[str, Any]:
         """`integer`: weights that are multiplied as integers; `float`: [{name, reason}] of the other stored integers; `tables`: of rows."""
-        return integer_report(model)
+        return integer_report(model, self.finish(model)[0])

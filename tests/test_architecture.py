@@ -198,13 +198,17 @@ def literals(tree: ast.Module) -> Iterator[tuple[str, int]]:
 
 @pytest.mark.parametrize("folder", ["graphopt", "passes"])
 def test_vendor_ops_live_in_targets_only(folder: str) -> None:
-    wrong = [f"{path}:{line}" for path in modules(folder) for text, line in literals(parse(path)) if "com.microsoft" in text]
+    """One module at the door knows the name, too: it reads what such operators in the input mean, and writes none."""
+    door = ROOT / "graphopt" / "io" / "runtime_ops" / "read.py"
+    wrong = [f"{path}:{line}" for path in modules(folder) if path != door for text, line in literals(parse(path)) if "com.microsoft" in text]
     assert not wrong, f"com.microsoft is named outside targets/: {wrong}"
 
 
 def test_one_module_reads_attention_nodes() -> None:
     """What an Attention node says is asked of AttentionNode; an executor of the operator takes its attributes by name, as arguments."""
-    paths = {path for folder in ("graphopt", "passes", "targets") for path in modules(folder)} - {ROOT / "graphopt" / "graph" / "attention_node.py"}
+    room = ROOT / "graphopt"
+    free = {room / "graph" / "attention_node.py", room / "io" / "runtime_ops" / "attention.py"}  # the second: a runtime's operators of these names
+    paths = {path for folder in ("graphopt", "passes", "targets") for path in modules(folder)} - free
     names = {"q_num_heads", "kv_num_heads", "is_causal"}
     wrong = [f"{path}:{line} {text}" for path in sorted(paths) for text, line in literals(parse(path)) if text in names]
     assert not wrong, wrong

@@ -458,6 +458,9 @@ class _Target:
     def runs_here(self) -> bool:
         return True
 
+    def probe(self, model: ir.Model, feed: object = None) -> dict[str, Array]:
+        return {}
+
     def session(self, model: ir.Model) -> _Clocked:
         return _Clocked(1e-3 * (self.factor if len(list(model.graph)) > 1 else 1.0))
 

@@ -252,7 +252,7 @@ def test_unknown_operators_are_left_alone_and_named() -> None:
     """J05: a custom operator, a contrib operator, and shape info that contradicts itself."""
     text = """<ir_version: 8, opset_import: ["" : 17, "my" : 1, "com.microsoft" : 1]>
     g (float[N,4] x) => (float[N,4] y) <float[N,4] a, float[N,4] b, float[N,7] c> {
-      a = Relu (x)  [foo] b = my.Foo (a)  [g] c = com.microsoft.Gelu (a)  d = Exp (b)  y = Add (c, d) }"""
+      a = Relu (x)  [foo] b = my.Foo (a)  [g] c = com.microsoft.ScaledSiLU (a)  d = Exp (b)  y = Add (c, d) }"""
     remarks = Remarks()
     model = load(parse(text), remarks=remarks)
     found = {r.node: r for r in remarks}
@@ -261,7 +261,7 @@ def test_unknown_operators_are_left_alone_and_named() -> None:
     assert found["g"].kind == "missed"
     assert "[N,7]" in found["c"].message
     assert "[N,4]" in found["c"].message
-    assert [n.op_type for n in model.graph] == ["Relu", "Foo", "Gelu", "Exp", "Add"]
+    assert [n.op_type for n in model.graph] == ["Relu", "Foo", "ScaledSiLU", "Exp", "Add"]
     assert {(o.domain, o.version) for o in to_proto(model).opset_import} == {("", 17), ("my", 1), ("com.microsoft", 1)}
 
 

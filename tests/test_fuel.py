@@ -18,8 +18,10 @@ from graphopt.core.fuel import Fuel
 from graphopt.core.pipeline import PassManager
 from graphopt.core.pipeline import parse as steps
 from graphopt.core.remarks import Remarks
+from graphopt.graph.interface import interface
 from graphopt.graph.questions import all_nodes, origins
 from graphopt.graph.text import graph_text
+from graphopt.graph.verify import verify
 from graphopt.run import ort
 from graphopt.run.samples import Samples
 
@@ -51,6 +53,8 @@ CASES = {
     "threshold-attention": ("bert", FUSE, "threshold-attention"),
     "to-half": ("bert", FUSE, "to-half"),
 }
+
+RESIZES = {"prune-hidden"}  # has `resize` in its options above
 
 
 def feeds() -> list[dict[str, Any]]:
@@ -100,6 +104,32 @@ def test_without_fuel_nothing_changes(name: str) -> None:
     if name != "simplify":  # another program makes its nodes
         lost = [node.name for node in all_nodes(whole) if not origins(node) <= names]
         assert not lost, "these stand for no node of the input"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_change_is_left_out_alone(name: str) -> None:
+    kind, before, text = CASES[name]
+    model, _ = prepared(kind, before)
+    public, whole, fuel = interface(model), model.clone(), Fuel()
+    changed = go(text, whole, fuel)[1]
+    total = fuel.burned
+    for number in sorted({1, (total + 1) // 2}):
+        left, fuel = model.clone(), Fuel(skip={number})
+        fewer, state_left, _ = go(text, left, fuel)
+        verify(left, interface=public if name not in RESIZES else None)
+        assert state_left != changed or name == "strip-metadata", "the change happened"
+        assert fewer >= number - 1, "those before it are untouched"
+        assert fuel.burned > number or number == total, "those behind it are still made"
+        if number > 1:
+            assert fewer > 0
+
+
+def test_what_was_left_out_stays_so_in_later_rounds_and_passes() -> None:
+    model, _ = prepared("bert", "canonicalize")
+    left = model.clone()
+    changes, _, _ = go("fuse-attention, canonicalize, fuse-attention", left, Fuel(skip={1}))
+    assert changes
+    assert sum(node.op_type == "Attention" for node in all_nodes(left)) == 1
 
 
 def test_to_half_stops_where_the_fuel_ends() -> None:

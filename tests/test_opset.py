@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,14 @@ import pytest
 from models import Array, assert_same, parse, run, to_proto  # type: ignore[import-not-found]
 from onnx import TensorProto, helper, numpy_helper
 
+import graphopt
 from graphopt.core.errors import LoadError, TargetError
 from graphopt.graph.opset.node_form import WORKING
 from graphopt.graph.opset.versions import lower
+from graphopt.graph.verify import verify
 from graphopt.io.load import load
 from graphopt.io.save import finish
+from graphopt.report.inspection import inspect
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 3, 4)).astype(np.float32)
@@ -116,7 +120,6 @@ def test_equal_new_constants_are_stored_once() -> None:
 @pytest.mark.parametrize(
     ("proto", "message"),
     [
-        (one_node("Swish", 24), "node `n` .Swish, opset 24. cannot be written at opset 23"),
         (
             one_node("GroupNormalization", 18, x=IMAGE, constants={k: np.ones(1, np.float32) for k in "sb"}, num_groups=1),
             "per group before opset 21",
@@ -226,3 +229,101 @@ def test_ir_version_rises_for_types_and_free_initializers() -> None:
     plain = graph_at(13, "c = Constant <value_float: float = 1.0> ()  y = Add (x, c)")
     (rise,) = lower(plain, 13, ir_floor=3)
     assert (rise.before, rise.after, rise.reason) == (3, 4, "initializers that are not graph inputs")
+
+
+# ---- newer files (kind 8) ------------------------------------------------------------------------------------------------------------------------
+
+NEWER = """<ir_version: 11, opset_import: ["" : %d]> g (float[B,S,8] x) => (float[B,S,8] y) <float[8] scale, float[8,8] w> {
+  axis = Constant <value_ints: ints = [-1]> ()  eps = Constant <value_float: float = 0.00001> ()  sq = Mul (x, x)  m = ReduceMean <keepdims = 1> (sq, axis)  e = Add (m, eps)  d = Sqrt (e)  n = Div (x, d)  h = Mul (n, scale)  i = Identity (h)
+  %s  r = Add (a, x)  y = MatMul (r, w)
+}"""
+ISLANDS = {
+    "Swish": (24, "a = Swish (i)"),
+    "BitCast": (26, "q = BitCast <to = 6> (i)  a = BitCast <to = 1> (q)"),
+    "CumProd": (26, "last = Constant <value_int: int = 1> ()  a = CumProd (i, last)"),
+    "Attention": (25, "a = Attention <q_num_heads = 2, kv_num_heads = 2, left_window_size = 2> (i, i, i)"),
+    "nonpad": (24, "b = Shape <start = 0, end = 1> (i)  s = Shape <start = 1, end = 2> (i)  k = Expand (s, b)  a = Attention <q_num_heads = 2, kv_num_heads = 2> (i, i, i, , , , k)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ISLANDS)
+@pytest.mark.parametrize("pipeline", [None, "canonicalize, fuse-norm, fuse-attention, quantize"])
+def test_one_newer_node_is_an_island(name: str, pipeline: str | None, tmp_path: Path) -> None:
+    """The file goes through at its own opset, the rest is optimized, and the node stays as it is, and is named."""
+    from graphopt.run.reference import session
+
+    version, node = ISLANDS[name]
+    proto, out = (
+        parse(NEWER % (version, node), scale=RNG.normal(size=8).astype(np.float32), w=RNG.normal(size=(8, 8)).astype(np.float32)),
+        tmp_path / "out.onnx",
+    )
+    verify(load(proto))
+    result = graphopt.optimize(proto, pipeline, level=1, target="cpu{vendor=false}", promise=False, verify_each=True)
+    result.save(out)
+    told = [r.message for record in result.report.passes for r in record.remarks]
+    assert any(f"has no form at opset {WORKING}" in text and f"stays at opset {version}" in text for text in told)
+    written = onnx.load(out)
+    assert [(o.domain, o.version) for o in written.opset_import if not o.domain] == [("", version)]
+    assert {n.op_type for n in written.graph.node} >= {"RMSNormalization"}, "the rest is optimized"
+    assert not {n.domain for n in written.graph.node if "newer" in n.domain}
+    kept = next(n for n in proto.graph.node if n.output[0] == "a")
+    assert [n.attribute for n in written.graph.node if n.op_type == kept.op_type][-1:] == [kept.attribute]
+    for size in ((2, 5), (1, 3)):
+        feed = {"x": RNG.normal(size=(*size, 8)).astype(np.float32)}
+        assert_same(session(proto).run(feed), session(written).run(feed), 1e-5 if pipeline is None else 0.1)
+    inspect(proto)
+
+
+def test_an_island_below_its_opset_is_refused_by_name(tmp_path: Path) -> None:
+    proto = parse(NEWER % ISLANDS["Swish"], scale=np.ones(8, np.float32), w=np.eye(8, dtype=np.float32))
+    with pytest.raises(TargetError, match="cannot write opset 20: node `Swish`: opset 20 has no `Swish`"):
+        finish(load(proto), opset=20)
+
+
+# ---- sparse tensors (kind 8) --------------------------------------------------------------------------------------------------------------------
+
+
+def sparse(values: Any, indices: Any, dims: list[int], name: str = "w") -> onnx.SparseTensorProto:
+    stored = onnx.numpy_helper.from_array(np.array(values, np.float32), name)
+    return onnx.helper.make_sparse_tensor(stored, onnx.numpy_helper.from_array(np.array(indices, np.int64), "indices"), dims)
+
+
+def sparse_model(tensor: onnx.SparseTensorProto) -> onnx.ModelProto:
+    proto = parse('<ir_version: 8, opset_import: ["" : 17]> g (float[n,4] x) => (float[n,3] y) { i = Identity (x)  h = MatMul (i, w)  y = Relu (h) }')
+    proto.graph.sparse_initializer.append(tensor)
+    return proto
+
+
+@pytest.mark.parametrize("indices", [[1, 5, 11], [[0, 1], [1, 2], [3, 2]]], ids=["elements", "places"])
+def test_sparse_weights_are_read_as_dense(indices: Any, tmp_path: Path) -> None:
+    proto = sparse_model(sparse([1, -2, 3], indices, [4, 3]))
+    before = proto.SerializeToString(deterministic=True)
+    for level in (0, 1):
+        graphopt.optimize(proto, level=level, promise=False).save(tmp_path / "out.onnx")
+        for n in (2, 5):
+            x = np.random.default_rng(n).standard_normal((n, 4), np.float32)
+            dense = np.zeros((4, 3), np.float32)
+            dense.reshape(-1)[[1, 5, 11]] = [1, -2, 3]
+            assert_same({"y": np.maximum(x @ dense, 0)}, run(tmp_path / "out.onnx", {"x": x}))
+    assert proto.SerializeToString(deterministic=True) == before
+
+
+def test_a_sparse_constant_is_read_as_dense() -> None:
+    proto = sparse_model(sparse([1, -2], [0, 11], [4, 3]))
+    node = onnx.helper.make_node("Constant", [], ["w"])
+    node.attribute.append(onnx.helper.make_attribute("sparse_value", sparse([1, -2], [0, 11], [4, 3])))
+    proto.graph.node.insert(0, node)
+    del proto.graph.sparse_initializer[:]
+    found = load(proto).graph.initializers["w"].const_value
+    assert found is not None
+    assert found.numpy().reshape(-1)[[0, 5, 11]].tolist() == [1, 0, -2]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [(([1], [12], [4, 3]), "do not fit its shape"), (([1], [-1], [4, 3]), "do not fit its shape"), (([1], [[0, 3]], [4, 3]), "do not fit its shape"),
+     (([1], [[0]], [4, 3]), "do not fit its shape"), (([1, 2], [0], [4, 3]), "do not fit its shape"), (([1], [0], [2**40, 2**20]), "too large as a dense one")],
+)  # fmt: skip
+def test_a_sparse_tensor_that_is_wrong_is_one_line(tensor: Any, said: str) -> None:
+    with pytest.raises(LoadError, match=f"the ModelProto: .*`w`.*{said}"):
+        load(sparse_model(sparse(*tensor)))

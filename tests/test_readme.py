@@ -94,6 +94,23 @@ def test_the_page_on_pruning(tmp_path: Path) -> None:
     assert re.search(r"prune\{flops=0\.2\} +\d+ ", printed)
 
 
+@pytest.mark.slow
+def test_the_page_on_debugging(tmp_path: Path) -> None:
+    """Its plugin is wrong where it says so, and its commands find it."""
+    text = (ROOT / "docs" / "debugging.md").read_text(encoding="utf-8")
+    for name, code in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", text, flags=re.S):
+        (tmp_path / name).write_text(code, encoding="utf-8")
+    run([sys.executable, "make_model.py"], tmp_path)
+    bisect, reduce, repro = re.findall(r"```sh\n(.*?)```", text, flags=re.S)
+    found = run(["bash", "-eu", "-c", bisect], tmp_path)
+    assert "change 6 of 8 in step 2" in found
+    assert "gate5" in found
+    assert "mul5" in found
+    assert "2 of 17 nodes; `softer` still breaks it" in run(["bash", "-eu", "-c", reduce], tmp_path)
+    assert "small.onnx" in (tmp_path / "small.sh").read_text(encoding="utf-8")
+    assert "graphopt optimize model.onnx" in run(["bash", "-eu", "-c", f"({repro}) 2>/dev/null"], tmp_path)
+
+
 def test_two_commands_and_ci_runs_the_second() -> None:
     commands = [text.strip() for language, text in BLOCKS if "pip install" in text]
     assert commands == [

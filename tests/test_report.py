@@ -294,5 +294,5 @@ def test_the_demo_leaves_logging_and_warnings_as_they_were(monkeypatch: pytest.M
 def test_a_rewrite_of_one_node_says_node(tmp_path: Path) -> None:
     plugin = tmp_path / "one.py"
     plugin.write_text(ONE_FILE.format(name="ToNeg", op="Neg"))
-    report = graphopt.optimize(model(RELU), pipeline="to-neg", plugins=[str(plugin)], target="cpu{tune=off}").report
+    report = graphopt.optimize(model(RELU), pipeline="to-neg", plugins=[str(plugin)], target="cpu{tune=off}", gate=False).report  # it is wrong
     assert [remark.message for remark in report.remarks("applied") if remark.pass_name == "to-neg"] == ["1 node -> Neg"]

@@ -214,10 +214,10 @@ def test_f10_names_order_and_types(keep: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
 def test_the_interface_changes_through_optimize_where_the_user_asks_for_it(kind: str) -> None:
-    """Judged, checked and timed with the data of the model as it came."""
+    """Judged, checked and timed with the data of the model as it came. (The CPU provider has no MatMul of bfloat16: the gate would refuse it.)"""
     source = parse(HEADER + "g (float[B,8] x) => (float[B,8] y) <float[8,8] w> { a = MatMul (x, w)\n y = Tanh (a) }", w=numbers(1, 8, 8))
     data = [{"x": numbers(k, 4, 8)} for k in range(2)]
-    runs = {"samples": data, "max_loss": 0.01, "check_numerics": True, "promise": True} if kind == "float16" else {}
+    runs = {"samples": data, "max_loss": 0.01, "check_numerics": True, "promise": True} if kind == "float16" else {"gate": False}
     got = graphopt.optimize(source, f"to-half{{dtype={kind} keep-io=false}}", target="cpu{tune=off}", verify_each=True, **runs)  # type: ignore[arg-type]
     assert [v.dtype.name for v in (*got.model.graph.inputs, *got.model.graph.outputs)] == [kind.upper()] * 2
     if kind == "float16":

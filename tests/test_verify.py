@@ -184,7 +184,7 @@ def test_a_good_graph_passes_and_is_not_changed() -> None:
 
 def test_a_heavy_weight_is_left_out_of_the_checked_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     model = good()
-    monkeypatch.setattr("graphopt.graph.verify._HEAVY", 0)
+    monkeypatch.setattr("graphopt.graph.serialize._HEAVY", 0)
     verify(model, interface=interface(model))
     assert model.graph.initializers["w"].const_value is not None
 

@@ -17,7 +17,7 @@ from graphopt.analysis.scores import MaskTerm, NotAttention, probabilities_of, s
 from graphopt.core.contract import Analysis, Context
 from graphopt.graph.attention_node import AttentionNode
 from graphopt.graph.dims import Dim
-from graphopt.graph.layout import Group, Tracer, View, ViewStep, merged, size_of
+from graphopt.graph.layout import Atom, Group, Tracer, View, ViewStep, merged, size_of
 from graphopt.graph.questions import all_nodes
 
 
@@ -138,6 +138,7 @@ def _from_softmax(softmax: ir.Node, tracer: Tracer) -> AttentionFacts:
     q = _operand("query", scores.product.inputs[0], tracer)
     k = _operand("key", scores.product.inputs[1], tracer, transposed=True)
     v = _operand("value", probabilities.product.inputs[1], tracer)
+    k, v = (_repeated(o, q) for o in (k, v))
     nodes = tuple(dict.fromkeys((*scores.nodes, *probabilities.nodes)))
     return _checked(
         AttentionFacts(
@@ -176,6 +177,14 @@ def _operand(name: str, value: ir.Value | None, tracer: Tracer, transposed: bool
     operand = Operand(view, batch, heads, rows, dim, tuple(repeats))
     _check_provenance(name, operand, lead, repeats)
     return operand
+
+
+def _repeated(o: Operand, query: Operand) -> Operand:
+    """Key or value [batch, heads, 1, ..] beside a query [batch, heads, group, ..]: the product repeats each of its heads."""
+    own, asked = o.view.axes, query.view.axes
+    if o.repeats or len(own) != 5 or len(asked) != 5 or own[2] or not asked[2]:
+        return o
+    return dataclasses.replace(o, repeats=(Atom(-1, 0, size_of(asked[2])),))
 
 
 def _batch_and_heads(lead: list[Group], dim: Group) -> tuple[Group, Group]:

@@ -104,7 +104,8 @@ def _walk(value: ir.Value, factor: float, depth: int) -> AttentionScores:
         return _ELEMENTWISE[node.op_type](node, factor, depth)
     if node.op_type in ("Max", "Clip") and (source := _floored(node)) is not None:
         return dataclasses.replace(_through(node, source, factor, depth), clamped=True)
-    raise NotAttention(f"unexpected {node.op_type} `{node.name}` between the scores and the softmax")
+    joins = "; what joins more columns to the scores, a sink say, has no place in Attention" if node.op_type == "Concat" else ""
+    raise NotAttention(f"unexpected {node.op_type} `{node.name}` between the scores and the softmax{joins}")
 
 
 def keeps_matrices(node: ir.Node) -> bool:
@@ -136,7 +137,13 @@ def _factor(node: ir.Node, factor: float, depth: int) -> AttentionScores:
             if not below.terms and not below.softcap:
                 return dataclasses.replace(below, factors=(*below.factors, other))
     text = "scales the scores by something that is not a constant number, nor one number for each head"
+    if node.op_type == "Mul" and any(v is not None and v.shape is not None and len(v.shape) > 1 and not _is_one(v) for v in node.inputs):
+        text += " (a mask that multiplies, w * m + c * (1 - m), sets hidden scores to c, which Attention cannot: it adds)"
     raise NotAttention(f"{node.op_type} `{node.name}` {text}")
+
+
+def _is_one(value: ir.Value) -> bool:
+    return value.shape is not None and all(d == 1 for d in value.shape[-2:])
 
 
 def _same_for_rows_and_keys(value: ir.Value, scores_rank: int | None) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from graphopt.cli.shell import REPORTS, Json, Plugins, Threads, Tokenizer, progress, show
+from graphopt.cli.shell import REPORTS, Json, Plugins, Repro, Threads, Tokenizer, WithWeights, progress, show
 
 
 def compare(
@@ -18,6 +18,8 @@ def compare(
     report: Annotated[Path | None, typer.Option(metavar=REPORTS, help="Write the comparison, with a plot; HTML draws it.")] = None,
     plugin: Plugins = None,
     threads: Threads = 1,
+    repro: Repro = None,
+    with_weights: WithWeights = False,
     as_json: Json = False,
 ) -> None:
     """Compare two models on samples: their outputs, and in which block the error enters."""
@@ -26,9 +28,11 @@ def compare(
 
     if report is not None:
         places.check_places([checked(report)], [a, b])
+    from graphopt.driver.debug.repro import reproducible
     from graphopt.report.comparison import compare as measure
 
-    with progress() as tell:
+    options = {"samples": samples, "tokenizer": tokenizer, "threads": threads, "plugins": plugin or ()}
+    with reproducible(repro, "compare", [a, b], None, options, with_weights=with_weights), progress() as tell:
         tell("run both models", 0.0)
         found = measure(a, b, samples=samples, tokenizer=tokenizer, threads=threads, plugins=plugin or ())
     if report is not None:

@@ -7,17 +7,33 @@ from typing import Annotated, Literal
 
 import typer
 
-from graphopt.cli.shell import REPORTS, Json, ModelPath, Plugins, Shapes, Task, Tokenizer, WithPast, progress, show
+from graphopt.cli.shell import (
+    REPORTS,
+    InputShapes,
+    Json,
+    Level,
+    ModelPath,
+    PipelineText,
+    Plugins,
+    Repro,
+    Shapes,
+    TargetText,
+    Task,
+    Tokenizer,
+    WithPast,
+    WithWeights,
+    passes_asked,
+    progress,
+    show,
+)  # fmt: skip
 
 
 def optimize(  # long, as it is the list of options: typer reads each from its argument
     model: ModelPath,
     out: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The file to write.", show_default=False)],
-    level: Annotated[
-        int | None, typer.Option("-O", "--level", min=0, max=3, help="0 normal form, 1 exact passes, 2 also int8, 3 also compression.  [default: 1]")
-    ] = None,
-    pipeline: Annotated[str | None, typer.Option(metavar="TEXT|@FILE", help="Passes to run, instead of a level.")] = None,
-    target: Annotated[str, typer.Option(metavar="T", help="Where the model will run, such as cpu{threads=2}.")] = "cpu",
+    level: Level = None,
+    pipeline: PipelineText = None,
+    target: TargetText = "cpu",
     samples: Annotated[str | None, typer.Option(metavar="DATA", help="Inputs to judge by: .npz, a folder of .npz, or a text file.")] = None,
     tokenizer: Tokenizer = None,
     metric: Annotated[str | None, typer.Option(metavar="NAME|FILE.py:FUNCTION", help="A number that is larger for better models.")] = None,
@@ -34,32 +50,38 @@ def optimize(  # long, as it is the list of options: typer reads each from its a
     remarks: Annotated[Literal["missed", "applied", "all"] | None, typer.Option(help="Print the remarks, one a line.")] = None,
     task: Task = None,
     with_past: WithPast = False,
-    input_shape: Annotated[list[str] | None, typer.Option(metavar="NAME:DIM,...", help="Fix the shape of an input; repeatable.")] = None,
+    input_shape: InputShapes = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time input and output; take back what is slower.")] = True,
+    gate: Annotated[bool, typer.Option("--gate/--no-gate", help="Open and run the output once before it is written.")] = True,
     shapes: Shapes = None,
+    repro: Repro = None,
+    with_weights: WithWeights = False,
     as_json: Json = False,
 ) -> None:
     """Optimize a model for a target and write it."""
-    if level is not None and pipeline is not None:
-        raise typer.BadParameter("give either -O LEVEL or --pipeline, not both")
+    level = passes_asked(level, pipeline)
     from graphopt.core import registry
     from graphopt.driver import optimize as api
+    from graphopt.driver.debug.repro import reproducible
+    from graphopt.driver.options import RunOptions
     from graphopt.io import bind_shapes
     from graphopt.report.document import checked
 
     writes = [] if report is None else [checked(report)]  # a run of minutes must not end at a report of an unknown kind
     shaped = dict(bind_shapes.parse_shape(text) for text in input_shape or ())
     judge = None if metric is None else registry.load_metric(metric, tuple(plugin or ()))
-    with progress() as tell:
-        result = api.optimize(
-            model, pipeline, level=1 if level is None else level, target=target, samples=samples, tokenizer=tokenizer, metric=judge,
-            max_loss=max_loss, require=require or (), plugins=plugin or (), input_shapes=shaped or None, task=task, with_past=with_past,
-            verify_each=verify_each, check_numerics=check_numerics, time=time, print_changed=print_changed, dump=dump, fuel=fuel, progress=tell,
-            promise=measure and level != 0 and fuel is None, shapes=shapes, out=out, writes=writes,
-        )  # fmt: skip
-        if measure and result.report.speed_up.value is None:
-            result.measure(shapes, progress=lambda done: tell("timing input and output, interleaved", done))
-    result.save(out, report)
+    options = RunOptions(
+        level=level, target=target, samples=samples, tokenizer=tokenizer, metric=judge, max_loss=max_loss, require=require or (),
+        plugins=plugin or (), input_shapes=shaped or None, task=task, with_past=with_past, verify_each=verify_each, check_numerics=check_numerics,
+        time=time, print_changed=print_changed, dump=dump, fuel=fuel, promise=measure and level != 0 and fuel is None, shapes=shapes, out=out,
+        writes=writes, gate=gate,
+    )  # fmt: skip
+    with reproducible(repro, "optimize", [model], pipeline, {**options, "metric": metric}, with_weights=with_weights):
+        with progress() as tell:
+            result = api.optimize(model, pipeline, **(options | RunOptions(progress=tell)))
+            if measure and result.report.speed_up.value is None:
+                result.measure(shapes, progress=lambda done: tell("timing input and output, interleaved", done))
+        result.save(out, report)
     show(result.report, as_json)
     told = [] if remarks is None or as_json else result.report.remarks(remarks)
     if told:

@@ -26,6 +26,8 @@ COMMANDS = (  # file and function, which have one name in most; in the order of 
     "lists.targets",
     "demo",
     "compare",
+    "debug.bisect",
+    "debug.reduce",
 )
 
 app = typer.Typer(

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec, TypeVar
 
 import typer
@@ -24,6 +25,20 @@ REPORTS = "FILE.json|FILE.html|FILE.md"  # as in report/document.py, which is to
 
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="An .onnx file, or a Hugging Face model folder.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Level = Annotated[
+    int | None, typer.Option("-O", "--level", min=0, max=3, help="0 normal form, 1 exact passes, 2 also int8, 3 also compression.  [default: 1]")
+]
+PipelineText = Annotated[str | None, typer.Option("--pipeline", metavar="TEXT|@FILE", help="Passes to run, instead of a level.")]
+TargetText = Annotated[str, typer.Option("--target", metavar="T", help="Where the model will run, such as cpu{threads=2}.")]
+InputShapes = Annotated[list[str] | None, typer.Option("--input-shape", metavar="NAME:DIM,...", help="Fix the shape of an input; repeatable.")]
+Evidence = Annotated[str | None, typer.Option("--samples", metavar="DATA", help="Inputs to check on: .npz, a folder of .npz, or a text file.")]
+Repro = Annotated[Path | None, typer.Option("--repro", metavar="DIR", help="On an error, write a folder that reproduces it.")]
+WithWeights = Annotated[bool, typer.Option("--with-weights", help="In --repro: the weights of the model, instead of made-up ones.")]
+Check = Annotated[
+    str | None,
+    typer.Option("--check", metavar="FILE.py:FUNCTION", help="From the path of a model to True (good) or False.  [default: it loads, same numbers]"),
+]
+CheckCommand = Annotated[str | None, typer.Option(metavar="CMD", help="A command with {} for the path of a model; exit code 0 is good.")]
 Plugins = Annotated[list[str] | None, typer.Option("--plugin", metavar="FILE|MODULE", help="Bring passes, targets or metrics from here; repeatable.")]
 Task = Annotated[str | None, typer.Option(metavar="T", help="What to load from a Hugging Face folder, such as text-classification.")]
 WithPast = Annotated[bool, typer.Option("--with-past", help="Export a decoder with its key/value cache.")]
@@ -34,6 +49,13 @@ Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this on
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also options and purpose; this imports every module.")]
 
 
+def passes_asked(level: int | None, pipeline: str | None) -> int:
+    """The level, of which there is none beside a pipeline."""
+    if level is not None and pipeline is not None:
+        raise typer.BadParameter("give either -O LEVEL or --pipeline, not both")
+    return 1 if level is None else level
+
+
 def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
     """Every failure is one error on stderr and exit code 1; GRAPHOPT_TRACEBACK=1 shows where it came from."""
 
@@ -42,29 +64,31 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except GraphoptError as error:
-            fail(str(error))
+            fail(str(error), *getattr(error, "__notes__", ()))
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+        except KeyboardInterrupt as stop:
+            print(": ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away (`| head`); Python must not complain at exit
             raise typer.Exit(1) from None
         except Exception as error:  # noqa: BLE001 -- the last door: a defect of ours is still one line for the user
             first = str(error).strip().splitlines() or [""]
-            fail(f"internal: {type(error).__name__}: {first[0]} (GRAPHOPT_TRACEBACK=1 shows where; please report it)")
+            told = f"internal: {type(error).__name__}: {first[0]} (GRAPHOPT_TRACEBACK=1 shows where; please report it)"
+            fail(told, *getattr(error, "__notes__", ()))
 
     return run
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str, *notes: str) -> NoReturn:
+    """Notes are said after the error, one a line."""
     if os.environ.get("GRAPHOPT_TRACEBACK"):
         import traceback
 
         traceback.print_exc()
     sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr)
+    print("\n".join([f"error: {message}", *notes]), file=sys.stderr)
     raise typer.Exit(1)
 
 

@@ -228,6 +228,18 @@ class Target(Configurable, ABC):
             TargetError: the runtime is not on this machine.
         """
 
+    def probe(self, model: ir.Model, feed: Mapping[str, Array] | None = None) -> Mapping[str, Any]:
+        """Open a finished model as it will be opened in service, run it once, and give its outputs by name; without a feed only open it.
+
+        The gate asks this of everything before it is written, and of candidates before they are timed. A target whose runtime can crash
+        does it in a process of its own (`graphopt.run.guarded.probe` for ONNX Runtime); by default it is a session in this process.
+
+        Raises:
+            TargetError: it cannot be opened or run; one line that says why.
+        """
+        session = self.session(model)
+        return {} if feed is None else session.run(feed)
+
     def spellings(self) -> Sequence[Alternative]:
         """The table of equivalent spellings, the default of each kind first; `lowerings` must begin with `choose-spellings` to use it."""
         return ()
@@ -241,7 +253,7 @@ class Target(Configurable, ABC):
         return None
 
     def report(self, model: ir.Model) -> dict[str, Any]:
-        """What this target has to say about the lowered model (JSON values)."""
+        """What this target has to say about the lowered model (JSON values); a list of texts under `warnings` becomes remarks."""
         return {}
 
 

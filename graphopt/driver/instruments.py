@@ -19,12 +19,12 @@ from graphopt.driver.options import RunOptions
 from graphopt.graph.interface import RESIZED, RETYPED, Interface, interface
 from graphopt.graph.questions import all_nodes
 from graphopt.graph.text import diff, graph_text
-from graphopt.graph.verify import verify
+from graphopt.graph.verify import complaints, verify
 from graphopt.run.distance import Difference, arrays_in, compare_outputs
 from graphopt.run.samples import Samples, runnable_samples
 
 Outputs = list[dict[str, Any]]  # for each sample, name -> array, or what a sequence, an optional or a map holds
-_FEEDS = 4  # samples that check-numerics runs, at most
+FEEDS = 4  # samples that check-numerics runs, at most
 
 
 class VerifyEach(Instrument):
@@ -32,17 +32,19 @@ class VerifyEach(Instrument):
 
     def __init__(self) -> None:
         self._interface: Interface | None = None
+        self._known: frozenset[str] = frozenset()
         self._before = ""
 
     def before_pipeline(self, model: ir.Model, ctx: Context) -> None:
-        self._interface = interface(model)
-        verify(model)
+        self._interface, self._known = interface(model), complaints(model)
+        for text in sorted(self._known - {"checker"}):
+            ctx.remarks.warning("", f"of the input, and so of no pass: {text}")
 
     def before(self, step: Pass, position: int, model: ir.Model, ctx: Context) -> None:
         self._before = _state(model)
 
     def after(self, step: Pass, position: int, changes: int, seconds: float, model: ir.Model, ctx: Context) -> None:
-        verify(model, interface=self._interface)
+        verify(model, interface=self._interface, known=self._known)
         if changes == 0 and _state(model) != self._before:
             raise VerifyError(f"`{step}` says that it changed nothing, but the graph is another")
 
@@ -86,9 +88,7 @@ class CheckNumerics(Instrument):
         except TargetError as error:
             raise VerifyError(f"check-numerics: after pass {position} `{step}` the graph no longer runs: {error}") from error
         self._stale = not step.exact
-        meta = model.graph.meta
-        free = {*meta.get(RESIZED, ()), *meta.get(RETYPED, ())}
-        compare = compare_outputs if step.exact else functools.partial(_broken, free=free)
+        compare = compare_outputs if step.exact else functools.partial(broken, free=free_outputs(model))
         for number, (expected, found) in enumerate(zip(self._baseline, outputs, strict=True), start=1):
             difference = compare(self._steady(expected), self._steady(found))
             if difference is not None:
@@ -102,7 +102,7 @@ class CheckNumerics(Instrument):
             try:
                 session = load(model)
                 fitted = runnable_samples(model, session) if samples is None else Samples.load(samples, model)
-                self._feeds = list(fitted)[:_FEEDS]
+                self._feeds = list(fitted)[:FEEDS]
                 session.run(self._feeds[0])
             except TargetError as error:
                 reason = reason or error
@@ -209,7 +209,12 @@ def _reference(model: ir.Model) -> Session:
     return reference.session(model) if standard else _plain(model)
 
 
-def _broken(expected: dict[str, Any], found: dict[str, Any], free: Collection[str]) -> Difference | None:
+def free_outputs(model: ir.Model) -> set[str]:
+    """Inputs and outputs whose size or type the user asked to change."""
+    return {*model.graph.meta.get(RESIZED, ()), *model.graph.meta.get(RETYPED, ())}
+
+
+def broken(expected: dict[str, Any], found: dict[str, Any], free: Collection[str]) -> Difference | None:
     """What even a lossy pass must not do: another shape or dtype (but for outputs that are `free`, as the user asked for it), a NaN that was none."""
     for name, array in expected.items():
         difference = compare_outputs({name: array}, {k: v for k, v in found.items() if k == name})

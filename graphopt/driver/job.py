@@ -22,7 +22,8 @@ from graphopt.core.places import check_places
 from graphopt.core.remarks import Progress, Remarks
 from graphopt.driver import instruments
 from graphopt.driver import promise as promises
-from graphopt.driver.history import History
+from graphopt.driver.gate import Gate
+from graphopt.driver.history import History, Ran
 from graphopt.driver.instruments import Dump
 from graphopt.driver.loss import NO_SAMPLES, Loss
 from graphopt.driver.options import RunOptions
@@ -30,7 +31,8 @@ from graphopt.driver.promise import Outcome
 from graphopt.driver.result import Result, report_of
 from graphopt.driver.transaction import TransactionManager
 from graphopt.graph.interface import interface
-from graphopt.graph.verify import verify
+from graphopt.graph.opset import versions
+from graphopt.graph.verify import complaints, verify
 from graphopt.io.load import check_options, keeps_bytes, load_both, load_options
 from graphopt.io.save import sources_of
 from graphopt.report.words import called
@@ -59,7 +61,9 @@ class Job:
         known: the classes of passes by name, with the user's plugins.
         watchers: instruments.
         fuel: how many changes may happen at most; None = all.
+        skip: numbers of changes of the run, from 1, that are left out alone.
         promise: whether the artifact is timed against the input, and lossless changes are taken back where it is slower.
+        gate: whether the artifact is opened and run as its target opens it before it may be written.
         shapes: (batch, length) to time at; none = the samples, or those of the target.
         tell: is told what is done now, and the fraction of all steps.
     """
@@ -82,6 +86,8 @@ class Job:
     promise: bool = False
     shapes: Sequence[tuple[int, ...]] = ()
     tell: Progress = lambda text, done: None
+    skip: frozenset[int] = frozenset()
+    gate: bool = True
 
     @classmethod
     def make(cls, source: Source, pipeline: str | None = None, **options: Unpack[RunOptions]) -> Job:
@@ -106,6 +112,8 @@ class Job:
         check_places(files, () if given is None else [str(given)])
         remarks, start = Remarks(), clock()
         original, model = load_both(source, remarks=remarks, **load_options(options))
+        target = _held(target, model, remarks)
+        lowerings = tuple(target.lowerings())
         repaired = sum("repaired" in remark.facts for remark in remarks)
         loaded = PassRecord("load", repaired, clock() - start, list(remarks))
         watchers = tuple(instruments.chosen(options))
@@ -116,18 +124,18 @@ class Job:
             target, passes, lowerings, required, original, model, called(source), loaded,
             given if given is not None and keeps_bytes(given) and not options.get("input_shapes") else None,
             samples, Loss(target, original, samples, options.get("metric")), max_loss, known, watchers, fuel,
-            _promised(options.get("promise"), pipeline, level, fuel), parse_shapes(shapes) if shapes else (), tell,
+            _promised(options.get("promise"), pipeline, level, fuel), parse_shapes(shapes) if shapes else (), tell, gate=options.get("gate", True),
         )  # fmt: skip
 
     @property
     def steps(self) -> tuple[Pass, ...]:
         return (*self.passes, *self.lowerings)
 
-    def context(self, model: ir.Model, fuel: int | None = None) -> Context:
-        """What the passes are given besides the graph; its remarks are empty."""
+    def context(self, model: ir.Model, fuel: Fuel | None = None) -> Context:
+        """What the passes are given besides the graph; its remarks are empty, and `fuel` None never runs out."""
         budget = None if self.max_loss is None else Budget(self.max_loss)
         return Context(
-            model, target=self.target, samples=self.samples, fuel=Fuel(fuel), original=self.original, budget=budget, passes=self.known
+            model, target=self.target, samples=self.samples, fuel=fuel, original=self.original, budget=budget, passes=self.known
         )  # fmt: skip
 
     def manager(self, steps: Sequence[Pass], watchers: Sequence[Instrument] = ()) -> PassManager:
@@ -153,28 +161,58 @@ class Job:
         Raises:
             PassError, SampleError, VerifyError, GraphoptError: see `optimize`.
         """
-        model, history = self.model.clone(), History(len(self.passes) + 1, len(self.steps), self.tell)
-        done = self.manager(self.steps, (*self.watchers, history)).run(model, self.context(model, self.fuel))
-        outcome = Outcome(model, history.graph or model, done)
-        if self.promise and any(record.changes for record in done):
-            outcome = promises.kept(self, outcome, history)
+        ran, gate = self.once(self.watchers), Gate(self)
+        self._check(ran.outcome.model)
+        if self.loaded.changes or any(record.changes for record in ran.outcome.records):
+            ran = gate.kept(ran)
+        outcome = ran.outcome
+        if self.promise and any(record.changes for record in outcome.records):
+            outcome = promises.kept(ran, gate)
         records = [self.loaded, *outcome.records]
-        if outcome.model is not None:
-            self._check(outcome.model)
+        self._check(outcome.model)
         _require(self.required, records)
         changed = any(record.changes for record in records)
-        lowered = self.original if outcome.model is None or not changed else outcome.model
+        plain = self.model.clone() if self.loaded.changes else self.original  # what the door mended is in the output
+        lowered = plain if outcome.model is None or not changed else outcome.model
         report = report_of(self, lowered, records)
+        report.gate = gate.verdict(outcome if lowered is not self.original else dataclasses.replace(outcome, model=None))
         if self.loss.failure is not None:
             raise self.loss.failure
         report.speed_up, report.latency = outcome.told()
         self.tell("done", 1.0)
         return Result(lowered, outcome.graph or self.original, self.original, self.target, report, self.samples, self.source)
 
-    def _check(self, model: ir.Model) -> None:
-        """What comes out is a legal graph with the interface that came in, whatever the passes were."""
+    def once(self, watchers: Sequence[Instrument] = ()) -> Ran:
+        """Run the steps, and nothing else."""
+        model, history = self.model.clone(), History(len(self.passes) + 1, len(self.steps), self.tell)
+        done = self.manager(self.steps, (*watchers, history)).run(model, self.context(model, Fuel(self.fuel, self.skip)))
+        return Ran(self, history, Outcome(model, history.graph or model, done))
+
+    def lossless(self, step: Pass) -> bool:
+        """Whether it may be taken back: neither a loss nor a limit was asked for, nor the step by name."""
+        return step.exact and not step.binding and step.name not in self.required
+
+    def exact(self, records: Sequence[PassRecord]) -> bool:
+        """Whether nothing lossy changed anything, so that the numbers must be those of the input."""
+        return all(step.exact or not record.changes for step, record in zip(self.steps, records, strict=False))
+
+    def asked(self, records: Sequence[PassRecord]) -> list[str]:
+        """What changed something and must stay, so that the input as it came is no answer."""
+        kept = [r.name for step, r in zip(self.steps, records, strict=False) if r.changes and not self.lossless(step)]
+        return [*kept, "the repair of the input"] if self.loaded.changes else kept
+
+    def _check(self, model: ir.Model | None) -> None:
+        """What comes out is a legal graph with the interface that came in, whatever the passes were; None = the input itself."""
+        if model is None:
+            return
+        declared = interface(self.model)
         try:
-            verify(model, interface=interface(self.model))
+            verify(model, interface=declared)
+            return
+        except VerifyError:
+            known = complaints(self.model)  # asked only now, as most inputs give rise to none
+        try:
+            verify(model, interface=declared, known=known)
         except VerifyError as error:
             head, _, rest = str(error).partition("\n")
             text = f"the passes left a broken graph, and nothing was written; --verify-each names the pass: {head}\n{rest}"
@@ -203,6 +241,15 @@ def _shaped(target: Target, shapes: str | None) -> Target:
     if all(field.name != "shapes" for field in dataclasses.fields(target)):  # type: ignore[arg-type]
         return target
     return dataclasses.replace(target, shapes=tuple(shapes.replace(" ", "").split(",")))  # type: ignore[type-var]
+
+
+def _held(target: Target, model: ir.Model, remarks: Remarks) -> Target:
+    """With a limit to the opset where bodies that nobody may change hold the file at an old one."""
+    limit = versions.ceiling(model)
+    if limit is None or (target.opset is not None and target.opset <= limit) or all(f.name != "opset" for f in dataclasses.fields(target)):  # type: ignore[arg-type]
+        return target
+    remarks.warning("", f"the output stays at opset {limit}: bodies under operators of other domains are written for it, and left as they are")
+    return dataclasses.replace(target, opset=limit)  # type: ignore[type-var]
 
 
 def _promised(promise: bool | None, pipeline: str | None, level: int, fuel: int | None) -> bool:

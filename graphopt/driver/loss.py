@@ -13,6 +13,7 @@ from graphopt.core.contract import Metric, Session, Target
 from graphopt.core.errors import GraphoptError, SampleError
 from graphopt.core.pipeline import lower
 from graphopt.report.report import Measured
+from graphopt.run import guarded
 from graphopt.run.distance import arrays_in, relative_l2
 from graphopt.run.samples import Samples
 
@@ -63,7 +64,7 @@ class Loss:
 
     def of_graph(self, model: ir.Model) -> float:
         """The loss of a graph before lowering, as the target runs it by its table: to judge a pass, nothing is timed."""
-        return self.of(self.target.session(lower(model, self.target, tune=False, original=self.original)))
+        return self.of(self._opened(self.target.finish(lower(model, self.target, tune=False, original=self.original))[0]))
 
     def report(self, session: Callable[[], Session]) -> Measured:
         """The loss for the report, or why there is none."""
@@ -76,7 +77,7 @@ class Loss:
 
     def _fall(self, metric: Metric, session: Session) -> float:
         if self._score is None:
-            self._score = float(metric(self.target.session(self.original)))
+            self._score = float(metric(self._opened(self.original)))
         if not self._score > 0:
             raise GraphoptError(f"the metric of the original is {self._score:g}; a relative fall needs a positive number, larger for better models")
         return (self._score - float(metric(session))) / self._score
@@ -87,7 +88,7 @@ class Loss:
             yield from self._outputs
             return
         held, size = list[Outputs](), 0
-        for outputs in self._run(self.target.session(self.original), samples):
+        for outputs in self._run(self._opened(self.original), samples):
             size += sum(array.nbytes for _, array in arrays_in(list(outputs.values())))
             if size <= _HELD:
                 held.append(outputs)
@@ -95,6 +96,10 @@ class Loss:
                 held.clear()
             yield outputs
         self._outputs = held if size <= _HELD else None
+
+    def _opened(self, model: ir.Model) -> Session:
+        """What the runtime dies of must not end this process."""
+        return guarded.opened(self.target, model, None if self.samples is None else next(iter(self.samples)))
 
     def _run(self, session: Session, samples: Samples) -> Iterator[Outputs]:
         return (self._padding.kept(feed).counted(session.run(feed)) for feed in samples)

@@ -29,7 +29,10 @@ class RunOptions(LoadOptions, total=False):
     dump: str | Path | None
     fuel: int | None
     promise: bool | None
+    gate: bool
     shapes: str | None
     progress: Progress | None
     out: str | Path | None
     writes: Sequence[str | Path]
+    repro: str | Path | None
+    with_weights: bool

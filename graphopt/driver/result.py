@@ -22,7 +22,7 @@ from graphopt.graph.size import Size
 from graphopt.io import save
 from graphopt.report.report import Measured, Report, Timing
 from graphopt.report.words import megabytes
-from graphopt.run import race
+from graphopt.run import guarded, race
 from graphopt.run.clock import Done, Timings
 from graphopt.run.observe import extent
 from graphopt.run.samples import Samples
@@ -77,8 +77,11 @@ class Result:
         return save.save_as_is(self.original, Path(path), self.source)
 
     def session(self) -> Session:
-        """Run the artifact by its target."""
-        return self.target.session(self.model)
+        """Run the artifact by its target, as it is shipped."""
+        return self.target.session(self._shipped())
+
+    def _shipped(self) -> ir.Model:
+        return self.original if self.model is self.original else self.target.finish(self.model)[0]
 
     def measure(self, shapes: str | None = None, *, quick: bool = False, progress: Done | None = None) -> Report:
         """Time input and output side by side and put the result into the report; a target that cannot run here leaves the reason.
@@ -95,7 +98,9 @@ class Result:
         effort = race.QUICK if quick else race.QUOTE
         try:
             feeds = race.feeds_of(self.target, self.graph, self.samples, sizes)
-            sessions = {"input": self.target.session(self.original), "output": self.session()}
+            first = next(iter(feeds.values()))
+            output = self.session() if self.report.gate.passed else guarded.opened(self.target, self._shipped(), first)
+            sessions = {"input": guarded.opened(self.target, self.original, first), "output": output}
             timed = race.race(sessions, feeds, clock=race.clock_of(self.target), effort=effort, progress=progress)
         except GraphoptError as error:
             self.report.speed_up = Measured(None, str(error))
@@ -116,16 +121,19 @@ def report_of(job: Job, lowered: ir.Model, records: list[PassRecord]) -> Report:
     target, original = job.target, job.original
     before = Size.of(original, model_bytes(original) if job.source is None else size.size(job.source))
     after: Size = before
+    shipped = original
     rises: Sequence[versions.Rise] = ()
     if lowered is not original:
-        finished, rises = target.finish(lowered)
-        own = target.size(finished)
-        after = Size.of(finished, model_bytes(finished) if own is None else own)
+        shipped, rises = target.finish(lowered)
+        own = target.size(shipped)
+        after = Size.of(shipped, model_bytes(shipped) if own is None else own)
     if after.bytes > before.bytes:
         larger = f"the output has {after.bytes - before.bytes} bytes more than the input ({megabytes(before.bytes)})"
         records.append(PassRecord("save", 0, 0.0, [Remark("warning", "save", "", larger)]))
     described = {"name": str(target)} | target.report(lowered)
-    judged = job.loss.report(lambda: target.session(lowered))
+    if warnings := described.pop("warnings", []):
+        records.append(PassRecord("report", 0, 0.0, [Remark("warning", "report", "", text) for text in warnings]))
+    judged = job.loss.report(lambda: target.session(shipped))
     told = [rise.as_dict() for rise in rises]
     read = None if job.samples is None else extent(job.samples)
     return Report(render(job.passes), described, before, after, records, judged, rises=told, model=job.name, threads=target.threads, samples=read)

@@ -120,9 +120,9 @@ class AttentionNode:
         return self.mask is not None and (axes is None or (axes > 2 and static_dim(self.mask, -3) != 1))
 
 
-def head_counts(heads: int, kv_heads: int) -> dict[str, int]:
+def head_counts(heads: int, kv_heads: int, *, causal: bool = False) -> dict[str, int]:
     """The attributes of a packed node."""
-    return {"q_num_heads": heads, "kv_num_heads": kv_heads}
+    return {"q_num_heads": heads, "kv_num_heads": kv_heads} | ({"is_causal": 1} if causal else {})
 
 
 def before_rotary(value: ir.Value) -> ir.Value:

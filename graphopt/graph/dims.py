@@ -66,10 +66,14 @@ def quotient(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> int | ir.Symbo
 
 def extent(dim: Dim, start: Dim, end: Dim, step: Dim) -> Dim | None:
     """The length of dim[start:end:step], or None where it has no expression that holds for every size (from 1 on, as symbols are taken to be)."""
+    if not isinstance(start, int) and not isinstance(dim, int) and -start == dim:
+        start = 0  # x[-len(x):] is all of it, also where it is empty
     if not isinstance(start, int) or not isinstance(step, int) or step == 0:
         return None
     if isinstance(dim, int) and isinstance(end, int):
         return len(range(dim)[start:end:step])
+    if step > 0 and isinstance(end, int) and (start < 0) == (end < 0) and end <= start:
+        return 0  # counted from the same end, whatever its length
     if step < 0:
         whole = step == -1 and (start == -1 or start >= _FAR) and isinstance(end, int) and end < -_FAR
         return dim if whole else None
@@ -139,12 +143,9 @@ def size_of(dim: object, bindings: Bindings) -> int | None:
     text = getattr(dim, "value", dim)
     if not isinstance(text, str):
         return None
-    if text in bindings:
-        return bindings[text]
-    try:
-        found = symbolic(text).evaluate(bindings)
-    except ValueError:  # a name that is no expression, such as `input::dim 0`
-        return None
+    if text in bindings or text in dim_names(text):
+        return bindings.get(text)
+    found = symbolic(text).evaluate(bindings)
     return found if isinstance(found, int) else None
 
 
@@ -197,9 +198,10 @@ def _dims(model: ir.Model) -> set[str]:
     return {dim.value for shape in shapes for dim in shape if not isinstance(dim, int) and dim.value is not None}
 
 
+@functools.lru_cache(maxsize=4096)
 def dim_names(text: str) -> frozenset[str]:
-    """The symbols in a dimension: those of an expression, or the text itself where it is none."""
+    """The symbols in a dimension: those of an expression, or the text itself where it is none (`input::dim 0`, or a name such as `2`)."""
     try:
-        return ir.SymbolicDim(text).free_symbols()
-    except ValueError:
+        return ir.SymbolicDim(text).free_symbols() or frozenset({text})
+    except (ValueError, TypeError):  # as a name was read as a number, or as a function without arguments
         return frozenset({text})

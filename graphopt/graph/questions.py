@@ -112,13 +112,13 @@ def enclosed(path: Sequence[ir.Node], side: Iterable[ir.Node]) -> tuple[ir.Node,
 
 
 def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
-    """Every node of the main graph and of every subgraph, outer before inner."""
+    """Every node of the main graph and of every subgraph that is open, outer before inner."""
     for graph in graphs(model):
         yield from graph
 
 
 def graphs(model: ir.Model) -> Iterator[ir.Graph]:
-    """The main graph and every subgraph, outer before inner."""
+    """The main graph and every subgraph that is open, outer before inner."""
     todo = [model.graph]
     while todo:
         graph = todo.pop()
@@ -126,18 +126,58 @@ def graphs(model: ir.Model) -> Iterator[ir.Graph]:
         todo += [body for node in graph if node.attributes for body in bodies(node)]
 
 
+def open_nodes(function: ir.Function) -> Iterator[ir.Node]:
+    """Every node of a function and of every subgraph in it that is open."""
+    todo = list(function)
+    while todo:
+        node = todo.pop()
+        yield node
+        todo += [inner for body in bodies(node) for inner in body]
+
+
 def is_graph(attribute: ir.Attr) -> bool:
     """True for an attribute that holds one subgraph or several."""
     return attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
+ISLAND = "ai.onnx.newer"  # the domain of a standard node that has no form at the working opset; its version is that of the file
+CLOSED = "graphopt.closed"  # node.meta: why the bodies of a standard operator stay as they are
+
+
+def is_closed(node: ir.Node) -> bool:
+    """True if the bodies of a node belong to somebody else, and nothing in them is read or changed: under an operator outside of ai.onnx,
+    whose names and versions mean what it says, or where the node is marked."""
+    return node.domain not in ("", "ai.onnx") or CLOSED in node.meta
+
+
 def bodies(node: ir.Node) -> list[ir.Graph]:
-    """The subgraphs that a node holds (the branches of an If, the body of a Loop)."""
-    return [graph for _, graph in subgraphs(node)]
+    """The open subgraphs that a node holds (the branches of an If, the body of a Loop)."""
+    found = [graph for _, graph in subgraphs(node)] if node.attributes else []
+    return [] if found and is_closed(node) else found
+
+
+def closed_nodes(model: ir.Model) -> list[ir.Node]:
+    """The nodes that hold closed bodies."""
+    return [n for n in all_nodes(model) if n.attributes and any(map(is_graph, n.attributes.values())) and is_closed(n)]
+
+
+def captured(node: ir.Node) -> list[ir.Value]:
+    """What the bodies of a node read and do not make themselves, as often as they do, in order."""
+    held = [graph for _, graph in subgraphs(node)]
+    inner = [graph for graph in held for graph in (graph, *graph.subgraphs())]
+    own = {v for graph in inner for v in (*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs))}
+    read = [v for graph in inner for v in (*(v for n in graph for v in n.inputs), *graph.outputs)]
+    return [v for v in read if v is not None and v not in own]
+
+
+def within(node: ir.Node) -> Iterator[ir.Node]:
+    """Every node in the bodies of a node, open or not."""
+    for _, graph in subgraphs(node):
+        yield from ir.traversal.RecursiveGraphIterator(graph)
 
 
 def subgraphs(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
-    """The same with the name of the attribute that holds each."""
+    """All of them, open or not, with the name of the attribute that holds each."""
     for name, attribute in node.attributes.items():
         if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
             yield name, attribute.as_graph()
@@ -186,7 +226,7 @@ def nbytes(model: ir.Model) -> int:
 
 
 def _stored(model: ir.Model) -> Iterator[ir.TensorProtocol]:
-    return (v.const_value for g in graphs(model) for v in g.initializers.values() if v.const_value is not None)
+    return (v.const_value for g in model.graphs() for v in g.initializers.values() if v.const_value is not None)
 
 
 def annotated(model: ir.Model) -> Iterator[dict[str, str]]:
@@ -209,7 +249,7 @@ class Names:
     def __init__(self, model: ir.Model) -> None:
         self.taken: set[str] = set()
         self._last: dict[str, int] = {}  # hint -> the last number tried: a thousand equal hints stay linear
-        for graph in graphs(model):
+        for graph in model.graphs():
             self.taken.update(graph.initializers)
             self.taken.update(v.name for v in graph.inputs if v.name)
             for node in graph:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 
 from graphopt.core.errors import GraphoptError, SaveError
-from graphopt.graph.questions import graphs, nbytes
+from graphopt.graph.questions import ISLAND, closed_nodes, nbytes
 
 _LIMIT = 2**31 - 1  # bytes that one protobuf message can have
 _HEADROOM = 2**27  # more than the nodes and shapes of any graph take: with so much space beside the weights, nothing is counted
 _HEAVY = 1024  # bytes; weights above are counted, not copied
+_STRANGE = "graphopt.strange"  # a domain that ONNX has no operator of, and so no opinion
+DECLARED = "graphopt.declared"  # value.meta: the shape that the model's author wrote at an input or output
 _GRAPH, _INITIALIZER = 7, 5  # the field of ModelProto, and that of GraphProto
 _TYPE = "graphopt.type"  # meta of a value of the interface: the TypeProto of a map, which onnx_ir has no type for
 _FIXED = {1: 8, 5: 4}  # wire type -> bytes
@@ -41,7 +44,7 @@ def fits(model: ir.Model) -> bool:
 def model_bytes(model: ir.Model) -> int:
     """Bytes of the model as one file with its weights inside, which are counted and neither read nor copied."""
     copy, heavy = model.clone(), 0
-    for graph in graphs(copy):
+    for graph in copy.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value
             if tensor is not None and tensor.nbytes > _HEAVY and tensor.dtype != ir.DataType.STRING:
@@ -62,6 +65,7 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
     if not fits(model):
         raise SaveError(f"the model has {model_bytes(model)} bytes, and one protobuf message at most {proto_limit()}; save it with external data")
     proto = structure(model)
+    join_islands(proto)
     tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
     outside = {(t.name, str(t.location), t.offset or 0): t for t in tensors if isinstance(t, ir.ExternalTensor)}
     for stored in _initializers(proto.graph) if outside else ():
@@ -78,17 +82,116 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
 def structure(model: ir.Model) -> onnx.ModelProto:
     """The model as it is, with references to weights that lie outside; inputs and outputs that are maps have their type again."""
     proto: onnx.ModelProto = ir.to_proto(model)
+    _type_maps(model, proto.graph)
+    return proto
+
+
+def _type_maps(model: ir.Model, graph: onnx.GraphProto) -> None:
     maps = {str(v.name): v.meta[_TYPE] for v in (*model.graph.inputs, *model.graph.outputs) if _TYPE in v.meta}
-    for described in (*proto.graph.input, *proto.graph.output) if maps else ():
+    for described in (*graph.input, *graph.output) if maps else ():
         if described.name in maps:
             described.type.ParseFromString(maps[described.name])
-    return proto
 
 
 def to_bytes(model: ir.Model) -> bytes:
     """The file of `to_proto`; equal models give equal bytes."""
     data: bytes = to_proto(model).SerializeToString(deterministic=True)
     return data
+
+
+def join_islands(proto: onnx.ModelProto) -> None:
+    """Write nodes that have no form at the working opset as what they are, in place; the file has their opset, where the others mean the same."""
+    versions = {o.domain: o.version for o in proto.opset_import}
+    if ISLAND not in versions:
+        return
+    kept = [o for o in proto.opset_import if o.domain != ISLAND]
+    del proto.opset_import[:]
+    proto.opset_import.extend(kept)
+    for entry in proto.opset_import:
+        entry.version = versions[ISLAND] if entry.domain == "" else entry.version
+    todo = [proto.graph]
+    while todo:
+        for node in todo.pop().node:
+            node.domain = "" if node.domain == ISLAND else node.domain
+            for attribute in node.attribute:
+                todo += [attribute.g] if attribute.HasField("g") else attribute.graphs
+
+
+def light(model: ir.Model) -> onnx.ModelProto:
+    """What ONNX itself can judge of a model: its graph without the heavy weights, which are inputs, and without what the file only claims.
+
+    Closed bodies are left out, and so are shapes of inputs and outputs that are not known, as the checker wants one there. What only we know of
+    a value, behind an operator that ONNX does not know, is stated. Nothing is copied but what is small.
+    """
+    graph = onnx.GraphProto(name=model.graph.name or "graph")
+    graph.input.extend(ir.serde.serialize_value(v) for v in model.graph.inputs)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes <= _HEAVY:
+            stored = ir.serde.serialize_tensor(inside(tensor) if isinstance(tensor, ir.ExternalTensor) else tensor)
+            stored.name = str(value.name)
+            graph.initializer.append(stored)
+        elif tensor is not None and not value.is_graph_input():
+            graph.input.append(ir.serde.serialize_value(value))
+    graph.node.extend(map(ir.serde.serialize_node, model.graph))
+    graph.value_info.extend(ir.serde.serialize_value(v) for n in model.graph for v in n.outputs if v.type is not None and not v.is_graph_output())
+    _forget(graph, {str(n.name) for n in closed_nodes(model)})
+    graph.output.extend(info for v in model.graph.outputs if (info := _declared(v)) is not None)
+    _give_shapeless(graph)
+    _type_maps(model, graph)
+    imports = [onnx.helper.make_opsetid(domain, version) for domain, version in {**model.opset_imports, _STRANGE: 1}.items()]
+    proto = onnx.ModelProto(ir_version=model.ir_version, graph=graph, opset_import=imports)
+    proto.functions.extend(map(ir.serde.serialize_function, model.functions.values()))
+    join_islands(proto)
+    return proto
+
+
+def _forget(graph: onnx.GraphProto, closed: Collection[str]) -> None:
+    """Take closed bodies out, and the shapes of what operators make that ONNX knows itself."""
+    strange = set()
+    for node in graph.node:
+        if node.name in closed:
+            kept = [a for a in node.attribute if not (a.HasField("g") or a.graphs)]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+            node.domain = _STRANGE
+        if node.domain not in ("", "ai.onnx", ISLAND):
+            strange.update(node.output)
+        for attribute in node.attribute:
+            for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                _forget(body, closed)
+    for info in graph.value_info:
+        if info.name not in strange and info.type.HasField("tensor_type"):
+            info.type.tensor_type.ClearField("shape")
+
+
+def _declared(value: ir.Value) -> onnx.ValueInfoProto | None:
+    """An output with the shape that its author declared, or the one that is known; None where there is none."""
+    info: onnx.ValueInfoProto = ir.serde.serialize_value(value)
+    declared: ir.Shape | None = value.meta.get(DECLARED)
+    if declared is not None and info.type.HasField("tensor_type"):
+        named = ir.Value(name=value.name, type=value.type, shape=declared)
+        info = ir.serde.serialize_value(named)
+    return info if value.shape is not None or declared is not None else None
+
+
+def _give_shapeless(graph: onnx.GraphProto) -> None:
+    """An input of which nothing but the type is known comes out of an operator that nobody knows."""
+    loose = [i for i in graph.input if i.type.WhichOneof("value") in ("tensor_type", None) and not i.type.tensor_type.HasField("shape")]
+    if not loose:
+        return
+    kept = [i for i in graph.input if i not in loose]
+    nodes = [onnx.NodeProto(op_type="Input", domain=_STRANGE, output=[i.name]) for i in loose]
+    rest = list(graph.node)
+    del graph.input[:], graph.node[:]
+    graph.input.extend(kept)
+    graph.node.extend([*nodes, *rest])
+    graph.value_info.extend(i for i in loose if i.type.HasField("tensor_type"))
+
+
+def inside(tensor: ir.ExternalTensor) -> ir.Tensor[Any]:
+    """The same with its data in memory."""
+    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)
 
 
 def write(model: ir.Model, path: Path) -> None:

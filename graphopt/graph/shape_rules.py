@@ -7,6 +7,7 @@ around Expand (ConstantOfShape, Equal, Where, Div) is followed. Slice, Squeeze, 
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import onnx_ir as ir
 
 from graphopt.graph.dims import extent, nonnegative, quotient
+from graphopt.graph.questions import ISLAND
 
 Contents = list[int | ir.SymbolicDim]
 _LOSSLESS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.UINT64, ir.DataType.UINT32)  # hold the length of any axis
@@ -35,10 +37,20 @@ def register() -> None:
         if rule is not None:
             registry.register("", op_type, since_version=23)(_sound(rule))
     registry.register("", "Slice", since_version=23)(_slice)
-    for op_type, ours in {"Squeeze": _squeeze, "Cast": _cast, "If": _if, "Loop": _loop, "Einsum": _einsum}.items():
+    for op_type, ours in {"Squeeze": _squeeze, "Cast": _cast, "If": _if, "Loop": _loop, "Einsum": _einsum, "Unique": _unique}.items():
         registry.register("", op_type, since_version=23)(functools.partial(ours, registry.get("", op_type, version=23)))
     for op_type, extra in {"ConstantOfShape": _constant_of_shape, "Equal": _equal, "Where": _where, "Div": _div}.items():
         registry.register("", op_type, since_version=23)(_then(registry.get("", op_type, version=23), extra))
+
+
+def register_island(op_type: str, version: int) -> None:
+    """The library's rule for a standard operator at an opset, also where its node stands apart (see `questions.ISLAND`)."""
+    from onnx_shape_inference import registry
+
+    register()
+    rule = registry.get("", op_type, version=version)
+    if rule is not None and registry.get(ISLAND, op_type, version=1) is not rule:
+        registry.register(ISLAND, op_type, since_version=1)(rule)
 
 
 def _then(rule: Callable[..., None], extra: Callable[..., Contents | None]) -> Callable[..., None]:
@@ -110,8 +122,21 @@ def _join(a: Any, b: Any) -> Any:
             return full
         if str(bounded) == f"Max(0, {full})":  # a dimension is not negative
             return full
-    parts = sorted({str(a), str(b)})
-    return ir.SymbolicDim("join_" + "_".join(re.sub(r"\W+", "_", p) for p in parts))
+    parts = sorted(_parts(a) | _parts(b))
+    name = "join_" + "_".join(re.sub(r"\W+", "_", p) for p in parts)
+    if len(name) > _LONG or (name in _JOINS and _JOINS[name] != frozenset(parts)):
+        name = "join_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    _JOINS[name] = frozenset(parts)
+    return ir.SymbolicDim(name)
+
+
+_LONG = 64  # characters of a join that still spells its parts
+_JOINS: dict[str, frozenset[str]] = {}  # join -> what it joins: it is as long as one of these, which is not 1; the same set always has the same name
+
+
+def _parts(dim: ir.SymbolicDim) -> frozenset[str]:
+    """A join of joins is the join of all their parts."""
+    return _JOINS.get(str(dim), frozenset((str(dim),)))
 
 
 def _constant_of_shape(ctx: Any, node: ir.Node) -> Contents | None:
@@ -192,6 +217,19 @@ def _fits(number: int | ir.SymbolicDim, to: ir.DataType) -> bool:
     if not isinstance(number, int):
         return to in _LOSSLESS[:2] or nonnegative(number)
     return int(to.min) <= number <= int(to.max)
+
+
+def _unique(rule: Callable[..., None], ctx: Any, node: ir.Node) -> None:
+    """With an axis, whole slices are compared; the library takes the elements of all of them where they are not known."""
+    rule(ctx, node)
+    x, axis = node.inputs[0], node.attributes.get("axis")
+    if axis is None or x is None or x.shape is None or node.outputs[0].shape is None or len(node.outputs[0].shape) == len(x.shape):
+        return
+    dims = list(x.shape)
+    dims[axis.as_int()] = node.outputs[0].shape[0]
+    ctx.set_shape(node.outputs[0], ir.Shape(dims))
+    if len(node.outputs) > 2:
+        ctx.set_shape(node.outputs[2], ir.Shape([x.shape[axis.as_int()]]))
 
 
 def _if(rule: Callable[..., None], ctx: Any, node: ir.Node) -> None:

@@ -6,28 +6,23 @@ A broken rule is reported with the message first and then the neighbourhood of t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from itertools import count
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from graphopt.core.errors import VerifyError
 from graphopt.graph.dims import dim_names, is_opaque, size_of
 from graphopt.graph.interface import Interface, check_interface, interface
-from graphopt.graph.questions import all_nodes, bodies, is_read, makers, reached, shape_text
-from graphopt.graph.serialize import structure
-from graphopt.graph.shapes import declared_shape, infer_shapes
+from graphopt.graph.questions import all_nodes, bodies, closed_nodes, is_read, makers, reached, shape_text, within
+from graphopt.graph.serialize import light
+from graphopt.graph.shapes import infer_shapes
 from graphopt.graph.text import neighbourhood
 
-if TYPE_CHECKING:
-    import onnx
-
-__all__ = ["RULES", "Interface", "Rule", "check_interface", "interface", "verify"]
+__all__ = ["RULES", "Interface", "Rule", "check_interface", "complaints", "interface", "verify"]
 
 Culprit = ir.Node | ir.Value | None
 Finding = tuple[str, Culprit]
-_HEAVY = 1024  # bytes: a larger weight is an input of the copy that the ONNX checker sees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,29 +33,41 @@ class Rule:
     check: Callable[[ir.Model], Iterator[Finding]]
 
 
-def verify(model: ir.Model, *, interface: Interface | None = None, shapes: bool = True) -> None:
+def verify(model: ir.Model, *, interface: Interface | None = None, shapes: bool = True, known: Container[str] = ()) -> None:
     """Check every rule, in order; later rules may rely on earlier ones.
 
     Args:
         interface: what the inputs and outputs must still be (see `interface(model)`).
         shapes: False leaves out that every shape which inference can know is there and right.
+        known: complaints that do not count, as the input of the run gave rise to them already (see `complaints`).
 
     Raises:
         VerifyError: the first broken rule: its name, what is wrong, and the neighbourhood of the culprit.
     """
     for rule in RULES:
-        if rule.name == "shapes" and not shapes:
+        if (rule.name == "shapes" and not shapes) or rule.name in known:
             continue
         for message, culprit in rule.check(model):
+            if f"{rule.name}: {message}" in known:
+                continue
             around = "" if culprit is None else "\n" + neighbourhood(culprit)
             raise VerifyError(f"{rule.name}: {message}{around}")
     if interface is not None:
         check_interface(interface, model)
 
 
+def complaints(model: ir.Model) -> frozenset[str]:
+    """All that is wrong with a graph, each as text. Where the ONNX checker refuses it, `checker` stands for whatever it would say: it stops at the
+    first fault, and words that for the graph at hand."""
+    found = {f"{rule.name}: {message}" for rule in RULES for message, _ in rule.check(model)}
+    return frozenset(found | {"checker"} if any(text.startswith("checker: ") for text in found) else found)
+
+
 def _functions(model: ir.Model) -> Iterator[Finding]:
-    for function in model.functions.values():
-        yield f"function {function.domain}::{function.name} is not inlined", None
+    calls = {node.op_identifier() for node in all_nodes(model)}
+    for identifier, function in model.functions.items():
+        if identifier in calls or not closed_nodes(model):
+            yield f"function {function.domain}::{function.name} is not inlined", None
 
 
 def _owners(model: ir.Model) -> Iterator[Finding]:
@@ -166,7 +173,7 @@ def _checker(model: ir.Model) -> Iterator[Finding]:
     import onnx
 
     try:
-        onnx.checker.check_model(_light(model), full_check=True)
+        onnx.checker.check_model(light(model), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         text = " ".join(str(error).split())
         named = (node for node in model.graph if node.name and f"Name: {node.name} " in text + " ")
@@ -192,7 +199,7 @@ def _shapes(model: ir.Model) -> Iterator[Finding]:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("functions", _functions),  #       all inlined
+    Rule("functions", _functions),  #       all inlined, but for those that only closed bodies call
     Rule("owners", _owners),  #             every node and output object belongs where it stands
     Rule("sources", _sources),  #           every input is made, fed or stored in this graph or one around it
     Rule("order", _order),  #               producers first; no cycle
@@ -230,9 +237,7 @@ def _unreachable(value: ir.Value, scopes: tuple[ir.Graph, ...]) -> str | None:
 def _reads(node: ir.Node) -> Iterator[ir.Value]:
     """What a node and its subgraphs read."""
     yield from (v for v in node.inputs if v is not None)
-    for graph in bodies(node):
-        for within in ir.traversal.RecursiveGraphIterator(graph):
-            yield from (v for v in within.inputs if v is not None)
+    yield from (v for inner in within(node) for v in inner.inputs if v is not None)
 
 
 def _depends(node: ir.Node, on: ir.Node, place: dict[ir.Node, int]) -> bool:
@@ -255,21 +260,3 @@ def _differ(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> bool:
         return False
     names = sorted(dim_names(str(a)) | dim_names(str(b)))
     return any(size_of(a, sizes) != size_of(b, sizes) for sizes in (dict(zip(names, count(101, 2))), dict(zip(names, count(60, 7)))))
-
-
-def _light(model: ir.Model) -> onnx.ModelProto:
-    """The model as a ModelProto whose heavy weights are inputs."""
-    copy = model.clone()
-    for name, value in list(copy.graph.initializers.items()):
-        tensor = value.const_value
-        if tensor is None or tensor.nbytes <= _HEAVY:
-            continue
-        del copy.graph.initializers[name]
-        value.const_value = None
-        if not value.is_graph_input():
-            copy.graph.inputs.append(value)
-    for value in list(copy.graph.outputs):
-        value.shape = value.shape if value.shape is not None else declared_shape(value)
-        if value.shape is None:  # behind an operator without schema; the checker wants a shape, and there is nothing to say
-            copy.graph.outputs.remove(value)
-    return structure(copy)

@@ -10,6 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from graphopt.core.errors import LoadError
+from graphopt.graph.serialize import DECLARED
 
 
 def parse_shape(text: str) -> tuple[str, list[int | str]]:
@@ -59,6 +60,7 @@ def override_shapes(model: ir.Model, wanted: Mapping[str, Sequence[int | str]]) 
         dims = wanted.get(value.name or "", ()) if value.is_graph_input() else ()
         old_dims = value.shape if value.shape is not None else [None] * len(dims) if dims else None
         if old_dims is not None:
+            value.meta.pop(DECLARED, None)  # of a model that was loaded before
             value.shape = ir.Shape([_new_dim(old, dims[axis] if dims else 0, bound) for axis, old in enumerate(old_dims)])
 
 

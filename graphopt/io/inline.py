@@ -9,7 +9,7 @@ from graphopt.core.contract import Array
 from graphopt.core.errors import LoadError
 from graphopt.graph.fold import is_pure, outputs_at
 from graphopt.graph.opset.node_form import WORKING
-from graphopt.graph.questions import ORIGINS, all_nodes, bodies, constant, is_constant, origins
+from graphopt.graph.questions import ORIGINS, all_nodes, bodies, closed_nodes, constant, is_constant, open_nodes, origins, within
 from graphopt.graph.shapes import contents
 from graphopt.rewrite.dead import detach
 
@@ -21,7 +21,7 @@ _DEEP = 100  # nodes on the way to a condition
 
 
 def functions(model: ir.Model) -> None:
-    """Replace every call of a model-local function by a copy of its body, nested calls included; `model.functions` is empty afterwards.
+    """Replace every call of a model-local function by a copy of its body, nested calls included; only what closed bodies call stays afterwards.
 
     A function may import another opset than the model: its nodes remember theirs in `node.version`.
 
@@ -29,7 +29,7 @@ def functions(model: ir.Model) -> None:
         LoadError: a function calls itself, or a call does not fit it.
     """
     for function in model.functions.values():
-        for node in function.all_nodes():
+        for node in open_nodes(function):
             node.version = function.opset_imports.get("", model.opset_imports.get(""))
         for domain, version in function.opset_imports.items():
             model.opset_imports.setdefault(domain, version)
@@ -40,7 +40,20 @@ def functions(model: ir.Model) -> None:
             raise LoadError(f"invalid model: the function `{call.op_type}` calls itself")
         inner = _instantiate(call, model.functions[call.op_identifier()])
         calls += [(n, depth + 1) for n in inner if n.op_identifier() in model.functions]
-    model.functions.clear()
+    kept = _called_inside(model)
+    for identifier in [key for key in model.functions if key not in kept]:
+        del model.functions[identifier]
+
+
+def _called_inside(model: ir.Model) -> set[tuple[str, str, str]]:
+    """The functions that closed bodies call, by themselves or through another; they stay."""
+    nodes = [n for node in closed_nodes(model) for n in within(node)]
+    found: set[tuple[str, str, str]] = set()
+    while nodes:
+        called = {n.op_identifier() for n in nodes if n.op_identifier() in model.functions} - found
+        found |= called
+        nodes = [n for key in called for n in model.functions[key].all_nodes()]
+    return found
 
 
 def _instantiate(call: ir.Node, function: ir.Function) -> list[ir.Node]:
@@ -48,7 +61,7 @@ def _instantiate(call: ir.Node, function: ir.Function) -> list[ir.Node]:
     if len(call.inputs) > len(function.inputs) or len(call.outputs) > len(function.outputs):
         raise LoadError(f"invalid model: node `{call.name}` gives the function `{call.op_type}` more inputs or outputs than it has")
     body = function.clone()
-    nodes = list(body.all_nodes())
+    nodes = list(open_nodes(body))
     given = {a.name: a for a in function.attributes.values() if a.value is not None} | dict(call.attributes)
     prefix = call.name or call.outputs[0].name or call.op_type
     for node in nodes:

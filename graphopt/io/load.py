@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack, cast
 import onnx
 import onnx_ir as ir
 
-from graphopt.core.errors import LoadError, about
+from graphopt.core.errors import GraphoptError, LoadError, about
 from graphopt.core.options import near
 from graphopt.core.remarks import Remarks
 from graphopt.graph.opset import versions as opset
@@ -99,17 +99,30 @@ def _open(source: Source, options: LoadOptions, remarks: Remarks) -> tuple[ir.Mo
     shapes = options.get("input_shapes")
     model, name, files = read(source, options, remarks)
     remember(model, name, files)
-    with about(name):
-        check_outputs(model)
+    with about(name), _explained("the shapes of the inputs cannot be set"):
+        check_interface(model)
         if shapes:
             override_shapes(model, shapes)
     return model, name
 
 
 def _normal(model: ir.Model, name: str, remarks: Remarks) -> ir.Model:
-    with about(name):
+    with about(name), _explained("the graph cannot be brought into normal form"):
         normalize(model, remarks)
     return model
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """What a library raises, or we did not think of, is an error of loading, with what to do."""
+    try:
+        yield
+    except GraphoptError:
+        raise
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [""])[0]
+        text = f"{what}: {type(error).__name__}: {line[:300]}; check the model with onnx.checker.check_model, and export it again"
+        raise LoadError(f"{text} (GRAPHOPT_TRACEBACK=1 shows where)") from error
 
 
 @contextlib.contextmanager
@@ -182,9 +195,10 @@ def remember(model: ir.Model, name: str, files: list[str]) -> None:
         model.meta[key] = model.graph.meta[key] = model.graph.meta.get(key, value)
 
 
-def check_outputs(model: ir.Model) -> None:
-    """Raises LoadError if one output is listed twice: runtimes load that, but the normal form has a name for each."""
-    names = [v.name for v in model.graph.outputs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise LoadError(f"the output `{twice}` is listed {names.count(twice)} times; list it once, or give the others names by Identity nodes")
+def check_interface(model: ir.Model) -> None:
+    """Raises LoadError if one input or output is listed twice: the normal form has a name for each."""
+    for what, values, remedy in (("input", model.graph.inputs, ""), ("output", model.graph.outputs, ", or give the others names by Identity nodes")):
+        names = [v.name for v in values]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise LoadError(f"the {what} `{twice}` is listed {names.count(twice)} times; list it once{remedy}")

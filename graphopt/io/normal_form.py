@@ -7,6 +7,7 @@ names, metadata, random nodes.
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Iterable, Iterator
 
@@ -15,11 +16,14 @@ import onnx_ir as ir
 from graphopt.core.errors import LoadError
 from graphopt.core.remarks import Remarks
 from graphopt.graph.opset import versions as opset
-from graphopt.graph.questions import Names, all_nodes, graphs, is_read
-from graphopt.graph.shapes import infer_shapes
+from graphopt.graph.questions import Names, all_nodes, captured, closed_nodes, graphs, is_read, open_nodes
+from graphopt.graph.shapes import drop_contradicted, infer_shapes
 from graphopt.io import advisories as notices
-from graphopt.io import inline
+from graphopt.io import closed, inline
+from graphopt.io.dim_names import hide_names
+from graphopt.io.order import check_sources, sort
 from graphopt.io.repair import repair
+from graphopt.io.runtime_ops import read as runtime_ops
 from graphopt.io.save import STATES_SHAPES
 from graphopt.rewrite.dead import remove_dead
 
@@ -32,30 +36,44 @@ def normalize(model: ir.Model, remarks: Remarks) -> None:
     Raises:
         LoadError: the graph is not valid, or a node cannot be written at the working opset.
     """
+    notices.disorder(model, _repeated_names(model), remarks)
     _spell_standard_domain(model)
     inline.functions(model)
-    _check_sources(model)
+    closed.keep_names(model)
+    check_sources(model)
     lift_constants(model)
     _freeze_listed_weights(model)
-    _sort(model)
+    sort(model.graph)
     name_everything(model)
+    hide_names(model)
     claims = notices.take_claims(model)
     model.graph.meta.setdefault(STATES_SHAPES, any(not v.is_graph_output() for v in claims))
     opset.lift(model)
     remove_dead(model)
     reason = infer_shapes(model)
-    if inline.decided_ifs(model):
-        _sort(model)
+    decided = inline.decided_ifs(model)
+    if decided:
+        notices.decided(decided, remarks)
+        sort(model.graph)
         remove_dead(model)
         reason = infer_shapes(model)
     name_everything(model)
+    notices.contradicted(drop_contradicted(model), remarks)
+    closed.close_impossible(model, remarks)
+    islands = runtime_ops.read(model, remarks)
     repair(model, remarks)
     notices.random_nodes(model, remarks)
-    notices.foreign_nodes(model, remarks)
+    notices.foreign_nodes(model, remarks, islands)
     notices.shape_claims(model, claims, reason, remarks)
 
 
 # ---- validity and order -------------------------------------------------------------------------------------------------------------------
+
+
+def _repeated_names(model: ir.Model) -> list[str]:
+    """Names that several nodes of the file have."""
+    counts = collections.Counter(n.name for n in all_nodes(model) if n.name)
+    return [name for name, count in counts.items() if count > 1]
 
 
 def _spell_standard_domain(model: ir.Model) -> None:
@@ -63,32 +81,9 @@ def _spell_standard_domain(model: ir.Model) -> None:
     for imports in (model.opset_imports, *(f.opset_imports for f in model.functions.values())):
         if "ai.onnx" in imports:
             imports.setdefault("", imports.pop("ai.onnx"))
-    for node in itertools.chain(all_nodes(model), *(f.all_nodes() for f in model.functions.values())):
+    for node in itertools.chain(all_nodes(model), *(open_nodes(f) for f in model.functions.values())):
         if node.domain == "ai.onnx":
             node.domain = ""
-
-
-def _check_sources(model: ir.Model) -> None:
-    for node in all_nodes(model):
-        for value in node.inputs:
-            if value is not None and not _has_source(value):
-                raise LoadError(
-                    f"invalid graph: node `{node.name}` ({node.op_type}) reads `{value.name}`, which nothing makes; export the model again"
-                )
-    for value in model.graph.outputs:
-        if not _has_source(value):
-            raise LoadError(f"invalid graph: nothing makes the output `{value.name}`")
-
-
-def _has_source(value: ir.Value) -> bool:
-    return value.producer() is not None or value.is_graph_input() or value.is_initializer()
-
-
-def _sort(model: ir.Model) -> None:
-    try:
-        model.graph.sort()
-    except ValueError:
-        raise LoadError("invalid graph: its nodes form a cycle") from None
 
 
 # ---- constants ----------------------------------------------------------------------------------------------------------------------------
@@ -171,6 +166,7 @@ def _freeze_listed_weights(model: ir.Model) -> None:
     kept = [v for v in model.graph.inputs if not v.is_initializer()]
     model.graph.inputs.clear()
     model.graph.inputs.extend(kept)
+    model.ir_version = _FREE_INITIALIZERS
 
 
 # ---- names --------------------------------------------------------------------------------------------------------------------------------
@@ -195,7 +191,7 @@ class _Unique:
 
 def name_everything(model: ir.Model) -> None:
     """Give every value and node a name that no other has, in the main graph and all subgraphs; the interface keeps its names."""
-    public = dict.fromkeys((*model.graph.inputs, *model.graph.outputs))
+    public = dict.fromkeys((*model.graph.inputs, *model.graph.outputs, *(v for n in closed_nodes(model) for v in captured(n))))
     values = [*public, *(v for v in _all_values(model) if v not in public)]
     unique = _Unique(v.name for v in values)
     for value in values:

@@ -17,9 +17,11 @@ from graphopt.core.places import beside, check_places, data_file
 from graphopt.graph.opset import versions
 from graphopt.graph.opset.versions import Rise
 from graphopt.graph.questions import all_nodes, graphs
-from graphopt.graph.serialize import fits, read, structure, to_bytes
+from graphopt.graph.serialize import fits, inside, read, structure, to_bytes
 from graphopt.graph.shapes import declared_shape
+from graphopt.io import closed
 from graphopt.io.advisories import input_symbols
+from graphopt.io.dim_names import show_names
 
 SOURCE_FILES = "graphopt.files"  # graph.meta: the files of the input, which no output may overwrite
 STATES_SHAPES = "graphopt.states_shapes"  # graph.meta: whether the input has value_info
@@ -46,9 +48,12 @@ def finish(model: ir.Model, opset: int | None = None) -> tuple[ir.Model, tuple[R
         TargetError: the limit cannot hold; it names the first node that needs more.
     """
     copy = model.clone()
+    closed.open_again(copy)
     floor, ir_floor = versions.origin(model)
     rises = versions.lower(copy, floor, ceiling=opset, ir_floor=ir_floor)
     _scrub(copy)
+    show_names(copy)
+    closed.restore_names(copy)
     return copy, tuple(rises)
 
 
@@ -151,18 +156,14 @@ def _refers(model_file: Path, data: Path) -> bool:
 
 
 def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    for graph in graphs(model):
+    for graph in model.graphs():
         yield from (v.const_value for v in graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor))
-
-
-def _inside(tensor: ir.ExternalTensor) -> ir.Tensor[Any]:
-    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)
 
 
 def _write_data(model: ir.Model, file: Path) -> None:
     """Write the large weights one after the other into a new file, and let the model refer to it by its bare name."""
     with file.open("wb") as stream:
-        for graph in graphs(model):
+        for graph in model.graphs():
             for value in graph.initializers.values():
                 tensor = value.const_value
                 if tensor is None or tensor.dtype == ir.DataType.STRING:
@@ -170,7 +171,7 @@ def _write_data(model: ir.Model, file: Path) -> None:
                 if tensor.nbytes > _INLINE:
                     value.const_value = _append(stream, tensor, file.name, value.name or "")
                 elif isinstance(tensor, ir.ExternalTensor):
-                    value.const_value = _inside(tensor)
+                    value.const_value = inside(tensor)
 
 
 def _append(stream: Any, tensor: ir.TensorProtocol, location: str, name: str) -> ir.ExternalTensor:
@@ -193,7 +194,7 @@ def _scrub(model: ir.Model) -> None:
     symbols = input_symbols(model)
     keep = model.graph.meta.get(STATES_SHAPES, True)
     for value in model.graph.outputs:
-        value.shape = _public_shape(value, symbols)
+        value.shape = declared_shape(value)
     for graph in graphs(model):
         for value in graph.initializers.values():
             if value not in public:
@@ -213,15 +214,3 @@ def _sound(shape: ir.Shape | None, symbols: frozenset[str]) -> bool:
 
 def _sound_dim(dim: Any, symbols: frozenset[str]) -> bool:
     return isinstance(dim, int) or (dim.value is not None and str(dim) in symbols)
-
-
-def _public_shape(value: ir.Value, symbols: frozenset[str]) -> ir.Shape | None:
-    """The declared shape of a graph output. Where it says nothing, or is contradicted, what follows from the inputs."""
-    declared, known = declared_shape(value), value.shape
-    if known is None or (declared is not None and len(declared) == len(known) and not _contradicts(declared, known)):
-        return declared
-    return ir.Shape([d if _sound_dim(d, symbols) else None for d in known])
-
-
-def _contradicts(declared: ir.Shape, known: ir.Shape) -> bool:
-    return any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(declared, known, strict=True))

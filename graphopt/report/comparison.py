@@ -173,7 +173,8 @@ def compare(
 
 
 def check_same_interface(a: ir.Model, b: ir.Model) -> None:
-    """Names, types, ranks and static sizes of inputs and outputs; symbols may have other names, and the order may differ.
+    """Names and types of inputs and outputs, and ranks and static sizes of inputs; symbols may have other names, and the order may differ. What
+    a file declares of its outputs may be wrong: their arrays are compared when they are there.
 
     Raises:
         GraphoptError: names the first one that differs.
@@ -185,7 +186,8 @@ def check_same_interface(a: ir.Model, b: ir.Model) -> None:
             names = [", ".join(p.name for p in ports) or "none" for ports in (ours, theirs)]
             raise GraphoptError(f"the models cannot be compared: A has the {what} {names[0]}, B has {names[1]}; export both with the same {what}")
         for port in ours:
-            if port.dtype != known[port.name].dtype or not _fit(port.dims, known[port.name].dims):
+            types = {port.dtype, known[port.name].dtype} - {"?"}
+            if len(types) > 1 or (what == "inputs" and not _fit(port.dims, known[port.name].dims)):
                 raise GraphoptError(f"the models cannot be compared: of their {what}, A has `{port}` and B has `{known[port.name]}`")
 
 

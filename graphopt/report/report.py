@@ -37,6 +37,14 @@ class Measured:
 
 
 @dataclasses.dataclass(frozen=True)
+class Gated:
+    """Whether the output was opened and run once as its target opens it. `passed` None: it was not judged; False: it must not be written."""
+
+    passed: bool | None
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Timing:
     """Median latency of input and output for feeds of one shape, in milliseconds, measured in interleaved blocks."""
 
@@ -73,6 +81,7 @@ class Report(Document):
     model: str = ""
     threads: int | None = None
     samples: Mapping[str, int] | None = None
+    gate: Gated = Gated(None, "it was not asked for")
 
     @property
     def changes(self) -> int:
@@ -108,6 +117,7 @@ class Report(Document):
             "compression_ratio": {"value": round(self.compression_ratio, 4), "reason": None},
             "speed_up": self.speed_up.as_dict(),
             "loss": self.loss.as_dict(),
+            "gate": dataclasses.asdict(self.gate),
             "latency": [dataclasses.asdict(t) | {"speed_up": t.speed_up} for t in self.latency] or None,
             "samples": None if self.samples is None else dict(self.samples),
             "passes": [record.as_dict() for record in self.passes],
@@ -128,6 +138,8 @@ class Report(Document):
             self._latency() if self.latency else Line(self._speed_up()),
             Line(self._loss()),
         ]
+        if self.gate.passed is None:
+            found.append(Line(_ungated(self.gate)))
         told = [f"{key} {len(value) if isinstance(value, list) else value}" for key, value in self.target.items() if key != "name" and value]
         if told:
             found.append(Line(f"target {self.target['name']}: {', '.join(told)}"))
@@ -177,9 +189,14 @@ class Report(Document):
             self._speed_up(),
             self._loss(),
         ]
+        lines += [_ungated(self.gate)] if self.gate.passed is None else []
         lines += map(_rise, self.rises)
         lines += [f"{record.name}: {plural(record.changes, 'change')}" for record in self.passes if record.changes]
         return "\n".join(lines + self.grouped("missed") + self.grouped("warning"))
+
+
+def _ungated(gate: Gated) -> str:
+    return f"not judged by opening and running it as its target does: {gate.reason}"
 
 
 def _rise(rise: Mapping[str, Any]) -> str:

@@ -26,11 +26,11 @@ def called(source: Any) -> str:
 def head(**facts: object) -> Table:
     """The head of a page: `facts` that are not empty, and what every number in it depends on: versions, the processor, the day."""
     told = {key.replace("_", " "): text for key, value in facts.items() if (text := str(value))}
-    told |= {"versions": ", ".join(_versions()), "processor": processor(), "date": time.strftime("%Y-%m-%d %H:%M %z")}
+    told |= {"versions": ", ".join(versions()), "processor": processor(), "date": time.strftime("%Y-%m-%d %H:%M %z")}
     return Table(("", ""), list(told.items()), detail=True)
 
 
-def _versions() -> Iterator[str]:
+def versions() -> Iterator[str]:
     from importlib import metadata
 
     for name in _PACKAGES:

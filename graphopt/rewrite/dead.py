@@ -6,7 +6,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.graph.opset.node_form import WORKING, schema
-from graphopt.graph.questions import bodies, graphs, is_read
+from graphopt.graph.questions import bodies, graphs, is_read, subgraphs
 
 
 def remove_dead(model: ir.Model) -> int:
@@ -38,7 +38,7 @@ def detach(node: ir.Node) -> None:
     """Make a node that is going away, and everything in its bodies, read nothing, so that what they read can be seen to be unused."""
     for index in range(len(node.inputs)):
         node.replace_input_with(index, None)
-    for body in bodies(node):
+    for _, body in subgraphs(node):
         body.outputs.clear()
         for inner in body:
             detach(inner)

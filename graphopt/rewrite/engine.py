@@ -77,10 +77,11 @@ class Driver(Inserter):
         """
         shapes.infer_nodes(self.model, op.nodes)
         complaint = self._illegal(op) or _mismatch(match.outputs, new) or _reads_itself(op, match)
-        if complaint is not None or not self.ctx.fuel.burn():
+        fuel = self.ctx.fuel
+        if complaint is not None or not fuel.burn((self.ctx.remarks.current, anchor.name)):  # names of nodes stay, those of values may move
             for node in op.nodes:  # what is not put in place must not count as a reader of what it names
                 detach(node)
-            return None if complaint is None else Miss(anchor, complaint)
+            return None if complaint is None and fuel.empty else Miss(anchor, complaint or fuel.why)
         graph = match.nodes[-1].graph
         assert graph is not None
         names = [v.name for v in match.outputs]

@@ -13,6 +13,8 @@ from graphopt.core.contract import Array
 
 # max |d| <= tolerance * (1 + max |baseline|), by the dtype of the output; anything that is no float must be equal
 TOLERANCE = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 1e-5, "float64": 1e-9}
+_SHARE = 5e-3  # of elements that are no floats (a class, a rank): so many may be decided otherwise by rounding
+_FLIPS = 1e-2  # relative L2 distance that codes make which rounding flips
 _FILL = 1e3  # so many times larger than (1 +) the smaller elements: a fill such as "minus infinity", which is no scale for the others
 
 
@@ -72,6 +74,47 @@ def compare_outputs(base: Mapping[str, Any], other: Mapping[str, Any], tolerance
             return found
     extra = [name for name in theirs if name not in ours]
     return Difference(extra[0], reason="is new; the baseline has no such output") if extra else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Excess:
+    """How many `times` more than rounding two sets of outputs are apart, and where that is most."""
+
+    times: float
+    text: str = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def excess(base: Mapping[str, Array], other: Mapping[str, Array], grain: str = "") -> Excess:
+    """How far `other` is off, in units of rounding: of TOLERANCE for floats, of _SHARE of the elements for what is no float.
+
+    Args:
+        grain: the coarsest that the graph rounds to on its way, where that is coarser than its outputs: a float type, or `codes`. Rounding
+            flips some codes, so the floats of such a graph are measured as a whole, by relative L2 distance, in units of _FLIPS.
+    """
+    found = [_excess(name, np.asarray(base[name]), None if name not in other else np.asarray(other[name]), grain) for name in base]
+    found += [Excess(math.inf, f"output `{name}` is new; the baseline has no such output") for name in other if name not in base]
+    return max(found, key=lambda e: e.times, default=Excess(0.0))
+
+
+def _excess(name: str, base: Array, other: Array | None, grain: str) -> Excess:
+    if other is None:
+        return Excess(math.inf, f"output `{name}` is missing")
+    difference = _compare(name, base, other, None)
+    if difference is None:
+        return Excess(0.0)
+    if difference.reason:
+        return Excess(math.inf, str(difference))
+    if base.dtype.name not in TOLERANCE:
+        share = float(np.mean(_errors(base, other) > 0))
+        return Excess(share / _SHARE, f"output `{name}`: {share:.1%} of its elements are others")
+    if grain == "codes":
+        far = relative_l2([{name: base}], [{name: other}])
+        return Excess(far / _FLIPS, f"output `{name}` is off by a relative L2 distance of {far:.3g}")
+    coarser = max(1.0, TOLERANCE.get(grain, 0.0) / TOLERANCE[base.dtype.name])
+    return Excess(difference.error / difference.bound / coarser, str(difference))
 
 
 def _compare(name: str, base: Array, other: Array, tolerance: float | None) -> Difference | None:

@@ -15,6 +15,7 @@ from graphopt.core.contract import Array
 from graphopt.core.errors import TargetError
 from graphopt.graph.serialize import fits, graph_of, proto_limit, to_bytes, write
 from graphopt.run import Port, Runner, one_line, saved
+from graphopt.run.worker import Settings, inference
 
 if TYPE_CHECKING:
     import onnx
@@ -24,7 +25,6 @@ _DTYPES = {
     "int8": "int8", "int16": "int16", "int32": "int32", "int64": "int64",
     "uint8": "uint8", "uint16": "uint16", "uint32": "uint32", "uint64": "uint64",
 }  # fmt: skip
-_SILENT = 4  # only fatal messages: every error comes back as an exception, and is one line there
 
 
 class OrtSession(Runner):
@@ -67,18 +67,23 @@ def session(
     absent = sorted(names - set(onnxruntime.get_available_providers()))
     if absent:
         raise TargetError(f"this onnxruntime has no {', '.join(absent)}; it has {', '.join(onnxruntime.get_available_providers())}")
-    levels = onnxruntime.GraphOptimizationLevel
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
-    options.log_severity_level = _SILENT
     source, keep = loadable(model)
     try:
-        return OrtSession(onnxruntime.InferenceSession(source, options, providers=list(providers)), keep)
+        return OrtSession(inference(source, settings(threads, optimize=optimize, providers=providers, spinning=spinning)), keep)
     except Exception as error:
         what = f"{os.fspath(source)}" if isinstance(source, str) else "the model"
         raise TargetError(f"onnxruntime cannot load {what}: {one_line(error)}") from error
+
+
+def settings(
+    threads: int = 1,
+    *,
+    optimize: bool = True,
+    providers: Sequence[str | tuple[str, Mapping[str, str]]] = ("CPUExecutionProvider",),
+    spinning: bool = False,
+) -> Settings:
+    """What `session` opens a model with, for those who open it in another process: `run.guarded`."""
+    return Settings(threads, "all" if optimize else "off", providers, {"session.intra_op.allow_spinning": str(int(spinning))})
 
 
 def loadable(model: Any) -> tuple[str | bytes, object]:

@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from graphopt.core.errors import GraphoptError
 from graphopt.core.replay import Spool
-from graphopt.graph.questions import bodies, is_constant, is_tensor
+from graphopt.graph.questions import is_constant, is_tensor, subgraphs
+from graphopt.graph.serialize import join_islands
 from graphopt.run import Feeds, ort
 from graphopt.run.distance import arrays_in
 
@@ -232,7 +233,9 @@ class _Writer:
             self._nodes, "piece", inputs, [onnx.ValueInfoProto(name=name) for name in outputs], list(self._stored.values())
         )
         opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in self._ir.opset_imports.items()]
-        return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=self._ir.ir_version)
+        model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=self._ir.ir_version)
+        join_islands(model)
+        return model
 
     def _store(self, value: ir.Value, name: str) -> None:
         if name in self._stored:
@@ -266,7 +269,7 @@ def _typed(name: str, array: Any, value: ir.Value | None) -> onnx.ValueInfoProto
 def _outer(node: ir.Node, wanted: Callable[[ir.Value], bool]) -> Iterator[ir.Value]:
     """What a node reads, its subgraphs included, and does not make inside them."""
     yield from (v for v in node.inputs if v is not None and wanted(v))
-    for body in bodies(node) if node.attributes else ():
+    for _, body in subgraphs(node) if node.attributes else ():
         own = {*body.inputs, *body.initializers.values(), *(v for n in body for v in n.outputs)}
         yield from (v for n in body for v in _outer(n, wanted) if v not in own)
         yield from (v for v in body.outputs if v not in own and wanted(v))

@@ -37,11 +37,8 @@ def test_g01_a_domain_is_imported_once_exactly_if_it_is_used(text: str) -> None:
     assert imports(proto) == [("", 17), ("com.microsoft", 1)]
     feeds = {"x": np.array([1, -1], np.float32)} | ({"c": np.array(True)} if "If" in text else {})
     run(proto, feeds)
-    again = load(proto)
-    for node in all_nodes(again):
-        if node.domain:
-            node.domain, node.op_type = "", "Erf"
-    assert imports(to_proto(again)) == [("", 17)]
+    again = load(proto)  # the front door reads it as the standard operator, which needs a later opset
+    assert imports(to_proto(again)) == [("", 20)]
 
 
 LAYER_NORM = """<ir_version: 7, opset_import: ["" : 12]> g (float[N,4] x) => (float[N,4] y)

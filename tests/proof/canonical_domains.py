@@ -282,7 +282,19 @@ def einsum(g: Graph) -> None:
     g.output(g.add("Einsum", a, b, equation=f"{''.join(left)},{''.join(right)}->{''.join(out)}"))
 
 
+def bias_before_split(g: Graph) -> None:
+    """Heads cut from what a product makes, and a constant for each of their features, for each of one head, or for rows."""
+    x = g.input(*g.pick(("a",), ("a", "b"), (2, 3, "a")), 3)
+    made = g.add("MatMul", x, g.const(g.rng.standard_normal([3, 8])))
+    split = g.pick((2, 4), (4, 2), (4, 1, 2))
+    heads = g.add("Reshape", made if g.chance(0.9) else g.add("Relu", made), g.ints(*[0] * (len(g.inputs[x][1]) - 1), *split))
+    g.output(g.add("Add", heads, g.const(g.rng.standard_normal(g.pick(split, split, (1, *split), (1, *split[1:]), split[-1:], (1,))))))
+    if g.chance(0.1):
+        g.output(heads)
+
+
 DOMAINS = (
     neutral_element, constant_on_the_right, subtraction, division, power, chained_scales, logic, identity, expand, slice_ends, concat, transpose,
     reshape, batched_transpose, same_elements, fold, seen_before, equal_weights_merged, einsum,
+    bias_before_split,
 )  # fmt: skip

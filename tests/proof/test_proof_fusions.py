@@ -7,6 +7,7 @@ import functools
 import fusion_domains as domains  # type: ignore[import-not-found]
 import numpy as np
 import pytest
+import spelling_domains as spellings  # type: ignore[import-not-found]
 from equivalence import TOLERANCE, Graph, proved, rewritten  # type: ignore[import-not-found]
 
 from graphopt.driver.lowering.decompose import portable
@@ -25,6 +26,16 @@ def test_norms() -> None:
     assert share(found, "LayerNormalization") >= 4
     assert share(found, "RMSNormalization") >= 4
     assert sum(1 for f in found if not f.changes) >= 8  # and near misses stay
+
+
+def test_norms_of_other_exporters() -> None:
+    found = proved(spellings.folded_norm, "canonicalize, fuse-norm", COUNT, dtype=np.float32, tolerance=1e-10)
+    assert COUNT - 2 > share(found, "LayerNormalization") >= COUNT // 2
+
+
+def test_scales_and_shifts_behind_a_product() -> None:
+    found = proved(spellings.affine, "fold-affine", COUNT)
+    assert COUNT - 5 > sum(1 for f in found if f.changes) >= COUNT // 3
 
 
 def test_activations() -> None:

@@ -13,7 +13,7 @@ from graphopt.core.contract import Context
 from graphopt.core.errors import GraphoptError
 from graphopt.graph.dims import size_of
 from graphopt.graph.questions import initializer
-from graphopt.run import race
+from graphopt.run import guarded, race
 
 _SECONDS = 20.0  # for all timing of one pass
 _ROWS = 4096
@@ -46,10 +46,11 @@ class Stopwatch:
 
     def _compare(self, inner: int, rank: int, widths: tuple[int, ...], rows: list[int]) -> str | None:
         assert self.target is not None
+        first = {"x": np.zeros((1, inner), np.float32)}
         try:
             sessions = {
-                "whole": self.target.session(_product(inner, (), widths)),
-                "factors": self.target.session(_product(inner, (rank,), widths)),
+                "whole": guarded.opened(self.target, _product(inner, (), widths), first),
+                "factors": guarded.opened(self.target, _product(inner, (rank,), widths), first),
             }
         except GraphoptError:
             return None

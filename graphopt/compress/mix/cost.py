@@ -13,7 +13,7 @@ from graphopt.core.contract import Array, Context, Session, Target
 from graphopt.core.errors import PipelineError
 from graphopt.core.pipeline import lower
 from graphopt.io import load as frontend
-from graphopt.run import Feeds, Port, ort, race
+from graphopt.run import Feeds, Port, guarded, ort, race
 from graphopt.run.clock import NOISE
 from graphopt.run.observe import exposed
 from graphopt.run.segments import Change, Recipe, alone
@@ -53,7 +53,8 @@ def timed(model: ir.Model, feed: Feeds, parts: Sequence[PrecisionPart], ctx: Con
 
 def _session(model: ir.Model, change: Change, state: Mapping[str, Array], target: Target) -> Session:
     small = lower(frontend.load(alone(model, change, state)), target)
-    return race.Picky(target.session(small), [Port(str(v.name), None, ()) for v in small.graph.inputs])
+    inputs = [Port(str(v.name), None, ()) for v in small.graph.inputs]
+    return race.Picky(guarded.opened(target, small, {port.name: state[port.name] for port in inputs}), inputs)
 
 
 def _as_it_is(operands: Mapping[ir.Node, Linear | Embedding], part: PrecisionPart) -> Change:

@@ -14,7 +14,7 @@ from graphopt.core.errors import TargetError
 from graphopt.core.pipeline import lower
 from graphopt.rewrite.slicing.apply import apply
 from graphopt.rewrite.slicing.close import Slicing
-from graphopt.run import race
+from graphopt.run import guarded, race
 
 _POINTS = (0.25, 0.5, 0.75)  # of the steps of a block; between them time is a straight line
 
@@ -78,7 +78,8 @@ def _without(model: ir.Model, gone: Mapping[Candidate, Array], resize: Sequence[
 
 def _race(target: Target, models: Mapping[str, ir.Model]) -> dict[str, float]:
     """Time of each model over that of `whole`: medians of one interleaved run, geometric mean over the target's shapes."""
-    sessions = {name: target.session(lower(model, target, tune=False)) for name, model in models.items()}
     feeds = race.feeds_for([models["whole"]], race.shapes_of(target))
+    first = next(iter(feeds.values()))
+    sessions = {name: guarded.opened(target, lower(model, target, tune=False), first) for name, model in models.items()}
     timed = race.race(sessions, feeds, clock=race.clock_of(target), effort=race.CHOICE)
     return {name: 1 / timed.speedup(name) for name in sessions}

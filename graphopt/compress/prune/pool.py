@@ -11,7 +11,7 @@ from graphopt.analysis.heads import Heads, Units
 from graphopt.calibration.averages import Averages, centered, moments
 from graphopt.compress.prune.align import balanced, planes_of, scores, values
 from graphopt.compress.prune.refit import fit_behind
-from graphopt.compress.prune.units import OutOfFuel, carry_out
+from graphopt.compress.prune.units import carry_out
 from graphopt.compress.weights import Editor, known, unfit
 from graphopt.core.contract import Array, Context
 from graphopt.graph.attention_node import AttentionNode
@@ -38,8 +38,6 @@ def pool(model: ir.Model, ctx: Context, kv_heads: int, *, rows: int, refits: boo
             if reason is None:
                 _remove(plan, ctx, p.unit, kv_heads)
                 todo.append(p)
-        except OutOfFuel:
-            break
         except Refusal as refusal:
             reason = f"{refusal}; name it in resize" if refusal.remedy is Remedy.PORT else str(refusal)
         if reason is not None:
@@ -65,8 +63,7 @@ def _remove(plan: Slicing, ctx: Context, unit: Heads, kv_heads: int) -> None:
     """Plan that key heads from `kv_heads` on go, and their value heads with them, while all query heads stay.
 
     Raises:
-        Refusal: it cannot be done.
-        OutOfFuel: it must not be done.
+        Refusal: it cannot be done, or must not for want of fuel; nothing is planned.
     """
     gone, (_, key, _) = np.arange(unit.kv_heads) >= kv_heads, unit.operands
     plan.regrouped.add(unit.node)
@@ -75,8 +72,8 @@ def _remove(plan: Slicing, ctx: Context, unit: Heads, kv_heads: int) -> None:
             axis, mask = (key.dim_axis, np.repeat(gone, key.dim)) if key.flat else (1, gone)
             plan.remove(key.value, axis, mask, inside=unit.inside)
             if not ctx.fuel.burn():
-                raise OutOfFuel
-    except (Refusal, OutOfFuel):
+                raise Refusal(ctx.fuel.why)
+    except Refusal:
         plan.regrouped.discard(unit.node)
         raise
 

@@ -23,7 +23,7 @@ class Candidate:
     Attributes:
         kind: `heads` or `neurons`.
         units: the blocks; the same heads (or neurons) go from each.
-        group: so many neighbours go together (query heads that share a key head).
+        group: so many neighbours go together (query heads that share a key head, unless it is the only one).
         saves: multiplications with stored weights, for each row of activations, that removing one group saves in all units.
     """
 
@@ -95,7 +95,8 @@ class Removable(Analysis[Removables]):
     def _try(self, model: ir.Model, units: Sequence[Unit], weights: Collection[ir.Value]) -> Candidate | str:
         """Remove the first group, and grow the group while that leaves heads of different sizes."""
         first, reason = units[0], ""
-        for group in (g for g in range(first.group, first.count) if first.count % g == 0 and g % first.group == 0):
+        least = 1 if isinstance(first, Heads) and first.kv_heads == 1 else first.group  # the queries of an only key head go alone
+        for group in (g for g in range(least, first.count) if first.count % g == 0 and g % least == 0):
             s = Slicing(model, resize=self.resize)
             try:
                 for unit in units:

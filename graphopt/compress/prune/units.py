@@ -27,10 +27,6 @@ from graphopt.rewrite.slicing.close import Slicing
 from graphopt.rewrite.slicing.plan import Refusal
 
 
-class OutOfFuel(Exception):
-    """What was planned at last is forgotten."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Ratio:
     """An option of the passes that remove one kind of unit."""
@@ -127,8 +123,6 @@ def remove(model: ir.Model, ctx: Context, gone: Mapping[Candidate, Sequence[int]
         except Refusal as refusal:
             ctx.remarks.missed(c.name, f"not pruned: {refusal}")
             continue
-        except OutOfFuel:
-            break
         done.append((c, members))
         outputs += [str(u.output.node.name) for u in c.units if u.output is not None]
     if not done:
@@ -144,14 +138,13 @@ def planned(plan: Slicing, ctx: Context, units: Sequence[Unit], members: Sequenc
     """Plan the removal of these heads or neurons from all `units`, or from none.
 
     Raises:
-        Refusal: it cannot be done.
-        OutOfFuel: it must not be done.
+        Refusal: it cannot be done, or must not for want of fuel; nothing is planned.
     """
     with plan.together():
         for unit in units:
             plan.remove(unit.value, unit.axis, unit.mask(members), inside=unit.inside)
         if not ctx.fuel.burn():
-            raise OutOfFuel
+            raise Refusal(ctx.fuel.why)
 
 
 def carry_out(plan: Slicing, ctx: Context, *, caches: bool = False) -> None:
@@ -191,12 +184,20 @@ def explicit(model: ir.Model, ctx: Context, listed: Mapping[int, Sequence[int]],
         wrong = [m for m in members if not 0 <= m < unit.count]
         if wrong:
             raise PipelineError(f"layer {index} has {unit.count} {kind}, 0 to {unit.count - 1}; found {wrong[0]}")
-        whole = c.members(sorted({m // c.group for m in members}))
+        whole = sorted(set(members)) if _evenly(c, unit, members) else c.members(sorted({m // c.group for m in members}))
         if len(whole) > len(set(members)):
             asked = "+".join(map(str, sorted(members)))
             ctx.remarks.warning(c.name, f"{kind} go in groups of {c.group}: {'+'.join(map(str, whole))} instead of {asked}")
         gone[dataclasses.replace(c, units=(unit,))] = whole
     return remove(model, ctx, gone, s, {})
+
+
+def _evenly(c: Candidate, unit: Unit, members: Sequence[int]) -> bool:
+    """As many queries of every key head, and not all of any: the key heads stay."""
+    if not isinstance(unit, Heads) or c.group != unit.group:
+        return False
+    counts = np.bincount(np.array(sorted(set(members))) // unit.group, minlength=unit.kv_heads)
+    return len(set(counts.tolist())) == 1 and counts[0] < unit.group
 
 
 def _unknown(refused: Sequence[tuple[ir.Node, str]], index: int, known: Mapping[int, object], kind: str) -> PipelineError:

@@ -69,7 +69,7 @@ def scale_inputs(model: ir.Model, ctx: Context, fits: Callable[[Linear], bool], 
             ctx.remarks.missed(where, f"its input channels are not scaled: no strength lowers the output error of {scaling.before:.4f}")
             continue
         if not ctx.fuel.burn():
-            break
+            continue
         fold(inserter, group, scaling.scale, "awq")
         text = f"input channels scaled, strength {scaling.strength:g}: output error {scaling.before:.4f} -> {scaling.after:.4f}"
         ctx.remarks.applied(where, text, strength=scaling.strength, before=scaling.before, after=scaling.after)

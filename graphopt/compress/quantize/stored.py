@@ -59,7 +59,7 @@ class QuantizeStored(RewritePass[QuantizeMatch]):
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     exact: ClassVar[bool] = False
-    anchors: ClassVar[frozenset[str]] = frozenset({"MatMul", "Gemm", "Gather"})
+    anchors: ClassVar[frozenset[str]] = frozenset({"MatMul", "Gemm", "Gather", "Einsum"})
 
     @classmethod
     def of(cls, options: object, **others: Any) -> Self:
@@ -72,8 +72,11 @@ class QuantizeStored(RewritePass[QuantizeMatch]):
 
     def match(self, node: ir.Node, ctx: Context) -> QuantizeMatch | Miss | None:
         operand = ctx.get(StoredOperands(casts=True)).get(node)
+        if operand is None and node.op_type in ("Gather", "Einsum"):
+            stored = node.op_type == "Einsum" and any(map(is_constant, node.inputs))
+            return Miss(node, "stays float: it is an Einsum; canonicalize makes a product of it, or says why not") if stored else None
         if operand is None:
-            return None if node.op_type == "Gather" else Miss(node, f"stays float: {why_no_linear(node)}")
+            return Miss(node, f"stays float: {why_no_linear(node)}")
         if operand.quantized:
             return self.match_decoded(operand)
         reason = self.unfit(operand)

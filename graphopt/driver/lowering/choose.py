@@ -21,7 +21,7 @@ from graphopt.driver.lowering.cache import Cache, Timed
 from graphopt.graph.dims import Bindings
 from graphopt.graph.questions import all_nodes
 from graphopt.rewrite.choices import Choices
-from graphopt.run import race
+from graphopt.run import guarded, race
 from graphopt.run.clock import NOISE, geometric_mean
 from graphopt.run.roles import random_feed
 
@@ -134,9 +134,13 @@ class _Tuner:
     def _measure(self, small: ir.Model, variants: Sequence[_Variant], keys: Mapping[str, str]) -> dict[str, dict[str, float]]:
         assert self.machine is not None
         sessions: dict[str, Session] = {}
+        try:
+            feed = random_feed(small, self.sizes[next(iter(keys))])
+        except ValueError:
+            return {}
         for variant in variants:
             try:
-                sessions[variant.spelling.name] = self.target.session(variant.model)
+                sessions[variant.spelling.name] = guarded.opened(self.target, variant.model, feed)
             except GraphoptError as error:
                 self.ctx.remarks.missed("", f"{variant.spelling.label}: {error}")
         if variants[0].spelling.name not in sessions:

@@ -13,6 +13,7 @@ from graphopt.core.contract import Artifact, Context, Pass
 from graphopt.core.errors import TargetError
 from graphopt.graph.opset import versions
 from graphopt.graph.questions import all_nodes
+from graphopt.io.runtime_ops.read import READ_HERE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,9 @@ class KeepWithin(Pass):
         if found is not None and not meta.get(_TOLD):
             ctx.remarks.warning(found.name or "", f"{found.domain}::{found.op_type} came with the input; with vendor=false it cannot be saved")
             meta[_TOLD] = True
+            changes += 1
+        if self.without and found is None and meta.pop(READ_HERE, "") == self.without:
+            ctx.remarks.applied("", f"the input's operators of {self.without} are written as standard ones")
             changes += 1
         return changes
 

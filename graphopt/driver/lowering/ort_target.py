@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import onnx
 import onnx_ir as ir
 
-from graphopt.core.contract import Artifact, Pass, Session, Target
+from graphopt.core.contract import Array, Artifact, Pass, Session, Target
 from graphopt.core.errors import TargetError
 from graphopt.core.options import option
 from graphopt.driver.lowering.decompose import portable
@@ -118,6 +118,12 @@ class OrtTarget(Target):
 
         self._require()
         return session(model, threads=self.threads, providers=(*self.providers(), "CPUExecutionProvider"))
+
+    def probe(self, model: ir.Model, feed: Mapping[str, Array] | None = None) -> Mapping[str, Any]:
+        from graphopt.run import guarded, ort
+
+        self._require()
+        return guarded.probe(model, feed, ort.settings(self.threads, providers=(*self.providers(), "CPUExecutionProvider")))
 
     def providers(self) -> Sequence[str | tuple[str, Mapping[str, str]]]:
         """What runs before the CPU provider does, with its options."""

@@ -186,6 +186,7 @@ def _is_not(name: str, *values: str) -> Callable[[NodeForm], bool]:
 _REDUCTIONS = [f"Reduce{kind}" for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")]
 _AXIS_OPS = ["Concat", "Flatten", "Split", "Squeeze", "Unsqueeze", "ArgMax", "ArgMin", "Compress", "OneHot", *_REDUCTIONS]
 SOFTMAX = ("Softmax", "LogSoftmax", "Hardmax")
+ARITHMETIC = ("Add", "Sub", "Mul", "Div", "Pow", "And", "Or", "Xor", "Equal", "Greater", "Less")  # broadcast by an attribute before opset 7
 _MEANING: dict[str, tuple[tuple[int, Callable[[NodeForm], bool]], ...]] = {
     **dict.fromkeys(_AXIS_OPS, ((11, _no_negative),)),
     **dict.fromkeys(SOFTMAX, ((11, _no_negative), (13, _last_axis))),

@@ -10,10 +10,12 @@ from typing import Any, ClassVar
 import onnx
 import onnx_ir as ir
 
-from graphopt.core.errors import LoadError
+from graphopt.core.errors import LoadError, about
 from graphopt.core.remarks import Remarks
 from graphopt.graph.serialize import graph_of, read
 from graphopt.io.formats.format import Format, Loaded, is_path
+from graphopt.io.formats.sparse import densified
+from graphopt.io.order import check_sources, put_in_order
 
 _MAGIC = {
     b"PK\x03\x04": "a zip archive; unpack it, or, if it is a PyTorch checkpoint, load the module in Python and pass it with example_inputs",
@@ -21,6 +23,10 @@ _MAGIC = {
     b"\x80\x02": "a pickle; load the module in Python and pass it with example_inputs",
     b"GGUF": "a GGUF file; save the model with transformers and give the folder",
 }
+
+
+_FIELDS = {ir.DataType.FLOAT: "float_data", ir.DataType.DOUBLE: "double_data", ir.DataType.INT64: "int64_data"}  # one element for each
+_BESIDE = 64  # bytes of a stored tensor, for each axis and for itself, besides its data and its texts
 
 
 class OnnxFile(Format):
@@ -90,6 +96,8 @@ def from_proto(proto: onnx.ModelProto) -> Loaded:
 def from_model(source: ir.Model) -> Loaded:
     """Copy a caller's model; the weights are shared."""
     name = "the ir.Model"
+    with about(name):
+        check_sources(source)
     try:
         model = source.clone()
     except RuntimeError as error:
@@ -115,12 +123,15 @@ def _deserialize(proto: onnx.ModelProto, name: str) -> ir.Model:
         raise LoadError(f"{name}: the model imports no opset; it is truncated, or was written by hand: add opset_import")
     if standard is not None and standard > onnx.defs.onnx_opset_version():
         raise LoadError(f"{name}: opset {standard} is newer than the installed onnx knows ({onnx.defs.onnx_opset_version()}); update onnx")
-    if proto.graph.sparse_initializer:
-        raise LoadError(f"{name}: it has sparse initializers, which graphopt does not read; store them as dense tensors")
+    with about(name):
+        proto = densified(proto)
     try:
-        return graph_of(proto)
+        model = graph_of(proto)
     except Exception as error:  # noqa: BLE001 -- the deserializer wraps every kind of error; the innermost one says what is wrong
-        raise LoadError(f"{name}: invalid ONNX model: {_root_line(error)}") from None
+        raise LoadError(f"{name}: invalid ONNX model: {_root_line(error)}; check it with onnx.checker.check_model, and export it again") from None
+    with about(name):
+        put_in_order(model)
+    return model
 
 
 def _root_line(error: BaseException) -> str:
@@ -159,12 +170,28 @@ class _Weights:
     def __call__(self, tensor: Any) -> Any:
         if isinstance(tensor, ir.ExternalTensor):
             return self._external(tensor)
+        self._check(tensor)
         if not self.shared:
             return tensor
         shape = ir.Shape(tensor.shape.numpy())
         if tensor.dtype == ir.DataType.STRING:
             return ir.StringTensor(list(tensor.numpy().reshape(-1)), shape=shape, name=tensor.name)
         return ir.LazyTensor(lambda: tensor, dtype=tensor.dtype, shape=shape, name=tensor.name)
+
+    def _check(self, tensor: Any) -> None:
+        """What it says of its length; the data are not copied out of the message for it."""
+        if not isinstance(tensor, ir.TensorProtoTensor) or tensor.dtype == ir.DataType.STRING:
+            return
+        held, rest = tensor.raw.ByteSize(), len(tensor.name or "") + len(tensor.doc_string or "") + _BESIDE * (len(tensor.shape) + 1)
+        fits = tensor.nbytes <= held <= tensor.nbytes + rest + sum(map(len, tensor.metadata_props.values()))
+        if not tensor.raw.HasField("raw_data"):
+            field = _FIELDS.get(tensor.dtype)
+            fits = field is None or len(getattr(tensor.raw, field)) == tensor.size
+        if not fits:
+            text = (
+                f"the weight `{tensor.name}` is {tensor.dtype.name.lower()}{list(tensor.shape)}, {tensor.nbytes} bytes, and its data are not as long"
+            )
+            raise LoadError(f"{self.name}: {text}; download or export it again")
 
     def _external(self, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
         path = self._place(tensor)

@@ -13,14 +13,13 @@ from graphopt.graph.attention_node import AttentionNode, head_counts
 from graphopt.graph.fold import known_integers
 from graphopt.graph.interface import RESIZED
 from graphopt.graph.questions import attr, constant, consumers, graphs, is_constant, static_dim
+from graphopt.graph.serialize import DECLARED
 from graphopt.graph.shapes import contents, declared_shape, infer_shapes
 from graphopt.rewrite.dead import remove_dead
 from graphopt.rewrite.insert import Inserter
 from graphopt.rewrite.slicing.moves import cut_axes, recut
 from graphopt.rewrite.slicing.places import rank
 from graphopt.rewrite.slicing.plan import AxisMasks, Refusal, Removals, Slot, kept
-
-_DECLARED = "graphopt.declared"
 
 
 def apply(s: Removals) -> None:
@@ -202,7 +201,7 @@ class Applier:
                 if value.const_value is not None:  # its default
                     value.const_value = self._left(value.const_value, masks, str(value.name))
             else:
-                value.meta[_DECLARED] = ir.Shape(sizes)
+                value.meta[DECLARED] = ir.Shape(sizes)
         if resized:
             graph.meta[RESIZED] = frozenset(resized)
 
