@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import onnx_ir as ir
 
 from graphopt.graph.dims import symbolic
-from graphopt.graph.questions import ISLAND, all_nodes, closed_nodes, is_graph, is_tensor, static_dim
+from graphopt.graph.questions import ISLAND, all_nodes, closed_nodes, is_graph, static_dim
 from graphopt.graph.serialize import DECLARED, light
 from graphopt.graph.shape_rules import INITIAL, Contents, register
 
@@ -40,7 +40,7 @@ def infer_shapes(model: ir.Model) -> str | None:
     for value in model.graph.outputs:
         value.meta.setdefault(DECLARED, value.shape)
     closed = set(closed_nodes(model))
-    held = {v: v.type for node in all_nodes(model) for v in node.outputs if not is_tensor(v)}
+    held = {v: v.type for node in all_nodes(model) for v in node.outputs}
     for node in all_nodes(model):
         if node.domain in ("", "ai.onnx", ISLAND) and node not in closed:
             for value in node.outputs:
@@ -53,7 +53,7 @@ def infer_shapes(model: ir.Model) -> str | None:
         for node in all_nodes(model):
             _tidy(node.outputs)
             for value in node.outputs:
-                if not is_tensor(value) and value.dtype is None:  # a sequence of what is not known, behind an operator of a vendor
+                if value.type is not None and value.dtype is None:  # (a sequence) of what is not known, behind an operator of a vendor
                     value.type = held.get(value)
     if reason is not None:
         _find_types(model)
