@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -33,15 +34,15 @@ def given(path: Path) -> list[Output]:
     return [Output(model, {"file": model.SerializeToString()})]
 
 
-def graphopt(path: Path) -> list[Output]:
-    """Blocks are counted in the fused graph; a target may then spell a block unfused."""
+def graphopt(path: Path, **options: Any) -> list[Output]:
+    """Blocks are counted in the fused graph; a target may then spell a block unfused. `options`: of the run at level 1."""
     import onnx
 
     import graphopt as package
 
     fused = package.optimize(path, FUSION)
     remarks = [f"{r.pass_name} `{r.node}`: {r.message}" for p in fused.report.passes for r in p.remarks if r.kind == "missed" and p.name in FUSION]
-    lowered = package.optimize(path, level=1)
+    lowered = package.optimize(path, level=1, **options)
     with tempfile.TemporaryDirectory() as folder:
         graph, artifact = Path(folder, "graph.onnx"), Path(folder, "artifact.onnx")
         fused.model = fused.graph
@@ -100,7 +101,8 @@ def onnxsim(path: Path) -> list[Output]:
 
 
 TOOLS: dict[str, Callable[[Path], list[Output]]] = {
-    "graphopt": graphopt, "onnxruntime": onnxruntime, "onnxscript": onnxscript, "onnxsim": onnxsim, "none": given,
+    "graphopt": graphopt, "graphopt-untimed": functools.partial(graphopt, target="cpu{tune=off}", promise=False),
+    "onnxruntime": onnxruntime, "onnxscript": onnxscript, "onnxsim": onnxsim, "none": given,
 }  # fmt: skip
 
 

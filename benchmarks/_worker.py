@@ -17,14 +17,14 @@ _JOBS = 60  # then a fresh process: exporters keep memory
 class Worker:
     """`ask` sends a key to `script --worker ARGUMENTS`, which answers by `serve`."""
 
-    def __init__(self, script: str, arguments: Sequence[str], seconds: float) -> None:
+    def __init__(self, script: str, arguments: Sequence[str], seconds: float, jobs: int = _JOBS) -> None:
         self.command = [sys.executable, script, "--worker", *arguments]
-        self.seconds, self.done = seconds, 0
+        self.seconds, self.jobs, self.done = seconds, jobs, 0
         self.child: subprocess.Popen[bytes] | None = None
 
     def ask(self, key: str) -> dict[str, Any]:
         """The answer for a key, or {"failed": reason} if there was none in time."""
-        if self.child is None or self.done >= _JOBS:
+        if self.child is None or self.done >= self.jobs:
             self.stop()
             self.child, self.done = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL), 0
         child = self.child

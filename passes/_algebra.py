@@ -12,10 +12,15 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.core.contract import Array
-from graphopt.graph.questions import constant, is_constant, producer, rank, same_shape, scalar, used_once
+from graphopt.graph.questions import constant, consumers, is_constant, producer, rank, same_shape, scalar, used_once
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.match import Miss
 
+_ROUNDINGS = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "Round", "Floor", "Ceil"})
+_ELEMENTWISE = frozenset(
+    {"Mul", "Add", "Sub", "Div", "Neg", "Relu", "Clip", "Min", "Max", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity"}
+)
+_NEAR = 32  # nodes behind one that are looked at
 Rewritten = ir.Value | Sequence[ir.Value | None] | Miss | None  # a Miss: it stays, for this reason
 _LARGEST = 1 << 16  # elements of a constant that are read to see whether they are all 0 or 1
 _EXACT = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)  # types whose rounding shows: only exact changes there
@@ -72,7 +77,7 @@ def subtraction(node: ir.Node, op: Builder) -> Rewritten:
 
 
 def division(node: ir.Node, op: Builder) -> Rewritten:
-    """x / c -> x * (1/c) for a scalar constant c; 1 / x -> Reciprocal(x). Half types only where 1/c is exact."""
+    """x / c -> x * (1/c) for a scalar constant c; 1 / x -> Reciprocal(x). Half types, and in front of a rounding, only where 1/c is exact."""
     x, c = node.inputs
     if x is None or c is None or c.dtype is None or c.dtype not in (*_WIDE, *_EXACT):
         return None
@@ -82,7 +87,7 @@ def division(node: ir.Node, op: Builder) -> Rewritten:
     if array is None or is_constant(x):
         return None
     inverse = 0.0 if array.item() == 0 else 1 / float(array.item())
-    rounded = _rounded(inverse, array, exact=c.dtype in _EXACT)
+    rounded = _rounded(inverse, array, exact=c.dtype in _EXACT or in_front_of_rounding(node))
     return None if rounded is None else [op.Mul(x, op.const(rounded, f"{c.name}_reciprocal"))]
 
 
@@ -112,8 +117,25 @@ def chained_scales(node: ir.Node, op: Builder) -> Rewritten:
     if first is None or dtype not in (*_WIDE, *_EXACT):
         return None
     wider = first if first.ndim >= outer.ndim else outer
-    product = _rounded(float(first.item()) * float(outer.item()), wider, exact=dtype in _EXACT)
+    product = _rounded(float(first.item()) * float(outer.item()), wider, exact=dtype in _EXACT or in_front_of_rounding(node))
     return None if product is None else [op.Mul(inner.inputs[0], op.const(product, node.inputs[1].name or "scale"))]  # type: ignore[union-attr]
+
+
+def in_front_of_rounding(node: ir.Node) -> bool:
+    """Whether the result is rounded behind nothing but elementwise arithmetic and layout: there a last digit decides between two codes."""
+    todo, seen = [node], set[ir.Node]()
+    while todo and len(seen) < _NEAR:
+        for reader in (r for v in todo.pop().outputs for r in consumers(v) if r not in seen):
+            if reader.domain == "" and (reader.op_type in _ROUNDINGS or (reader.op_type == "Cast" and _to_integer(reader))):
+                return True
+            seen.add(reader)
+            todo += [reader] if reader.domain == "" and reader.op_type in _ELEMENTWISE else []
+    return False
+
+
+def _to_integer(cast: ir.Node) -> bool:
+    kind = cast.outputs[0].dtype
+    return kind is not None and not kind.is_floating_point() and kind != ir.DataType.BOOL
 
 
 def stand_in(node: ir.Node, x: ir.Value, op: Builder) -> Rewritten:

@@ -143,6 +143,23 @@ def expand(node: ir.Node, op: Builder) -> Rewritten:
     return [op.Expand(x, op.const(np.array(target, np.int64), f"{out.name}_shape"))]
 
 
+def unexpanded(node: ir.Node, op: Builder) -> Rewritten:
+    """An operand that is expanded to what its reader would broadcast it to is read as it was: it is expanded to the shape of another operand, or
+    another has the shape of the result."""
+    for k, value in enumerate(node.inputs):
+        wide = producer(value, "Expand")
+        others = [v for v in node.inputs if v is not None and v is not value]
+        shape = None if wide is None else producer(wide.inputs[1], "Shape")
+        if wide is not None and (_all_of(shape, others) or any(same_shape(v, node.outputs[0]) for v in others)):
+            return [op.node(node.op_type, (*node.inputs[:k], wide.inputs[0], *node.inputs[k + 1 :]))]
+    return None
+
+
+def _all_of(shape: ir.Node | None, values: list[ir.Value]) -> bool:
+    """Whether it is the Shape of one of the values, from its first axis to its last."""
+    return shape is not None and not shape.attributes and shape.inputs[0] in values
+
+
 def transpose(node: ir.Node, op: Builder) -> Rewritten:
     """An explicit permutation; two in a row become one, and one that moves nothing vanishes."""
     x = node.inputs[0]

@@ -35,6 +35,8 @@ class Rows:
 
     @property
     def size(self) -> Any:
+        if self.choice.regrouped and self.choice.shape is not None:
+            return self.choice.shape[self.axis]
         return self.value.shape[self.place] if self.value.shape is not None else None
 
 

@@ -25,14 +25,15 @@ _SWEEPS = 12  # rules that undo each other from sweep to sweep stop here,
 _PER_NODE = 16  # and within one sweep here: so many changes for each node of the graph
 _SHOWN = 5  # names in one remark
 
-_ARITHMETIC = (_algebra.constant_on_the_right, _algebra.neutral_element)
+_ARITHMETIC = (_algebra.constant_on_the_right, _algebra.neutral_element, _layout.unexpanded)
 _RULES: Mapping[str, Sequence[Callable[[ir.Node, Builder], Rewritten]]] = {
     "Add": (*_ARITHMETIC, _layout.bias_before_split),
     "Mul": (*_ARITHMETIC, _algebra.chained_scales),
-    "Sub": (_algebra.neutral_element, _algebra.subtraction),
-    "Div": (_algebra.neutral_element, _algebra.division),
+    "Sub": (_algebra.neutral_element, _algebra.subtraction, _layout.unexpanded),
+    "Div": (_algebra.neutral_element, _algebra.division, _layout.unexpanded),
     "Pow": (_algebra.power,),
-    **dict.fromkeys(("And", "Or", "Not", "Where"), (_algebra.logic,)),
+    "Not": (_algebra.logic,),
+    **dict.fromkeys(("And", "Or", "Where"), (_algebra.logic, _layout.unexpanded)),
     **dict.fromkeys(("Identity", "Cast", "CastLike", "Tile", "Split", "Dropout"), (_layout.identity,)),
     "Einsum": (_einsum.einsum,),
     "Concat": (_layout.identity, _layout.concat),

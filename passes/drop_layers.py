@@ -46,6 +46,8 @@ class DropLayers(Pass):
     layers: tuple[int, ...] = option((), least=0)
     what: Literal["layer", "attention", "ffn"] = "layer"
     exact: ClassVar[bool] = False
+    samples = "needs"
+    data_free = "layers=0+1"
     ways = exclusive("count", "ratio", "layers")
     dials = (Dial("count", mild=1, by=0.7), Dial("ratio", by=0.7), Dial("layers", mild=1, by=0.7))
 

@@ -74,6 +74,8 @@ class Factorize(Pass):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     exact: ClassVar[bool] = False
+    samples = "needs"
+    data_free = "method=svd"
     ways = exclusive("energy", "rank", "ratio", "budget")
     dials = (
         Dial("energy", mild=0.9998, rest=True, unset=_ENERGY),

@@ -86,6 +86,8 @@ class FuseAttention(RewritePass[FusibleAttention]):
         found = [getattr(o, form)() for o in (f.q, f.k, f.v)]
         if any(c is None for c in found) or found[2].step.scale != 1.0:
             return None
+        if found[0].regrouped and any(t.scores_rank == 5 for t in f.terms):
+            return None  # a window mask counts the batch of the query
         return found[0], found[1], found[2]
 
     def build(self, op: Builder, m: FusibleAttention) -> Sequence[ir.Value]:
@@ -190,7 +192,7 @@ def _regrouped(value: ir.Value, axes: Sequence[Group], wanted: Sequence[Group], 
     have = merged(tuple(a for g in axes for a in g))
     if len(wanted) == 4:
         flat = merged(tuple(a for g in wanted for a in g))
-        return AttentionResult(value, tail, None, shape) if have == flat and shape is not None and len(shape) == 3 else None
+        return AttentionResult(value, tail, None, shape) if have == flat and shape is not None else None
     for perm in ((0, 1, 2), (1, 0, 2)):
         order = [wanted[k] for k in perm]
         moved = None if perm == (0, 1, 2) else perm

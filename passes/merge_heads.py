@@ -64,6 +64,7 @@ class MergeHeads(Pass):
     rows: int = option(32768, least=1)
     resize: tuple[str, ...] = ()
     exact: ClassVar[bool] = False
+    samples = "needs"
     ways = exclusive("ratio", "heads", "kv_heads", says="how many heads go")
     dials = (Dial("ratio"),)
 

@@ -72,6 +72,7 @@ class MixPrecision(Pass):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     exact: ClassVar[bool] = False
+    samples = "needs"
     dials = (Dial("share", mild=1 / 16),)
 
     def __post_init__(self) -> None:

@@ -58,6 +58,7 @@ class PruneHeadDim(Pass):
     rows: int = option(32768, least=1)
     resize: tuple[str, ...] = ()
     exact: ClassVar[bool] = False
+    samples = "needs"
     ways = exclusive("dim", "ratio", says="how many features of a head stay")
     dials = (Dial("ratio"),)
 

@@ -46,6 +46,7 @@ class PruneHidden(Pass):
     multiple: int = option(32, least=1)
     resize: tuple[str, ...] = ()
     exact: ClassVar[bool] = False
+    samples = "needs"
     ways = exclusive("width", "ratio", says="how many channels stay")
     dials = (Dial("ratio"),)
 

@@ -50,6 +50,8 @@ class PruneVocabulary(Pass):
     input: str = ""
     output: bool = True
     exact: ClassVar[bool] = False
+    samples = "needs"
+    data_free = "ids=FILE"
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         lookup = self._lookup(ctx)

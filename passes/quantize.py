@@ -87,6 +87,8 @@ class Quantize(Pass):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     exact: ClassVar[bool] = False
+    samples = "can"
+    data_free = "mode=dynamic, or mode=weight-only method=nearest"
     dials = (
         Switch("per_channel", False, {"per_channel": True}),
         Switch("mode", "static", {"mode": "dynamic"}),

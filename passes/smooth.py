@@ -37,6 +37,7 @@ class Smooth(Pass):
     strength: str = "search"
     multiply: bool = False
     rows: bool = False
+    samples = "needs"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""strip-metadata: what an exporter wrote into nodes and values about its own source code."""
+"""strip-metadata: what an exporter wrote into nodes and values about its own source code is removed."""
 
 from __future__ import annotations
 

@@ -60,6 +60,8 @@ class ThresholdAttention(Pass):
     relative: bool = False
     constant: float | None = option(None, above=0, below=1)
     exact: ClassVar[bool] = False
+    samples = "can"
+    data_free = "threshold=0.01"
     ways = exclusive("threshold", "sparsity")
     dials = (Dial("threshold", mild=1e-5, unset=_DEFAULT), Dial("sparsity", mild=0.02, by=0.7), Dial("constant", mild=1e-5))
 

@@ -51,8 +51,11 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class BlockedMatch(Match):
+    """`tied`: a product reads the codes as well, so that they are stored once, in its layout."""
+
     operand: Linear | Embedding
     source: Source
+    tied: bool = False
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -76,14 +79,18 @@ class SpellBlockedTable(RewritePass[BlockedMatch]):
         source = _source(e.table, e.grid, 1, ir.DataType.FLOAT, ctx)
         if isinstance(source, str) or e.width % source.block:
             return Miss(node, f"the table is decoded as a whole: {source if isinstance(source, str) else 'its last block is short'}")
-        return BlockedMatch((node,), (node.outputs[0],), e, source)
+        return BlockedMatch((node,), (node.outputs[0],), e, source, tied)
 
     def build(self, op: Builder, m: BlockedMatch) -> Sequence[ir.Value]:
-        packed, scale, zero = _packed(op, m.source)
-        assert isinstance(m.operand, Embedding)
-        rows = op.Reshape(packed, op.const(np.array([m.operand.rows, -1], np.int64), "rows"))
+        e, source = m.operand, m.source
+        assert isinstance(e, Embedding)
+        scale, zero = _grid(op, source)
+        if m.tied:
+            rows = op.Reshape(source.known.once(op, "blocks", lambda: _codes(source)), op.const(np.array([e.rows, -1], np.int64), "rows"))
+        else:
+            rows = source.known.once(op, "rows", lambda: _codes(source).reshape(e.rows, -1))
         options = {"bits": m.source.bits, "block_size": m.source.block, "gather_axis": 0, "quantize_axis": 1}
-        return [op.node("GatherBlockQuantized", (rows, m.operand.ids, scale, zero), _domain=VENDOR, **options)]
+        return [op.node("GatherBlockQuantized", (rows, e.ids, scale, zero), _domain=VENDOR, **options)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +158,14 @@ def with_rest(op: Builder, linear: Linear, product: ir.Value) -> ir.Value:
         out = op.Mul(out, op.const(np.array(linear.alpha, kind), "alpha"))
     added = linear.addend if linear.bias is None or linear.bias_node is not None else linear.bias
     if added is not None:
-        out = op.Add(out, added if linear.beta == 1.0 else op.Mul(added, op.const(np.array(linear.beta, kind), "beta")))
+        out = op.Add(out, added if linear.beta == 1.0 else _scaled(op, added, np.array(linear.beta, kind)))
     return out  # type: ignore[no-any-return]
+
+
+def _scaled(op: Builder, added: ir.Value, beta: Array) -> ir.Value:
+    array = constant(added)
+    value: ir.Value = op.Mul(added, op.const(beta, "beta")) if array is None else op.const(array * beta, f"{added.name}_beta")
+    return value
 
 
 def _source(codes: ir.Value, grid: IntegerGrid, axis: int, dtype: ir.DataType | None, ctx: Context) -> Source | str:
@@ -174,10 +187,13 @@ def _source(codes: ir.Value, grid: IntegerGrid, axis: int, dtype: ir.DataType | 
 
 def _packed(op: Builder, source: Source) -> tuple[ir.Value, ir.Value, ir.Value | None]:
     """Codes, scales and zero points as the operators want them; made once."""
+    return source.known.once(op, "blocks", lambda: _codes(source)), *_grid(op, source)
+
+
+def _grid(op: Builder, source: Source) -> tuple[ir.Value, ir.Value | None]:
     # without zero points the operators take the middle for zero, and DequantizeLinear takes zero
     zero = source.known.once(op, "block_zeros", lambda: _zeros(source)) if source.grid.zero_point is not None or not source.signed else None
-    codes = source.known.once(op, "blocks", lambda: _codes(source))
-    return codes, source.known.once(op, "block_scales", lambda: _by_block(source, source.grid.scale)), zero
+    return source.known.once(op, "block_scales", lambda: _by_block(source, source.grid.scale)), zero
 
 
 def _codes(source: Source) -> Array:

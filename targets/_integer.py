@@ -9,7 +9,7 @@ DequantizeLinear takes 4 times as long). The runtime fuses the standard spelling
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -225,14 +225,14 @@ def _standard(op: Builder, m: MatmulMatch, codes: ir.Value, weight: ir.Value, sc
     return op.Mul(op.Cast(total, to=ir.DataType.FLOAT), op.Mul(m.x_scale, scale))
 
 
-def integer_report(model: ir.Model, shipped: ir.Model) -> dict[str, Any]:
+def integer_report(model: ir.Model, shipped: Callable[[], ir.Model]) -> dict[str, Any]:
     """Which stored integer weights of a lowered graph are multiplied as integers, which as floats and why, and which are tables of rows.
 
     A multiply that still stands between DequantizeLinear nodes counts as what the installed runtime makes of it when it loads the model;
     `rounded_at_load` names the weight-only ones among them whose activations it then rounds to 8 bits, although the graph does not.
 
     Args:
-        shipped: the model as it is written.
+        shipped: makes the model as it is written; asked only where it matters.
     """
     integer: dict[str, None] = {}
     tables: dict[str, None] = {}
@@ -258,7 +258,7 @@ def integer_report(model: ir.Model, shipped: ir.Model) -> dict[str, Any]:
     report: dict[str, Any] = {}
     if any(reason in _AT_LOAD for reason in floats.values()):
         try:
-            fused, rounded = multiplied_at_load(shipped, operands.values())
+            fused, rounded = multiplied_at_load(shipped(), operands.values())
         except TargetError as error:
             fused, rounded = set(), set()
             report["warnings"] = [f"which weights it multiplies as integers is not known: {error}"]

@@ -32,13 +32,15 @@ _NF4 = 1  # its quant_type
 
 @dataclasses.dataclass(frozen=True)
 class Nf4Match(Match):
-    """`codebook` lies as rows along the input features where `transposed`; `known`: what is packed of it already."""
+    """`codebook` lies as rows along the input features where `transposed`; `known`: what is packed of it already; `tied`: a lookup whose codes
+    a product reads, too."""
 
     operand: Linear | Embedding
     codebook: Codebook
     transposed: bool
     block: int
     known: Known
+    tied: bool = False
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -57,12 +59,14 @@ class SpellNf4Table(RewritePass[Nf4Match]):
             return None
         if rank(e.ids) is None:
             return Miss(node, "the table is decoded as a whole: the rank of its ids is not known")
-        return _match(e, e.codebook, True, ctx)
+        codes = e.codebook.codes
+        tied = any(isinstance(x, Linear) and x.codebook is not None and x.codebook.codes is codes for x in ctx.get(StoredOperands()).values())
+        found = _match(e, e.codebook, True, ctx)
+        return dataclasses.replace(found, tied=tied) if isinstance(found, Nf4Match) else found
 
     def build(self, op: Builder, m: Nf4Match) -> Sequence[ir.Value]:
         e = m.operand
         assert isinstance(e, Embedding)
-        packed, scale = _packed(op, m)
         keep = [0] * (rank(e.ids) or 0)  # of Reshape: this axis as it is
 
         def shaped(value: Any, *shape: int) -> Any:
@@ -71,11 +75,16 @@ class SpellNf4Table(RewritePass[Nf4Match]):
         def number(value: int) -> ir.Value:
             return op.const(np.array(value, np.uint8), "bits")
 
-        pairs = op.Gather(shaped(packed, e.rows, e.width // 2), e.ids, axis=0)
+        if m.tied:  # stored once, in the layout of the product
+            rows, row_scales = (shaped(x, e.rows, n) for x, n in zip(_packed(op, m), (e.width // 2, e.width // m.block), strict=True))
+        else:
+            rows = m.known.once(op, "pair_rows", lambda: _pairs(m).reshape(e.rows, -1))
+            row_scales = m.known.once(op, "row_scales", lambda: _scales(m).reshape(e.rows, -1))
+        pairs = op.Gather(rows, e.ids, axis=0)
         last = op.const(np.array([-1], np.int64), "axes")
         high, low = op.BitShift(pairs, number(4), direction="RIGHT"), op.BitwiseAnd(pairs, number(15))
         codes = shaped(op.Concat(op.Unsqueeze(high, last), op.Unsqueeze(low, last), axis=-1), *keep, e.width // m.block, m.block)
-        scales = op.Unsqueeze(op.Gather(shaped(scale, e.rows, e.width // m.block), e.ids, axis=0), last)
+        scales = op.Unsqueeze(op.Gather(row_scales, e.ids, axis=0), last)
         values = op.Mul(op.Gather(m.codebook.table, op.Cast(codes, to=ir.DataType.INT32), axis=0), scales)
         return [shaped(values, *keep, e.width)]
 

@@ -42,7 +42,8 @@ class OwnOperators(OrtTarget):
         """
         if not 0 <= level < len(self.levels):
             has = ", ".join(map(str, range(len(self.levels))))
-            raise TargetError(f"target {self.name} has the levels {has}, found {level}; sample-driven compression (level 3) is not in this version")
+            instead = "; this version compresses further by a pipeline, such as `prune{flops=0.3}, quantize`" if level == 3 else ""
+            raise TargetError(f"target {self.name} has the levels {has}, found {level}{instead}")
         return self.levels[level]
 
     def spell(self) -> Sequence[Pass]:
@@ -103,4 +104,4 @@ class CpuProvider(OwnOperators):
 
     def report(self, model: ir.Model) -> dict[str, Any]:
         """`integer`: weights that are multiplied as integers; `float`: [{name, reason}] of the other stored integers; `tables`: of rows."""
-        return integer_report(model, self.finish(model)[0])
+        return integer_report(model, lambda: self.finish(model)[0])

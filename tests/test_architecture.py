@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = {"torch", "onnxruntime", "onnxscript", "onnxsim", "transformers", "tokenizers", "safetensors", "optuna", "gensim"}
+HEAVY = {"torch", "onnxruntime", "onnxscript", "onnxsim", "transformers", "tokenizers", "safetensors", "optuna", "gensim", "netron"}
 AT_START = HEAVY | {"numpy", "onnx", "onnx_ir", "sympy", "onnx_shape_inference"}  # what the start of the command line must not import
 
 # The rooms of graphopt/, passes/ and targets/, and from which others each may import. A module imports from its own room and from these.

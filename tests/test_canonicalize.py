@@ -24,7 +24,7 @@ from graphopt.graph.text import graph_text
 
 GROWING = {
     "ConstantOfShape": "(float[1024,1024] x) => (float[1024,1024] y) <int64[2] s = {1024, 1024}> { c = ConstantOfShape(s)\n y = Add(x, c) }",
-    "Expand": "(float[64,128,128] x) => (float[64,128,128] y) <float[1,128,128] m, int64[3] s = {64, 128, 128}> { c = Expand(m, s)\n y = Add(x, c) }",
+    "Expand": "(float[64,128,128] x) => (float[64,128,128] y) <float[1,128,128] m, int64[3] s = {64, 128, 128}> { c = Expand(m, s)\n y = Max(x, c) }",
     "Tile": "(float[64,128,128] x) => (float[64,128,128] y) <float[1,128,128] m, int64[3] s = {64, 1, 1}> { c = Tile(m, s)\n y = Add(x, c) }",
     "Trilu": """(float[512,512] x) => (float[512,512] y) <int64[2] s = {512, 512}> {
       o = ConstantOfShape<value = float[1] {1}>(s)

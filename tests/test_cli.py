@@ -243,7 +243,8 @@ def test_a_pass_that_raises_is_named(block: Path, tmp_path: Path) -> None:
     plugin.write_text(LOSSY)
     run("passes", "--plugin", plugin)  # so that the byte code is not counted as left behind
     error = fails(tmp_path, "optimize", block, "-o", tmp_path / "out.onnx", "--pipeline", "canonicalize, broken", "--plugin", plugin)
-    assert error == "error: pass 2 `broken` failed: ValueError: no such luck"
+    line = LOSSY.splitlines().index('        raise ValueError("no such luck")') + 1
+    assert error == f"error: pass 2 `broken` failed: ValueError: no such luck ({plugin}:{line})"
 
 
 def test_outputs_that_cannot_be(block: Path, tmp_path: Path) -> None:

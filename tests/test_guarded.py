@@ -16,6 +16,8 @@ from models import parse  # type: ignore[import-not-found]
 from onnx import TensorProto, helper, numpy_helper
 
 from graphopt.core.errors import TargetError
+from graphopt.report.bench import bench
+from graphopt.report.comparison import compare
 from graphopt.run import guarded, ort
 from graphopt.run.guarded import Died, probe
 from graphopt.run.worker import Settings
@@ -129,3 +131,12 @@ def test_a_script_without_a_main_guard_and_with_closed_streams(tmp_path: Path) -
     assert done.stderr == ""
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid), 0)
+
+
+def test_bench_and_compare_survive_a_file_that_kills_the_runtime(tmp_path: Path) -> None:
+    model, other = tmp_path / "m.onnx", tmp_path / "n.onnx"
+    onnx.save(crashing(), model)
+    onnx.save(crashing(), other)
+    for run in (lambda: bench([model, other]), lambda: compare(model, other)):
+        with pytest.raises(Died, match="cannot load the model: it ended the process by SIG"):
+            run()

@@ -245,7 +245,7 @@ def test_time_and_print_changed(capsys: pytest.CaptureFixture[str]) -> None:
     run(flip_one_weight, PrintChanged())
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "--- after pass 1 `tinker`: 0 changes, the graph is the same"
-    assert lines[1] == "--- after pass 2 `tinker`: 1 changes"
+    assert lines[1] == "--- after pass 2 `tinker`: 1 change"
     assert [line[:13] for line in lines[2:] if line[0] in "+-"] == ["-  %w = f32[4", "+  %w = f32[4"]
 
 

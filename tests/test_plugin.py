@@ -75,6 +75,8 @@ def test_an_installed_package_shows_up(installed: Path) -> None:
     assert rows["remove-involutions"] == {
         "name": "remove-involutions",
         "options": "ops: tuple[str, ...] = Neg+Not+BitwiseNot",
+        "numbers": "exact",
+        "samples": "",
         "purpose": "Neg(Neg(x)), Not(Not(x)) and BitwiseNot(BitwiseNot(x)) become x.",
         "owner": "graphopt-involutions",
     }

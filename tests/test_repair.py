@@ -90,3 +90,15 @@ def test_a_mask_without_an_axis_for_the_query_rows_is_written_out() -> None:
     feeds = {"x": rng.standard_normal((2, 4, 8), dtype=np.float32), "mask": np.where(rng.random((2, 1, 1, 4)) < 0.3, -1e4, 0).astype(np.float32)}
     every = {**feeds, "mask": np.repeat(feeds["mask"], 4, axis=2)}
     assert_same(run(parse(ATTENTION % "S"), every), run(model, feeds))
+
+
+def test_axes_that_are_counted_from_the_end_are_written_out() -> None:
+    """torch's TorchScript exporter copies the axes of `permute`: no runtime loads that."""
+    text = """
+       <ir_version: 8, opset_import: ["" : 17]>
+       g (float[B, 3, 4] x) => (float[B, 4, 3] y) { t = Transpose <perm = [0, -1, 1]> (x)  y = Relu(t) }
+    """
+    remarks, x = Remarks(), np.random.default_rng(0).standard_normal((2, 3, 4), dtype=np.float32)
+    model = graphopt.load(parse(text), remarks=remarks)
+    assert any("perm [0, -1, 1] counts from the end" in r.message and r.facts["repaired"] for r in remarks)
+    np.testing.assert_array_equal(run(model, {"x": x})["y"], np.maximum(x.transpose(0, 2, 1), 0))

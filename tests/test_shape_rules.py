@@ -159,3 +159,20 @@ def test_an_einsum_whose_sizes_agree_is_a_product() -> None:
     text = 'g (float[b,q,d] x, float[b,k,d] w) => (float[b,q,k] y) { y = Einsum <equation = "bqd,bkd->bqk"> (x, w) }'
     outcome = check(build(text), "canonicalize")
     assert (outcome.ops["MatMul"], outcome.ops["Einsum"]) == (1, 0)
+
+
+def test_a_length_that_is_rounded_up() -> None:
+    """onnx_ir writes `ceiling` and cannot read it: an attention behind such a pool failed."""
+    text = """g (float[b,1,s,8] x) => (float[b,n,8] y) {
+        p = AveragePool <ceil_mode = 1, kernel_shape = [2, 1], strides = [2, 1]> (x)
+        q = Squeeze (p, z)
+        t = Transpose <perm = [0, 2, 1]> (q)
+        r = MatMul (q, t)
+        m = Add (r, mask)
+        w = Softmax <axis = -1> (m)
+        y = MatMul (w, q)
+    }"""
+    weights = {"z": ints(1), "mask": np.zeros((1, 1, 1), np.float32)}
+    assert inferred(text, "AveragePool", **weights) == ["b", "1", "floor(s/2 + 1/2)", "8"]
+    outcome = check(build(text, weights), "canonicalize, fuse-attention", feeds=feeds_of((2, 1, 6, 8), (3, 1, 7, 8)))
+    assert outcome.ops["Attention"] == 1

@@ -23,11 +23,17 @@ from graphopt.graph.questions import all_nodes
 
 @dataclasses.dataclass(frozen=True)
 class Arrangement:
-    """A value of the graph, the permutation that gives the wanted axis order, and the shape that joins heads and features (or None)."""
+    """A value of the graph, the permutation that gives the wanted axis order, and the shape that joins heads and features, or that is
+    [batch, heads, rows, head_dim] of elements which stand in that order in other axes (or None)."""
 
     step: ViewStep
     perm: tuple[int, ...]
     shape: tuple[int, ...] | None = None
+
+    @property
+    def regrouped(self) -> bool:
+        """The axes of the value are not those of the shape: batch and heads stand in one of them, say."""
+        return self.shape is not None and len(self.shape) == 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +69,15 @@ class Operand:
     def split(self) -> Arrangement | None:
         """A value of shape [batch, heads, rows, head_dim]."""
         wanted = (self.batch, self.heads, self.rows, self.dim)
-        return self._in_order(wanted) or self._permuted(wanted)
+        return self._in_order(wanted) or self._permuted(wanted) or self._regrouped(wanted)
+
+    def _regrouped(self, wanted: tuple[Group, ...]) -> Arrangement | None:
+        """The last value with the wanted elements in the wanted order, if one Reshape can group them."""
+        sizes, flat = [size_of(g) for g in wanted[1:]], merged(tuple(a for g in wanted for a in g))
+        step = next((s for s in reversed(self.view.steps) if merged(tuple(a for g in s.axes for a in g)) == flat), None)
+        if step is None or not all(isinstance(size, int) for size in sizes):
+            return None
+        return Arrangement(step, tuple(range(len(step.axes))), (-1, *(size for size in sizes if isinstance(size, int))))
 
     def _in_order(self, wanted: tuple[Group, ...]) -> Arrangement | None:
         target = [merged(g) for g in wanted]
@@ -80,7 +94,7 @@ class AttentionFacts:
 
     `anchor` is the Softmax or Attention node; `nodes` are all nodes from the product of query and key to `output`,
     the product with the value, of the axes [batch, heads, rows, value_dim] in `output_axes` terms.
-    `guarded`: rows that end as NaN are set to zero. `probabilities` [batch, heads, rows, keys] is what meets the value.
+    `guarded`: rows without any key are set to zero. `probabilities` [batch, heads, rows, keys] is what meets the value.
     """
 
     anchor: ir.Node
@@ -134,7 +148,10 @@ def _facts(node: ir.Node, tracer: Tracer) -> AttentionFacts | str:
 
 
 def _from_softmax(softmax: ir.Node, tracer: Tracer) -> AttentionFacts:
-    scores, probabilities = scores_of(softmax), probabilities_of(softmax)
+    scores = scores_of(softmax)
+    probabilities, terms = probabilities_of(softmax, scores), scores.terms
+    if probabilities.cleared:
+        terms = (*terms[:-1], dataclasses.replace(terms[-1], fill=float("-inf")))
     q = _operand("query", scores.product.inputs[0], tracer)
     k = _operand("key", scores.product.inputs[1], tracer, transposed=True)
     v = _operand("value", probabilities.product.inputs[1], tracer)
@@ -142,8 +159,9 @@ def _from_softmax(softmax: ir.Node, tracer: Tracer) -> AttentionFacts:
     nodes = tuple(dict.fromkeys((*scores.nodes, *probabilities.nodes)))
     return _checked(
         AttentionFacts(
-            softmax, nodes, probabilities.product.outputs[0], q, k, v, _count("query", q.heads), 0, 0, 0, scores.scale, scores.terms,
-            scores.softcap, scores.masked_before_cap, probabilities.guarded, probabilities.value, scores.factors, scores.clamped,
+            softmax, nodes, probabilities.product.outputs[0], q, k, v, _count("query", q.heads), 0, 0, 0, scores.scale, terms,
+            scores.softcap, scores.masked_before_cap, probabilities.guarded or probabilities.cleared, probabilities.value, scores.factors,
+            scores.clamped,
         )
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.graph.attention_node import fills
 from graphopt.graph.questions import attr, constant, consumers, is_constant, producer, rank, same_dim, scalar, static_dim
 
 _REGROUPING = ("Reshape", "Squeeze", "Unsqueeze", "Identity")
@@ -62,11 +63,15 @@ class AttentionScores:
 
 @dataclasses.dataclass(frozen=True)
 class Probabilities:
-    """From the softmax to the product with the value: the nodes on the way, and whether NaN rows are set to zero."""
+    """From the softmax to the product with the value: the nodes on the way, and whether NaN rows are set to zero.
+
+    `cleared`: keys that the last mask of the scores hides are set to zero, so that rows which it hides throughout become zero.
+    """
 
     product: ir.Node
     nodes: tuple[ir.Node, ...]
     guarded: bool
+    cleared: bool
     value: ir.Value
 
 
@@ -208,13 +213,13 @@ def _capped(node: ir.Node, factor: float, depth: int) -> AttentionScores:
 _ELEMENTWISE = {"Mul": _factor, "Div": _factor, "Add": _additive, "Sub": _additive, "Where": _where, "Tanh": _capped}
 
 
-def probabilities_of(softmax: ir.Node) -> Probabilities:
-    """Where the output of a Softmax goes.
+def probabilities_of(softmax: ir.Node, scores: AttentionScores) -> Probabilities:
+    """Where the output of a Softmax over `scores` goes.
 
     Raises:
         NotAttention: that is not the product with the value.
     """
-    value, nodes, guarded = softmax.outputs[0], [softmax], False
+    value, nodes, guarded, cleared = softmax.outputs[0], [softmax], False, False
     for _ in range(_DEPTH):
         readers = consumers(value)
         guard = _nan_guard(value, readers)
@@ -222,9 +227,14 @@ def probabilities_of(softmax: ir.Node) -> Probabilities:
             nodes += guard
             value, guarded = guard[-1].outputs[0], True
             continue
+        mask = _cleared(value, readers, scores.terms)
+        if mask is not None:
+            nodes.append(mask)
+            value, cleared = mask.outputs[0], True
+            continue
         product = next((n for n in readers if n.op_type == "MatMul" and n.inputs[0] is value), None)
         if product is not None:
-            return Probabilities(product, (*nodes, product), guarded, value)
+            return Probabilities(product, (*nodes, product), guarded, cleared, value)
         regrouped = [n for n in readers if n.op_type in _REGROUPING and keeps_matrices(n)]
         if len(regrouped) != 1:
             break
@@ -246,3 +256,19 @@ def _nan_guard(value: ir.Value, readers: list[ir.Node]) -> list[ir.Node] | None:
             if zero is not None and not np.any(zero):
                 return [test, node]
     return None
+
+
+def _cleared(value: ir.Value, readers: list[ir.Node], terms: tuple[MaskTerm, ...]) -> ir.Node | None:
+    """Where(mask, 0, p) by the mask that the scores were filled with last: nothing else may hide keys, or the rest of a row would not add up to 1."""
+    if not terms or terms[-1].kind == "add" or any(t.kind != "add" or _may_hide(t) for t in terms[:-1]):
+        return None
+    zero, kept = (1, 2) if terms[-1].kind == "drop" else (2, 1)
+    for node in readers:
+        if node.op_type == "Where" and node.inputs[0] is terms[-1].value and node.inputs[kept] is value and scalar(node.inputs[zero]) == 0.0:
+            return node
+    return None
+
+
+def _may_hide(term: MaskTerm) -> bool:
+    low, fed = fills(term.value, term.factor)
+    return fed or any(number < -1e3 for number in low)

@@ -7,7 +7,7 @@ is a projection whose input is an elementwise function of other projections. Lay
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -20,7 +20,8 @@ from graphopt.graph.questions import all_nodes, consumers, is_constant, producer
 
 _LAYOUT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Split", "Slice", "Gather", "Expand", "Flatten", "Cast")
 _ACTIVATIONS = ("Gelu", "Relu", "Sigmoid", "Tanh", "Elu", "Softplus", "HardSwish", "HardSigmoid", "LeakyRelu", "Mish", "Selu", "Erf", "Clip", "PRelu")
-_ARITHMETIC = ("Mul", "Add", "Sub", "Div", "Pow", "Dropout", "DequantizeLinear", "DynamicQuantizeLinear")
+_CODES = ("QuantizeLinear", "DynamicQuantizeLinear", "DequantizeLinear")
+_ARITHMETIC = ("Mul", "Add", "Sub", "Div", "Pow", "Dropout", *_CODES)
 _NORMS = ("LayerNormalization", "RMSNormalization")
 _DEPTH = 16
 
@@ -119,7 +120,7 @@ def _attention(node: ir.Node, made: Made, masks: MeaningReader) -> AttentionBloc
     if a is None:
         return None
     q, k, v = (next(iter(behind((value,), made)), None) for value in a.operands)
-    out = ahead(a.result, made, (*_LAYOUT, "Mul", *_NORMS, "DynamicQuantizeLinear", "DequantizeLinear"), alone=False)
+    out = ahead(a.result, made, (*_LAYOUT, "Mul", *_NORMS, *_CODES), alone=False)
     kind = "cross" if q is not None and k is not None and q.x is not k.x else "self"
     rotary = producer(_skip_layout(a.q), "RotaryEmbedding") is not None
     projections = tuple(dict.fromkeys(x for x in (q, k, v, out) if x is not None))
@@ -171,6 +172,37 @@ def _ffn(down: Linear, made: Made, owned: set[ir.Node]) -> FfnBlock | None:
     if not ups or not activations:
         return None
     return FfnBlock(tuple(reversed(ups)), down, _name(activations))
+
+
+def unread(model: ir.Model, ctx: Context) -> list[tuple[ir.Node, str]]:
+    """The activations that belong to no FFN because something else than elementwise operators and layout stands between them and a projection."""
+    linears = ctx.get(Linears(casts=True))
+    made, readers = made_by(linears), {x.node for x in linears}
+    seen_through = {*_ACTIVATIONS, *_LAYOUT, *_NORMS, *_ARITHMETIC}
+    found: list[tuple[ir.Node, str]] = []
+    for node in (n for n in all_nodes(model) if n.op_type in _ACTIVATIONS and n.domain == ""):
+        before = _barrier(node, lambda n: [v.producer() for v in n.inputs if v is not None and v not in made], seen_through)
+        behind = _barrier(node, lambda n: [r for v in n.outputs for r in consumers(v) if r not in readers], seen_through)
+        for barrier, place in ((before, "before"), (behind, "behind")):
+            if barrier is not None:
+                what = f"{barrier.op_type} `{barrier.name}` {place} it is neither elementwise nor a MatMul or Gemm with a stored weight"
+                found.append((node, f"its neurons are not known: {what}"))
+                break
+    return found
+
+
+def _barrier(start: ir.Node, following: Callable[[ir.Node], Iterable[ir.Node | None]], seen_through: Collection[str]) -> ir.Node | None:
+    """The first node in one direction that is not seen through."""
+    todo, seen = [start], {start}
+    while todo:
+        for node in following(todo.pop(0)):
+            if node is None or node in seen or (node.op_type == "Constant" and not node.domain):
+                continue
+            if node.domain or node.op_type not in seen_through:
+                return node
+            seen.add(node)
+            todo.append(node)
+    return None
 
 
 def _name(activations: set[str]) -> str:

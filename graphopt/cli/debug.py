@@ -43,7 +43,7 @@ def bisect(
     as_json: Json = False,
 ) -> None:
     """Find the first pass that breaks a model, and in it the first change."""
-    level = passes_asked(level, pipeline)
+    level = passes_asked(level, pipeline, target, plugin)
     from graphopt.driver.debug.search import Asked, bisected
     from graphopt.io import bind_shapes
 
@@ -73,7 +73,7 @@ def reduce(
     as_json: Json = False,
 ) -> None:
     """Find the smallest graph on which passes still fail, and write it with the command that shows it."""
-    level = passes_asked(level, pipeline)
+    level = passes_asked(level, pipeline, target, plugin)
     from graphopt.driver.debug.reduced import reduced
     from graphopt.driver.debug.search import Asked
     from graphopt.io import bind_shapes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,6 +23,7 @@ from graphopt.cli.shell import (
     Tokenizer,
     WithPast,
     WithWeights,
+    fraction,
     passes_asked,
     progress,
     show,
@@ -37,7 +39,7 @@ def optimize(  # long, as it is the list of options: typer reads each from its a
     samples: Annotated[str | None, typer.Option(metavar="DATA", help="Inputs to judge by: .npz, a folder of .npz, or a text file.")] = None,
     tokenizer: Tokenizer = None,
     metric: Annotated[str | None, typer.Option(metavar="NAME|FILE.py:FUNCTION", help="A number that is larger for better models.")] = None,
-    max_loss: Annotated[float | None, typer.Option(min=0.0, metavar="X", help="What lossy passes may cost together; 0.01 is 1 %.")] = None,
+    max_loss: Annotated[float | None, typer.Option(metavar="X", parser=fraction, help="What lossy passes may cost together: 0.01, or 1%.")] = None,
     report: Annotated[Path | None, typer.Option(metavar=REPORTS, help="Write the report.")] = None,
     plugin: Plugins = None,
     require: Annotated[list[str] | None, typer.Option(metavar="PASS", help="Fail unless this pass changed something; repeatable.")] = None,
@@ -47,7 +49,8 @@ def optimize(  # long, as it is the list of options: typer reads each from its a
     print_changed: Annotated[bool, typer.Option("--print-changed", help="Print what every pass changed.")] = False,
     dump: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the graph after every pass.")] = None,
     fuel: Annotated[int | None, typer.Option(min=0, metavar="N", help="Stop after N changes, for bisecting.")] = None,
-    remarks: Annotated[Literal["missed", "applied", "all"] | None, typer.Option(help="Print the remarks, one a line.")] = None,
+    remarks: Annotated[Literal["missed", "applied", "warning", "all"] | None, typer.Option(help="Print the remarks, one a line.")] = None,
+    remarks_format: Annotated[Literal["lines", "table", "jsonl"] | None, typer.Option(help="How; jsonl prints these JSON lines alone.")] = None,
     task: Task = None,
     with_past: WithPast = False,
     input_shape: InputShapes = None,
@@ -59,7 +62,9 @@ def optimize(  # long, as it is the list of options: typer reads each from its a
     as_json: Json = False,
 ) -> None:
     """Optimize a model for a target and write it."""
-    level = passes_asked(level, pipeline)
+    if as_json and remarks_format == "jsonl":
+        raise typer.BadParameter("give either --json, whose report has every remark, or --remarks-format jsonl, not both")
+    level = passes_asked(level, pipeline, target, plugin)
     from graphopt.core import registry
     from graphopt.driver import optimize as api
     from graphopt.driver.debug.repro import reproducible
@@ -82,7 +87,9 @@ def optimize(  # long, as it is the list of options: typer reads each from its a
             if measure and result.report.speed_up.value is None:
                 result.measure(shapes, progress=lambda done: tell("timing input and output, interleaved", done))
         result.save(out, report)
-    show(result.report, as_json)
-    told = [] if remarks is None or as_json else result.report.remarks(remarks)
-    if told:
-        show("\n".join(map(str, told)))
+    kind, lines = remarks or ("all" if remarks_format else ""), remarks_format == "jsonl"
+    listed = result.report.listed(kind, remarks_format or "lines")
+    if not lines:
+        show(dataclasses.replace(result.report, apart="" if as_json else kind), as_json)
+    if listed.remarks and not as_json:
+        show(listed, as_json=lines)

@@ -6,7 +6,9 @@ everything else to stderr.
 
 from __future__ import annotations
 
+import codecs
 import importlib
+import io
 import logging
 import os
 import sys
@@ -21,6 +23,7 @@ from graphopt.cli.shell import INTERRUPTED, one_line_errors
 COMMANDS = (  # file and function, which have one name in most; in the order of --help
     "optimize",
     "inspect",
+    "inspect.view",
     "bench",
     "lists.passes",
     "lists.targets",
@@ -42,6 +45,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the `graphopt` script."""
+    _speak_utf8()
     if not sys.warnoptions and not os.environ.get("GRAPHOPT_TRACEBACK"):
         warnings.simplefilter("ignore")  # of exporters and runtimes; what a user must know is a remark
         logging.disable(logging.WARNING)
@@ -50,6 +54,14 @@ def main() -> None:
     except KeyboardInterrupt:  # before a command runs
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _speak_utf8() -> None:
+    """Start again in the UTF-8 mode of Python where the locale is plain ASCII: names of files are UTF-8 there, too, and so are our texts."""
+    if codecs.lookup(sys.getfilesystemencoding()).name == "ascii" and not sys.flags.utf8_mode:
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a sign that a terminal lacks is no failure
 
 
 def show_version(wanted: bool) -> None:

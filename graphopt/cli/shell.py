@@ -25,9 +25,7 @@ REPORTS = "FILE.json|FILE.html|FILE.md"  # as in report/document.py, which is to
 
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="An .onnx file, or a Hugging Face model folder.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Level = Annotated[
-    int | None, typer.Option("-O", "--level", min=0, max=3, help="0 normal form, 1 exact passes, 2 also int8, 3 also compression.  [default: 1]")
-]
+Level = Annotated[int | None, typer.Option("-O", "--level", min=0, help="0 normal form, 1 exact passes, 2 also int8.  [default: 1]")]
 PipelineText = Annotated[str | None, typer.Option("--pipeline", metavar="TEXT|@FILE", help="Passes to run, instead of a level.")]
 TargetText = Annotated[str, typer.Option("--target", metavar="T", help="Where the model will run, such as cpu{threads=2}.")]
 InputShapes = Annotated[list[str] | None, typer.Option("--input-shape", metavar="NAME:DIM,...", help="Fix the shape of an input; repeatable.")]
@@ -46,13 +44,15 @@ Shapes = Annotated[str | None, typer.Option(metavar="1x16,8x64", help="BATCHxSEQ
 Threads = Annotated[int, typer.Option(min=0, help="Threads of the runtime; 0 = its choice.")]
 Tokenizer = Annotated[str | None, typer.Option(metavar="FILE", help="tokenizer.json for samples that are text.")]
 Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this one in full.", show_default=False)]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also options and purpose; this imports every module.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also the options.")]
 
 
-def passes_asked(level: int | None, pipeline: str | None) -> int:
-    """The level, of which there is none beside a pipeline."""
+def passes_asked(level: int | None, pipeline: str | None, target: str, plugins: list[str] | None) -> int:
+    """The level, of which there is none beside a pipeline, and which the target has."""
     if level is not None and pipeline is not None:
         raise typer.BadParameter("give either -O LEVEL or --pipeline, not both")
+    if level is not None:
+        check_level(level, target, plugins)
     return 1 if level is None else level
 
 
@@ -79,6 +79,29 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
             fail(told, *getattr(error, "__notes__", ()))
 
     return run
+
+
+def fraction(text: str) -> float:
+    """`0.01` or `1%`."""
+    number, percent, rest = str(text).partition("%")
+    try:
+        value = float(number) / (100 if percent else 1)
+    except ValueError:
+        value = -1.0
+    if not value >= 0 or rest:
+        raise typer.BadParameter(f"expected a fraction of 0 or more such as 0.01, or 1%, found {text}")
+    return value
+
+
+def check_level(level: int, target: str, plugins: list[str] | None) -> None:
+    """A level that the target does not have is wrong usage; which it has, it says itself."""
+    from graphopt.core.errors import TargetError
+    from graphopt.driver.job import parse_target
+
+    try:
+        parse_target(target, tuple(plugins or ())).pipeline(level)
+    except TargetError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def fail(message: str, *notes: str) -> NoReturn:

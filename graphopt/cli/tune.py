@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from graphopt.cli.shell import Json, ModelPath, Plugins, Shapes, progress, show
+from graphopt.cli.shell import Json, ModelPath, Plugins, Shapes, check_level, progress, show
 from graphopt.core.remarks import plural
 
 app = typer.Typer(no_args_is_help=True, help="The timings that decide how a graph is spelled: fill, show, export, import, clear.")
@@ -18,7 +18,7 @@ app = typer.Typer(no_args_is_help=True, help="The timings that decide how a grap
 def fill(
     model: ModelPath,
     target: Annotated[str, typer.Option(metavar="T", help="Where to measure, such as cpu{threads=2}.")] = "cpu",
-    level: Annotated[int, typer.Option("-O", "--level", min=1, max=3, help="The level whose graph is lowered.")] = 1,
+    level: Annotated[int, typer.Option("-O", "--level", min=1, help="The level whose graph is lowered.")] = 1,
     shapes: Shapes = None,
     plugin: Plugins = None,
 ) -> None:
@@ -27,6 +27,7 @@ def fill(
     from graphopt.driver import optimize as api
     from graphopt.driver.lowering.cache import Cache
 
+    check_level(level, target, plugin)
     cache = Cache()
     before = len(cache.rows())
     cache.require()

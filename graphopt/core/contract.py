@@ -33,10 +33,14 @@ class Pass(Configurable, ABC):
 
     `exact` is False for a pass that may change the numbers beyond rounding (quantization, pruning, low rank).
     `dials` says which options make such a pass milder, and how far.
+    `samples` says whether it reads the user's samples: `no`, `can` (for some of its options, or to tell more) or `needs`, as its options are
+    by default; `data_free` are the options with which one of the latter two does without.
     """
 
     exact: ClassVar[bool] = True
     dials: ClassVar[Dials] = ()
+    samples: ClassVar[Literal["no", "can", "needs"]] = "no"
+    data_free: ClassVar[str] = ""
 
     @abstractmethod
     def run(self, model: ir.Model, ctx: Context) -> int:
@@ -114,6 +118,7 @@ class Context:
         self.remarks = Remarks() if remarks is None else remarks
         self.fuel = Fuel() if fuel is None else fuel
         self.choices: Choices | None = None  # set by choose-spellings; the rewrite driver asks
+        self.step: Pass | None = None  # the pass that runs, set by the manager
         self._facts: dict[Any, Any] = {}
 
     def get(self, analysis: Analysis[Facts]) -> Facts:
@@ -139,12 +144,13 @@ class Context:
         """The user's samples.
 
         Raises:
-            SampleError: there are none; the text names the flag to add.
+            SampleError: there are none; the text names the flag to add, and the options of the pass that do without.
         """
         if self.samples is not None and not len(self.samples):
             raise SampleError(f"{self.remarks.current} needs samples of the model's inputs, found 0 batches: the source is empty, or used up before")
         if self.samples is None:
-            raise SampleError(f"{self.remarks.current} needs samples of the model's inputs; add --samples DATA (or samples=... in Python)")
+            other = f"; or do without: {self.step.data_free}" if self.step is not None and self.step.data_free else ""
+            raise SampleError(f"{self.remarks.current} needs samples of the model's inputs; add --samples DATA (or samples=... in Python){other}")
         return self.samples
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import traceback
 from collections.abc import Iterator
+from typing import Any
 
 
 class GraphoptError(Exception):
@@ -11,7 +14,10 @@ class GraphoptError(Exception):
 
 
 class LoadError(GraphoptError):
-    """The source could not be turned into a graph."""
+    """The source could not be turned into a graph. One line, also where a name in it holds several."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.replace("\r", "\\r").replace("\n", "\\n"))
 
 
 @contextlib.contextmanager
@@ -47,8 +53,15 @@ class SampleError(GraphoptError):
     """Samples are missing, or do not fit the inputs of the model."""
 
 
+def _place(error: BaseException) -> str:
+    """Where an error was raised, for who writes the pass: in a file of their own rather than in a library that it calls."""
+    frames = list(traceback.extract_tb(error.__traceback__))
+    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+
+
 class PassError(GraphoptError):
-    """A pass raised. The input of the pipeline is untouched.
+    """A pass raised; the text has the file and line, where the error is none of graphopt's own. The input of the pipeline is untouched.
 
     Attributes:
         pass_text: the pass as pipeline text.
@@ -58,5 +71,17 @@ class PassError(GraphoptError):
 
     def __init__(self, pass_text: str, position: int, cause: BaseException) -> None:
         self.pass_text, self.position, self.cause = pass_text, position, cause
-        what = str(cause) if isinstance(cause, GraphoptError) else f"{type(cause).__name__}: {cause}"
+        what = str(cause) if isinstance(cause, GraphoptError) else f"{type(cause).__name__}: {cause}{_place(cause)}"
         super().__init__(f"pass {position} `{pass_text}` failed: {what}")
+
+
+def require(what: str, extra: str, *modules: str, error: type[GraphoptError] = LoadError) -> Any:
+    """The last of some modules of other packages, imported now.
+
+    Raises:
+        LoadError (or `error`): one of them is not installed; `what` needs them, and `extra` of this package brings them.
+    """
+    try:
+        return [importlib.import_module(name) for name in modules][-1]
+    except ImportError as cause:
+        raise error(f"{what} need an extra that is not installed ({cause.name}): pip install 'graphopt[{extra}]'") from None

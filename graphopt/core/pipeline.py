@@ -22,6 +22,7 @@ from graphopt.core.options import Configurable, near
 from graphopt.core.remarks import Remark
 
 C = TypeVar("C", bound=Configurable)
+_LISTS = {"pass": "passes", "target": "targets"}  # the commands that explain what there is
 _TOKEN = re.compile(r'(?P<space>[ \t\r]+|#[^\n]*)|(?P<sep>[,\n{}=])|(?P<word>(?:"(?:\\.|[^"\\])*"|[^\s,{}"#=])+)|(?P<bad>.)', re.S)
 
 
@@ -81,6 +82,7 @@ class _Parser:
         except PipelineError as error:
             place = places.get(error.option, token)
             head, _, tail = str(error).partition("\n")
+            tail += f"\n  `graphopt {_LISTS[self.what]} {cls.name}` explains them" if tail and self.what in _LISTS else ""
             raise self.error(head, place, tail) from None
 
     def options(self) -> tuple[dict[str, str | None], dict[str, tuple[str, str, int]]]:
@@ -121,15 +123,22 @@ class _Parser:
 
 @dataclasses.dataclass
 class PassRecord:
-    """What one pass did: its text, the number of changes, seconds, and its remarks."""
+    """What one pass did: its text, the number of changes, seconds, and its remarks; `asked` is the text that was asked for, where it ran milder."""
 
     name: str
     changes: int
     seconds: float
     remarks: list[Remark]
+    asked: str = ""
+
+    @property
+    def told(self) -> str:
+        return f"{self.name} (asked for: {self.asked})" if self.asked else self.name
 
     def as_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "changes": self.changes, "seconds": round(self.seconds, 4), "remarks": [r.as_dict() for r in self.remarks]}
+        asked = {"asked": self.asked} if self.asked else {}
+        facts = {"name": self.name, "changes": self.changes, "seconds": round(self.seconds, 4)}
+        return facts | asked | {"remarks": [r.as_dict() for r in self.remarks]}
 
 
 class Instrument:
@@ -168,7 +177,7 @@ class PassManager:
         return [self._step(step, position, model, ctx) for position, step in enumerate(self.passes, start=1)]
 
     def _step(self, step: Pass, position: int, model: ir.Model, ctx: Context) -> PassRecord:
-        ctx.remarks.current, mark, start = step.name, len(ctx.remarks), time.perf_counter()
+        ctx.step, ctx.remarks.current, mark, start = step, step.name, len(ctx.remarks), time.perf_counter()
         try:
             for instrument in self.instruments:
                 instrument.before(step, position, model, ctx)

@@ -67,6 +67,10 @@ class Registry(Mapping[str, type[Any]]):
         """Who brings this name: `graphopt`, another distribution, or a plugin file."""
         return self._owners[name]
 
+    def place(self, name: str) -> str | type[Any]:
+        """The module of this name, or its class where that is imported already."""
+        return self._places[name]
+
     def _add_package(self, entry: EntryPoint) -> None:
         owner = entry.dist.name if entry.dist is not None else entry.value
         try:

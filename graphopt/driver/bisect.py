@@ -84,7 +84,11 @@ class Culprit(Document):
         which = f"change {self.change} of {self.changes} in " if self.change is not None else ""
         lines = [f"{which}step {self.position} of {self.steps}, `{self.step}`", f"before: {self.before or 'fine'}", f"after: {self.after}"]
         lines += [f"note: {self.note}"] if self.note else []
-        lines += [f"with --fuel {self.fuel - 1} the model is fine, with --fuel {self.fuel} it is not"] if self.fuel is not None else []
+        lines += (
+            [f"with --fuel {self.fuel - 1} the model is fine, with --fuel {self.fuel} it is not (with --no-gate, or it is taken back)"]
+            if self.fuel is not None
+            else []
+        )
         rows = [(what, *text.replace("`", "").split(": ", 1)) for what in ("gone", "made", "altered") for text in getattr(self, what)]
         rows += [("weight", name, "") for name in self.weights]
         more = [("", "", f"and {len(rows) - _SHOWN} more")] if len(rows) > _SHOWN else []

@@ -26,7 +26,7 @@ from graphopt.driver.history import Ran, without
 from graphopt.driver.instruments import FEEDS, CheckNumerics
 from graphopt.driver.promise import Outcome, input_itself
 from graphopt.graph.interface import RESIZED
-from graphopt.graph.questions import all_nodes
+from graphopt.graph.questions import grain
 from graphopt.report.report import Gated
 from graphopt.run import Feeds, guarded, ort, race
 from graphopt.run.distance import compare_outputs, excess
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 _TRIES = 8  # changes and steps that are taken back, before the input itself is the answer
 _ALONE = 2  # of them single changes of one step; then the whole step goes
 _ROUNDING = 10.0  # in units of `excess`: what the runtime's default level may be off, or so many times as far as it is for the input
-_CODES = ("Quantize", "Dequantize", "Integer", "QLinear", "QAttention", "QGemm", "NBits", "Round")  # in names of operators that round to codes
 
 
 class Gate:
@@ -82,15 +81,19 @@ class Gate:
         finished, _ = target.finish(outcome.model)
         return target.session(finished) if said.passed else guarded.opened(target, finished, feed)
 
-    def input_session(self, feed: Feeds) -> Session:
+    def input_session(self, feeds: Mapping[str, Feeds]) -> Session:
         """A session in this process of the input, which may not run either.
+
+        Args:
+            feeds: label of a size -> inputs.
 
         Raises:
             TargetError: see `session`.
+            SampleError: it runs at none of the sizes.
         """
         if not self.off and isinstance(self.input, dict):
             return self.job.target.session(self.job.original)
-        return guarded.opened(self.job.target, self.job.original, feed)
+        return race.opened(self.job.target, self.job.original, feeds)
 
     def _on_all(self, model: ir.Model, exact: bool) -> Gated:
         """On the first sample; with --check-numerics on others, too."""
@@ -114,7 +117,7 @@ class Gate:
             return Gated(True, f"loaded, and not run: {self.unfed}")
         if exact and isinstance(self.input, dict) and excess(self.input, found, self._grain).times <= _ROUNDING:
             return Gated(True, "loaded and run; its numbers are those of the input")
-        return self._compared(self.job.original if exact else finished, feed, found, self._grain if exact else _grain(model))
+        return self._compared(self.job.original if exact else finished, feed, found, self._grain if exact else grain(model))
 
     def _failed(self, finished: ir.Model, why: str) -> Gated:
         """It does not load or run: that counts where the input does."""
@@ -131,6 +134,7 @@ class Gate:
     def _compared(self, base: ir.Model, feed: Feeds | None, found: Mapping[str, Array], grain: str) -> Gated:
         """Its numbers at the default level against a baseline with runtime optimizations off; the input's own error sets what is too far."""
         expected = _plain(base, feed)
+        whose = f"{'those of the input' if base is self.job.original else 'its own'} with runtime optimizations off"
         if isinstance(expected, str):
             return Gated(None, f"loaded and run; there is nothing to judge its numbers by: {expected}")
         if excess(expected, found, grain).times > _ROUNDING:
@@ -139,9 +143,8 @@ class Gate:
             if isinstance(self.input, str):
                 return Gated(None, f"loaded and run; the input does not run: {self.input}; the numbers of its own are others: {off}")
             if off.times > _ROUNDING * max(1.0, self._own_error):
-                return Gated(False, f"onnxruntime's default level computes it wrongly: {off}")
-        whose = "its own" if base is not self.job.original else "those of the input"
-        return Gated(True, f"loaded and run; its numbers are {whose} with runtime optimizations off")
+                return Gated(False, f"its numbers as the target runs it are not {whose}: {off}")
+        return Gated(True, f"loaded and run; its numbers are {whose}")
 
     @functools.cached_property
     def input(self) -> dict[str, Array] | str:
@@ -162,7 +165,7 @@ class Gate:
 
     @functools.cached_property
     def _grain(self) -> str:
-        return _grain(self.job.original)
+        return grain(self.job.original)
 
     # ---- taking back ----------------------------------------------------------------------------------------------------------------------
 
@@ -248,15 +251,6 @@ def _steady(model: ir.Model, feed: Feeds | None, once: Mapping[str, Array]) -> d
 def tensors(outputs: Mapping[str, Any]) -> dict[str, Array]:
     """Those that are tensors."""
     return {name: value for name, value in outputs.items() if isinstance(value, np.ndarray)}
-
-
-def _grain(model: ir.Model) -> str:
-    """The coarsest that a graph rounds to on its way: `codes`, a float type, or nothing that is coarser than float32."""
-    if any(mark in node.op_type for node in all_nodes(model) for mark in _CODES):
-        return "codes"
-    values = [*model.graph.inputs, *model.graph.initializers.values(), *(v for node in all_nodes(model) for v in node.outputs)]
-    kinds = {v.dtype for v in values}
-    return "bfloat16" if ir.DataType.BFLOAT16 in kinds else "float16" if ir.DataType.FLOAT16 in kinds else ""
 
 
 def _refusal(action: Any) -> str | None:

@@ -28,15 +28,16 @@ from graphopt.driver.instruments import Dump
 from graphopt.driver.loss import NO_SAMPLES, Loss
 from graphopt.driver.options import RunOptions
 from graphopt.driver.promise import Outcome
-from graphopt.driver.result import Result, report_of
+from graphopt.driver.result import Result, reason, report_of, say_idle, say_rounded
 from graphopt.driver.transaction import TransactionManager
 from graphopt.graph.interface import interface
-from graphopt.graph.opset import versions
+from graphopt.graph.shapes import drop_contradicted
 from graphopt.graph.verify import complaints, verify
+from graphopt.io import advisories, closed
 from graphopt.io.load import check_options, keeps_bytes, load_both, load_options
 from graphopt.io.save import sources_of
 from graphopt.report.words import called
-from graphopt.run.race import parse_shapes
+from graphopt.run.race import parse_shapes, sizes_for
 from graphopt.run.samples import Samples
 
 if TYPE_CHECKING:
@@ -112,7 +113,9 @@ class Job:
         check_places(files, () if given is None else [str(given)])
         remarks, start = Remarks(), clock()
         original, model = load_both(source, remarks=remarks, **load_options(options))
-        target = _held(target, model, remarks)
+        if shapes:
+            sizes_for(model, parse_shapes(shapes))
+        target = closed.held(target, model, remarks)
         lowerings = tuple(target.lowerings())
         repaired = sum("repaired" in remark.facts for remark in remarks)
         loaded = PassRecord("load", repaired, clock() - start, list(remarks))
@@ -168,8 +171,11 @@ class Job:
         outcome = ran.outcome
         if self.promise and any(record.changes for record in outcome.records):
             outcome = promises.kept(ran, gate)
+        say_rounded(self, outcome.records)
+        say_idle(self.passes, outcome.records if self.fuel is None else [])
         records = [self.loaded, *outcome.records]
         self._check(outcome.model)
+        records += _settled(outcome.model)
         _require(self.required, records)
         changed = any(record.changes for record in records)
         plain = self.model.clone() if self.loaded.changes else self.original  # what the door mended is in the output
@@ -219,6 +225,15 @@ class Job:
             raise VerifyError(text.rstrip()) from error
 
 
+def _settled(model: ir.Model | None) -> list[PassRecord]:
+    """What the passes made may have shapes that ONNX contradicts; the file states none of them."""
+    if model is None:
+        return []
+    remarks = Remarks()
+    advisories.contradicted(drop_contradicted(model), remarks)
+    return [PassRecord("check", 0, 0.0, list(remarks))] if len(remarks) else []
+
+
 def parse_target(text: str | Target, plugins: tuple[str, ...] = ()) -> Target:
     """A target from its text; one that is made stays as it is.
 
@@ -241,15 +256,6 @@ def _shaped(target: Target, shapes: str | None) -> Target:
     if all(field.name != "shapes" for field in dataclasses.fields(target)):  # type: ignore[arg-type]
         return target
     return dataclasses.replace(target, shapes=tuple(shapes.replace(" ", "").split(",")))  # type: ignore[type-var]
-
-
-def _held(target: Target, model: ir.Model, remarks: Remarks) -> Target:
-    """With a limit to the opset where bodies that nobody may change hold the file at an old one."""
-    limit = versions.ceiling(model)
-    if limit is None or (target.opset is not None and target.opset <= limit) or all(f.name != "opset" for f in dataclasses.fields(target)):  # type: ignore[arg-type]
-        return target
-    remarks.warning("", f"the output stays at opset {limit}: bodies under operators of other domains are written for it, and left as they are")
-    return dataclasses.replace(target, opset=limit)  # type: ignore[type-var]
 
 
 def _promised(promise: bool | None, pipeline: str | None, level: int, fuel: int | None) -> bool:
@@ -292,6 +298,4 @@ def _require(names: Sequence[str], records: Sequence[PassRecord]) -> None:
     for name in names:
         own = [record for record in records if record.name.partition("{")[0] == name]
         if not any(record.changes for record in own):
-            missed = [remark for record in own for remark in record.remarks if remark.kind == "missed"]
-            why = f": {missed[0].message} (at `{missed[0].node}`)" if missed else "; no candidate was found"
-            raise GraphoptError(f"{name} is required and changed nothing{why}")
+            raise GraphoptError(f"{name} is required and changed nothing{reason(own)}")

@@ -79,6 +79,7 @@ class _Promise:
 
     Raises:
         TargetError: the target cannot run here.
+        SampleError: the input runs at none of the sizes.
     """
 
     def __init__(self, ran: Ran, gate: Gate, feeds: Mapping[str, Feeds]) -> None:
@@ -89,14 +90,11 @@ class _Promise:
         self.job, self.history, self.gate, self.start = job, ran.history, gate, time.perf_counter()
         job.tell("timing input and output, interleaved", 0.0)
         self.clock = race.clock_of(job.target)
-        self.base = gate.input_session(next(iter(feeds.values())))
-        self.feeds = {label: feed for label, feed in feeds.items() if not race.refusals({"input": self.base}, [feed])}
+        self.base = gate.input_session(feeds)
+        self.feeds = race.runnable(self.base, feeds)
 
     def keep(self, whole: Outcome) -> Outcome:
         """Time, and take back what is slow."""
-        whole.reason = "the input runs at none of the sizes; add --shapes or --samples"
-        if not self.feeds:
-            return whole
         self._time(whole)
         return whole if not whole.slower else self._take_back(whole)
 
@@ -160,7 +158,9 @@ def input_itself(outcome: Outcome, who: str, why: str, facts: Mapping[str, Any])
 
 
 def _undone(record: PassRecord, why: str, facts: Mapping[str, Any]) -> PassRecord:
-    return PassRecord(record.name, 0, record.seconds, [*record.remarks, Remark("missed", record.name.partition("{")[0], "", why, facts)])
+    """The record of a pass whose changes are not in the result, and so nothing is applied."""
+    remarks = [remark for remark in record.remarks if remark.kind != "applied"]
+    return dataclasses.replace(record, changes=0, remarks=[*remarks, Remark("missed", record.name.partition("{")[0], "", why, facts)])
 
 
 def _speed(timed: Timings | None) -> float:

@@ -63,13 +63,14 @@ class TransactionManager(PassManager):
             now = following
         if best is None:
             self._back(model, ctx, before, fuel)
-            return PassRecord(str(now), 0, seconds, told)
+            return PassRecord(str(step), 0, seconds, told)
         if best.step is not now:
             self._back(model, ctx, best.model, best.fuel)
             for instrument in self.instruments:
                 instrument.after(best.step, position, best.record.changes, best.record.seconds, model, ctx)
         kept = [Remark("applied", step.name, "", f"loss {best.loss:.4g}, within the budget {self.max_loss:g}", {"loss": best.loss})]
-        return PassRecord(best.record.name, best.record.changes, seconds, best.record.remarks + told + (kept if best.record.changes else []))
+        remarks = best.record.remarks + told + (kept if best.record.changes else [])
+        return PassRecord(best.record.name, best.record.changes, seconds, remarks, "" if best.step == step else str(step))
 
     @staticmethod
     def _back(model: ir.Model, ctx: Context, saved: ir.Model, fuel: int) -> None:

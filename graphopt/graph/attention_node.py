@@ -16,10 +16,8 @@ from graphopt.graph.questions import attr, constant, is_read, producer, rank, sc
 
 LOWEST = -1e30
 SCORES, PROBABILITIES = 0, 3  # qk_matmul_output_mode: the product of query and key, and what meets the value
-_MIXING = (
-    "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Add", "Sub", "Mul", "Div", "Where", "Expand", "Cast", "Slice", "Min",
-    "Max", "Neg",
-)  # fmt: skip
+_ARRANGING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Expand", "Cast", "Slice")
+_MIXING = ("Add", "Sub", "Mul", "Div", "Where", "Min", "Max", "Neg")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +143,22 @@ def may_be_too_low(mask: ir.Value, factor: float = 1.0) -> bool:
     return not any(np.isneginf(c) for c in found) and (fed or any(is_too_low(c) for c in found))
 
 
+def is_raised(value: ir.Value) -> bool:
+    """It holds no finite number below `LOWEST`: Where(Less(x, least), x, Max(x, LOWEST)), in which only -inf is below `least`."""
+    node = producer(value, "Where")
+    less, raised = (None, None) if node is None else (producer(node.inputs[0], "Less"), producer(node.inputs[2], "Max"))
+    if node is None or less is None or raised is None or len(raised.inputs) != 2:
+        return False
+    x, least, lowest = node.inputs[1], scalar(less.inputs[1]), scalar(raised.inputs[1])
+    if least is None or less.inputs[0] is not x or raised.inputs[0] is not x:
+        return False
+    return bool(least <= np.finfo(np.float32).min and _not_too_low(lowest))
+
+
+def _not_too_low(number: float | None) -> bool:
+    return number is not None and not is_too_low(float(number))
+
+
 def is_too_low(number: float) -> bool:
     """Below `LOWEST`, which half and single precision round."""
     return number < 1.01 * LOWEST
@@ -158,7 +172,13 @@ def _behind(value: ir.Value, depth: int) -> tuple[list[float], bool]:
     if value.is_graph_input():
         return [], value.dtype is not None and value.dtype.is_floating_point()
     node = producer(value)
-    if node is None or depth == 0 or node.op_type not in _MIXING:
+    if node is not None and node.op_type == "ConstantOfShape":
+        filled = attr(node, "value", None)
+        return [0.0 if filled is None else -abs(float(filled.numpy().reshape(-1)[0]))], False
+    if node is None or depth == 0 or node.op_type not in (*_ARRANGING, *_MIXING):
         return [], False
-    found = [_behind(v, depth - 1) for v in node.inputs if v is not None]
+    if is_raised(value) or (node.op_type == "Max" and any(_not_too_low(scalar(v)) for v in node.inputs)):
+        return [LOWEST], False
+    sources = node.inputs[:1] if node.op_type in _ARRANGING else node.inputs  # a shape is no number of the mask
+    found = [_behind(v, depth - 1) for v in sources if v is not None]
     return [c for constants, _ in found for c in constants], any(fed for _, fed in found)

@@ -47,6 +47,8 @@ def multiply(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> int | ir.Symbo
 
 def divide(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> int | ir.SymbolicDim | None:
     """a / b where it is proved to leave no rest (as polynomials in the dimension symbols), else None."""
+    if b == 0:
+        return None
     if a == b:
         return 1
     if b == 1:
@@ -111,6 +113,19 @@ def _floor(a: ir.SymbolicDim, b: int) -> ir.SymbolicDim | None:
     if a._expr is None or a._expr.subs(dict.fromkeys(a._expr.free_symbols, _LARGE)) < 0:
         return None
     return ir.SymbolicDim(sympy.floor(a._expr / b))
+
+
+def rounded(dim: Dim) -> Dim:
+    """The same dimension by floor alone: texts with ceiling are what onnx_ir writes and cannot read."""
+    if isinstance(dim, int) or "ceiling" not in str(dim) or dim._expr is None:
+        return dim
+    import sympy
+
+    def up(x: sympy.Expr) -> sympy.Expr:
+        over, under = sympy.fraction(sympy.together(x))
+        return sympy.floor((over + under - 1) / under) if under.is_Integer else -sympy.floor(-x)
+
+    return ir.SymbolicDim(dim._expr.replace(sympy.ceiling, up))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -43,13 +44,24 @@ def scalar(value: ir.Value | None) -> float | int | bool | None:
     return None if array is None else array.reshape(()).item()
 
 
+_SCOPES = "pkg.torch.onnx.name_scopes"  # metadata of nodes that torch's exporter writes
 ORIGINS = "graphopt.origins"  # node.meta: the names of the input's nodes that a node stands for, where they are not its own
 
 
 def origins(node: ir.Node) -> frozenset[str]:
-    """The names of the input's nodes that a node stands for: its own, unless a change of the graph made it."""
-    found: frozenset[str] = node.meta.get(ORIGINS) or frozenset((node.name or "",))
-    return found
+    """The names of the input's nodes that a node stands for: its own, unless a change of the graph made it; also behind the place in the torch
+    module that it comes from, where torch's exporter says so: `lm_head/node_linear_28`."""
+    found: frozenset[str] | None = node.meta.get(ORIGINS)
+    if found:
+        return found
+    name, module = node.name or "", module_of(node)
+    return frozenset((name, f"{module}/{name}")) if module and not name.startswith(f"{module}/") else frozenset((name,))
+
+
+def module_of(node: ir.Node) -> str:
+    """The torch module that a node comes from, such as `model.layers.0.mlp`; empty where nobody says."""
+    scopes = re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, ""))  # ['', 'model', 'model.norm', 'add_692']: modules, then the operator
+    return scopes[-2] if len(scopes) > 1 else ""
 
 
 def attr(node: ir.Node, name: str, default: Any = None) -> Any:
@@ -265,3 +277,16 @@ class Names:
         self._last[hint] = k
         self.taken.add(name)
         return name
+
+
+_CODES = ("Quantize", "Dequantize", "Integer", "QLinear", "QAttention", "QGemm", "NBits", "Round")  # in names of operators that round to codes
+
+
+def grain(model: ir.Model) -> str:
+    """The coarsest that a graph rounds to on its way: `codes`, a float type, or nothing that is coarser than its outputs."""
+    if any(mark in node.op_type for node in all_nodes(model) for mark in _CODES):
+        return "codes"
+    values = [*model.graph.inputs, *model.graph.initializers.values(), *(v for node in all_nodes(model) for v in node.outputs)]
+    kinds = {v.dtype for v in values}
+    coarse = {ir.DataType.BFLOAT16: "bfloat16", ir.DataType.FLOAT16: "float16", ir.DataType.FLOAT: "float32"}
+    return next((name for kind, name in coarse.items() if kind in kinds), "")

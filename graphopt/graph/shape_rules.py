@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graphopt.graph.dims import extent, nonnegative, quotient
+from graphopt.graph.dims import extent, nonnegative, quotient, rounded
 from graphopt.graph.questions import ISLAND
 
 Contents = list[int | ir.SymbolicDim]
@@ -24,6 +24,7 @@ _BROADCASTING = (
     "Add", "Sub", "Mul", "Div", "Pow", "Mod", "And", "Or", "Xor", "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "Where", "Max",
     "Min", "Sum", "Mean", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "PRelu", "Expand",
 )  # fmt: skip
+_STRIDING = ("Conv", "ConvTranspose", "AveragePool", "MaxPool", "LpPool")
 
 
 @functools.cache
@@ -36,6 +37,8 @@ def register() -> None:
         rule = registry.get("", op_type, version=23)
         if rule is not None:
             registry.register("", op_type, since_version=23)(_sound(rule))
+    for op_type in _STRIDING:
+        registry.register("", op_type, since_version=23)(_readable(registry.get("", op_type, version=23)))
     registry.register("", "Slice", since_version=23)(_slice)
     for op_type, ours in {"Squeeze": _squeeze, "Cast": _cast, "If": _if, "Loop": _loop, "Einsum": _einsum, "Unique": _unique}.items():
         registry.register("", op_type, since_version=23)(functools.partial(ours, registry.get("", op_type, version=23)))
@@ -61,6 +64,18 @@ def _then(rule: Callable[..., None], extra: Callable[..., Contents | None]) -> C
             ctx.set_symbolic_value(node.outputs[0], known)
 
     return both
+
+
+def _readable(rule: Callable[..., None]) -> Callable[..., None]:
+    """Sizes that are rounded up (ceil_mode, SAME_UPPER) in a spelling that the next rule can read."""
+
+    def infer(ctx: Any, node: ir.Node) -> None:
+        rule(ctx, node)
+        for value in node.outputs:
+            if value.shape is not None:
+                value.shape = ir.Shape([rounded(d) for d in value.shape])
+
+    return infer
 
 
 def _sound(rule: Callable[..., None]) -> Callable[..., None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 
@@ -9,7 +10,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from graphopt.core.contract import Target
 from graphopt.core.remarks import Remarks
+from graphopt.graph.opset import versions
 from graphopt.graph.questions import CLOSED, Names, all_nodes, bodies, captured, closed_nodes, is_graph, within
 from graphopt.graph.serialize import light
 from graphopt.graph.shapes import contents
@@ -62,6 +65,15 @@ def _read_instead(node: ir.Node, old: ir.Value, new: ir.Value) -> None:
             for index, output in enumerate(graph.outputs):
                 if output is old:
                     graph.outputs[index] = new
+
+
+def held(target: Target, model: ir.Model, remarks: Remarks) -> Target:
+    """With a limit to the opset where bodies that nobody may change hold the file at an old one."""
+    limit = versions.ceiling(model)
+    if limit is None or (target.opset is not None and target.opset <= limit) or all(f.name != "opset" for f in dataclasses.fields(target)):  # type: ignore[arg-type]
+        return target
+    remarks.warning("", f"the output stays at opset {limit}: bodies under operators of other domains are written for it, and left as they are")
+    return dataclasses.replace(target, opset=limit)  # type: ignore[type-var]
 
 
 # ---- what can never run -------------------------------------------------------------------------------------------------------------------

@@ -21,8 +21,9 @@ from graphopt.graph.shapes import drop_contradicted, infer_shapes
 from graphopt.io import advisories as notices
 from graphopt.io import closed, inline
 from graphopt.io.dim_names import hide_names
+from graphopt.io.legal import check_nodes
 from graphopt.io.order import check_sources, sort
-from graphopt.io.repair import repair
+from graphopt.io.repair import count_axes, repair
 from graphopt.io.runtime_ops import read as runtime_ops
 from graphopt.io.save import STATES_SHAPES
 from graphopt.rewrite.dead import remove_dead
@@ -41,10 +42,12 @@ def normalize(model: ir.Model, remarks: Remarks) -> None:
     inline.functions(model)
     closed.keep_names(model)
     check_sources(model)
+    check_nodes(model)
     lift_constants(model)
     _freeze_listed_weights(model)
     sort(model.graph)
     name_everything(model)
+    count_axes(model, remarks)
     hide_names(model)
     claims = notices.take_claims(model)
     model.graph.meta.setdefault(STATES_SHAPES, any(not v.is_graph_output() for v in claims))

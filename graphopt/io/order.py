@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graphopt.core.errors import LoadError
-from graphopt.graph.questions import all_nodes
+from graphopt.graph.questions import all_nodes, graphs
 
 MOVED = "graphopt.moved"  # graph.meta: the nodes of the file were not in order
 
@@ -15,10 +15,9 @@ def check_sources(model: ir.Model) -> None:
     for node in all_nodes(model):
         for value in node.inputs:
             if value is not None and not _has_source(value):
-                raise LoadError(
-                    f"invalid graph: node `{node.name}` ({node.op_type}) reads `{value.name}`, which nothing makes; export the model again"
-                )
-    for value in model.graph.outputs:
+                where = f"node `{node.name or ', '.join(str(v.name) for v in node.outputs)}` ({node.op_type})"
+                raise LoadError(f"invalid graph: {where} reads `{value.name}`, which nothing makes; export the model again")
+    for value in (value for graph in graphs(model) for value in graph.outputs):
         if not _has_source(value):
             raise LoadError(f"invalid graph: nothing makes the output `{value.name}`; export the model again")
 

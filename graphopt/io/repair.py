@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from graphopt.core.remarks import Remarks
 from graphopt.graph.attention_node import LOWEST, AttentionNode, may_be_too_low
-from graphopt.graph.questions import all_nodes, constant, consumers, rank, same_dim
+from graphopt.graph.questions import all_nodes, attr, constant, consumers, rank, same_dim
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.insert import Inserter
 
@@ -25,6 +25,15 @@ def repair(model: ir.Model, remarks: Remarks) -> int:
     - An embedding table whose transpose is stored a second time as the weight of the head: one of them is kept.
     """
     return _expand_caches(model, remarks) + _mend_masks(model, remarks) + _share_tables(model, remarks)
+
+
+def count_axes(model: ir.Model, remarks: Remarks) -> None:
+    """Transpose with axes counted from the end, which ONNX does not allow (torch 2.13's TorchScript exporter copies those of `permute`)."""
+    for node in [n for n in all_nodes(model) if n.domain == "" and n.op_type == "Transpose"]:
+        perm = attr(node, "perm", ())
+        if any(-len(perm) <= p < 0 for p in perm):
+            node.attributes["perm"] = ir.AttrInt64s("perm", [p % len(perm) for p in perm])
+            remarks.warning(node.name or "", f"its perm {list(perm)} counts from the end, which runtimes refuse; it is written out", repaired=True)
 
 
 def _mend_masks(model: ir.Model, remarks: Remarks) -> int:

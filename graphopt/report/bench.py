@@ -46,7 +46,7 @@ def bench(paths: Sequence[Path], shapes: str | None = None, *, threads: int = 1,
         LoadError, TargetError: a file cannot be read or run.
         SampleError: the models have different inputs.
     """
-    from graphopt.run.ort import session
+    from graphopt.run.guarded import session
 
     wanted = SHAPES if shapes is None else parse_shapes(shapes)
     names = [str(path) for path in paths]

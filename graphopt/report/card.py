@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from graphopt.analysis.attention import Attentions
+from graphopt.analysis.linear import stored
 from graphopt.analysis.structure import AttentionBlock, FfnBlock, Layer, ModelStructure, Structure
 from graphopt.core.contract import Context
 from graphopt.graph.questions import is_constant, static_dim
@@ -105,7 +106,8 @@ def _norms(found: ModelStructure) -> list[tuple[str, int, int]]:
 def _rest(part: str, node: ir.Node, sizes: Mapping[str, int]) -> CardLine:
     weight = next((v for v in node.inputs[1:] if v is not None and v.shape is not None), None)
     dims = " x ".join(str(d) for d in weight.shape) if weight is not None and weight.shape is not None else "?"
-    return CardLine(part, f"{node.op_type} {dims}", 1, _stored(node.inputs), _flops([node], sizes))
+    behind = [found.value if (found := stored(v, casts=True)) is not None else v for v in node.inputs]  # a weight may be quantized or cast
+    return CardLine(part, f"{node.op_type} {dims}", 1, _stored(behind), _flops([node], sizes))
 
 
 def _parameters(block: AttentionBlock | FfnBlock) -> int:

@@ -147,11 +147,11 @@ def compare(
         GraphoptError: the models have different inputs or outputs.
         LoadError, SampleError, TargetError: a model cannot be read or run, or samples do not fit.
     """
-    from graphopt.run import ort
+    from graphopt.run import guarded
 
     (first, graph), (second, other) = (load.load_both(x, remarks=Remarks(), **options) for x in (a, b))
     check_same_interface(first, second)
-    sessions = [ort.session(x, threads=threads) for x in (first, second)]
+    sessions = [guarded.session(x, threads=threads) for x in (first, second)]
     given = runnable_samples(graph, sessions[0]) if samples is None else Samples.load(samples, graph, tokenizer=tokenizer)
     outputs: dict[str, Running] = {str(v.name): Running() for v in first.graph.outputs}
     ends, note = block_ends(graph, other, first, second, tuple(plugins))

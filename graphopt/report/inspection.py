@@ -21,7 +21,7 @@ from graphopt.io import load
 from graphopt.report.card import Card, card
 from graphopt.report.document import Document
 from graphopt.report.elements import Element, Line, Table
-from graphopt.report.recognized import FUSE, RECOGNIZE, read_behind
+from graphopt.report.recognized import FUSE, RECOGNIZE, decode, read_behind
 from graphopt.report.words import called, head, megabytes
 from graphopt.run.race import sizes_for
 
@@ -93,6 +93,7 @@ def inspect(source: Any, *, plugins: Sequence[str] = (), **options: Unpack[load.
     """
     remarks = Remarks()
     original, model = load.load_both(source, remarks=remarks, **options)
+    decode(model)
     is_file = isinstance(source, (str, os.PathLike)) and Path(source).is_file()
     blocks, declined = attention(model, tuple(plugins))
     return Inspection(

@@ -9,8 +9,9 @@ from typing import Any
 
 from graphopt.core.errors import PipelineError
 from graphopt.core.options import near
-from graphopt.core.registry import Registry
+from graphopt.core.registry import PASSES, Registry
 from graphopt.core.remarks import plural
+from graphopt.report.declared import declared
 from graphopt.report.document import Document
 from graphopt.report.elements import Element, Line, Table, Text
 
@@ -41,6 +42,8 @@ class Described(Document):
     def elements(self) -> Sequence[Text]:
         facts = self.facts
         kind = "" if facts.get("exact", True) else ", may change the numbers"
+        kind += {"needs": ", needs samples", "can": ", can use samples"}.get(facts.get("samples", ""), "")
+        kind += f", but not with: {facts['data_free']}" if facts.get("data_free") else ""
         return [Text(f"{facts['name']} ({facts['owner']}{kind})\n  options: {facts['options'] or 'none'}\n\n{facts['doc']}")]
 
 
@@ -67,21 +70,27 @@ class Cached(Document):
         return [*found, Text(f"{plural(len(self.rows), 'timing')} in {self.path}")]
 
 
-def listed(known: Registry, *, options: bool = False) -> Listing:
-    """Name and owner of each; with `options` also its options and the first line of its docstring, which imports every module.
+_SAMPLES = {"no": "", "can": "can use", "needs": "needs"}
 
-    A module that cannot be imported is listed with the reason.
+
+def listed(known: Registry, *, options: bool = False) -> Listing:
+    """Of each its name, what kind of pass it is, what it does, and who brings it; with `options` also these, which imports every module.
+
+    A module that cannot be read or imported is listed with the reason.
     """
-    if not options:
-        return Listing([{"name": name, "owner": known.owner(name)} for name in known])
+    keys = ("exact", "samples") if known.group == PASSES else ()
     found = []
     for name in known:
+        facts: dict[str, Any] = dict.fromkeys(keys)
+        options_text = ""
         try:
-            cls = known[name]
-            options_text, purpose = cls.describe(), _doc(cls).partition("\n")[0]
+            facts = declared(known.place(name), name, *keys)
+            options_text = known[name].describe() if options else ""
         except Exception as error:  # noqa: BLE001 -- one broken module must not hide the others; its reason stands in the list
-            options_text, purpose = "", f"cannot be imported: {type(error).__name__}: {error}"
-        found.append({"name": name, "options": options_text, "purpose": purpose, "owner": known.owner(name)})
+            facts["purpose"] = f"cannot be imported: {type(error).__name__}: {error}"
+        kind = {"numbers": {False: "lossy", True: "exact"}.get(facts["exact"], ""), "samples": _SAMPLES.get(facts["samples"], "")} if keys else {}
+        more = {"options": options_text} if options else {}
+        found.append({"name": name} | kind | {"purpose": facts["purpose"]} | more | {"owner": known.owner(name)})
     return Listing(found)
 
 
@@ -95,7 +104,7 @@ def described(known: Registry, name: str, kind: str) -> Described:
         raise PipelineError(f"there is no {kind} `{name}`{near(name, known)}; `graphopt {kind}{'es' if kind == 'pass' else 's'}` lists them")
     cls = known[name]
     facts = {"name": name, "owner": known.owner(name), "options": cls.describe(), "doc": _doc(cls)}
-    return Described(facts | ({"exact": cls.exact} if kind == "pass" else {}))
+    return Described(facts | ({"exact": cls.exact, "samples": cls.samples, "data_free": cls.data_free} if kind == "pass" else {}))
 
 
 def _doc(cls: type) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -11,8 +12,8 @@ from graphopt.core.pipeline import PassRecord
 from graphopt.core.remarks import Remark, plural
 from graphopt.graph.size import Size
 from graphopt.report.document import Document
-from graphopt.report.elements import Element, Line, Table
-from graphopt.report.words import head, megabytes
+from graphopt.report.elements import Element, Line, Table, Text
+from graphopt.report.words import head, megabytes, plain
 
 _VARYING = re.compile(r"`[^`]*`|\d+(\.\d+)?%?")  # what differs between remarks that say the same
 _SHOWN = 12  # kinds of remark, at most, before the list is cut
@@ -20,11 +21,12 @@ _SHOWN = 12  # kinds of remark, at most, before the list is cut
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A number, or None and the reason why it is not known. `how` says what the number is."""
+    """A number, or None and the reason why it is not known. `how` says what the number is, and `note` what else is to be known of it."""
 
     value: float | None
     reason: str | None = None
     how: str | None = None
+    note: str | None = None
 
     def __post_init__(self) -> None:
         assert (self.value is None) == (self.reason is not None), "a number, or the reason why there is none"
@@ -65,6 +67,7 @@ class Report(Document):
         rises: versions that the output needs and the input did not: {what, before, after, reason}.
         model, threads: what the input is called, and the threads that it was timed with, where they are known.
         samples: `batches` and `rows` (tokens, where ids are fed; padding included) that passes and the loss could read; None without samples.
+        apart: the kind of remarks that stand in full beside it, and are not summed up again.
     """
 
     title: ClassVar[str] = "graphopt report"
@@ -81,6 +84,7 @@ class Report(Document):
     model: str = ""
     threads: int | None = None
     samples: Mapping[str, int] | None = None
+    apart: str = ""
     gate: Gated = Gated(None, "it was not asked for")
 
     @property
@@ -93,7 +97,13 @@ class Report(Document):
         return self.input.bytes / max(1, self.output.bytes)
 
     def remarks(self, kind: str = "all") -> list[Remark]:
-        return [remark for record in self.passes for remark in record.remarks if kind in ("all", remark.kind)]
+        """Those of one kind, each once: a pass that stands in the pipeline twice may say the same about a node twice."""
+        found = (remark for record in self.passes for remark in record.remarks if kind in ("all", remark.kind))
+        return list({(x.kind, x.pass_name, x.node, x.message): x for x in found}.values())
+
+    def listed(self, kind: str, form: str) -> Listed:
+        """The remarks of a kind as a document of its own."""
+        return Listed(self.remarks(kind), form)
 
     def grouped(self, kind: str) -> list[str]:
         """One line for remarks of one pass that differ in names and numbers only; the most frequent first."""
@@ -125,7 +135,7 @@ class Report(Document):
 
     def elements(self) -> Sequence[Element]:
         """Sizes, latency, what each pass did, and why candidates were declined; every remark is a detail."""
-        changed = ", ".join(record.name for record in self.passes if record.changes)
+        changed = ", ".join(record.told for record in self.passes if record.changes)
         found: list[Element] = [
             head(
                 model=self.model,
@@ -135,7 +145,7 @@ class Report(Document):
                 threads="" if self.threads is None else self.threads,
             ),
             self._sizes(),
-            self._latency() if self.latency else Line(self._speed_up()),
+            *(self._latency() if self.latency else [Line(self._speed_up())]),
             Line(self._loss()),
         ]
         if self.gate.passed is None:
@@ -146,16 +156,14 @@ class Report(Document):
         if self.samples is not None:
             found.append(Line(f"samples: {plural(self.samples['batches'], 'batch', 'batches')}, {self.samples['rows']:,} tokens or rows"))
         found += [Line(_rise(rise)) for rise in self.rises]
-        passes = [(r.name, r.changes, f"{r.seconds:.2f}", sum(x.kind == "missed" for x in r.remarks) or "") for r in self.passes]
-        found.append(Table(("pass", "changes", "seconds", "missed"), passes, plural(self.changes, "change"), "lrrr"))
+        found += self._passes()
         for kind in ("missed", "warning"):
-            reasons = self.grouped(kind)
+            reasons = self.grouped(kind) if self.apart not in (kind, "all") else []
             found += map(Line, reasons[:_SHOWN])
             if len(reasons) > _SHOWN:
                 found.append(Line(f"... and {plural(len(reasons) - _SHOWN, 'more reason')}: --remarks all"))
         if remarks := self.remarks():
-            rows = [(x.kind, x.pass_name, x.node, x.message) for x in remarks]
-            found.append(Table(("kind", "pass", "node", "message"), rows, "remarks", detail=True))
+            found.append(remark_table(remarks, title="remarks", detail=True))
         return found
 
     def _sizes(self) -> Table:
@@ -170,13 +178,25 @@ class Report(Document):
         ]
         return Table(("model", "input", "output", ""), rows, align="lrrr")
 
-    def _latency(self) -> Table:
+    def _latency(self) -> list[Element]:
         rows = [(t.shape, f"{t.input_ms:.2f}", f"{t.output_ms:.2f}", f"{t.speed_up:.2f}x") for t in self.latency]
         rows.append(("geometric mean", "", "", self.speed_up.text("{:.2f}x")))
-        return Table(("shape", "input", "output", "speed-up"), rows, "latency in ms", "lrrr")
+        table = Table(("shape", "input", "output", "speed-up"), rows, "latency in ms", "lrrr")
+        return [table, Line(self.speed_up.note)] if self.speed_up.note else [table]
+
+    def _passes(self) -> list[Element]:
+        """A row for each pass that changed something, and how many did not."""
+        done = [r for r in self.passes if r.changes]
+        rows = [(r.told, r.changes, f"{r.seconds:.2f}", sum(x.kind == "missed" for x in r.remarks) or "") for r in done]
+        idle = [r for r in self.passes if not r.changes]
+        title = plural(self.changes, "change")
+        found: list[Element] = [Table(("pass", "changes", "seconds", "missed"), rows, title, "lrrr")] if rows else [Line(title)]
+        if idle:
+            found.append(Line(f"{plural(len(idle), 'other pass', 'other passes')} changed nothing ({sum(r.seconds for r in idle):.2f} s)"))
+        return found
 
     def _speed_up(self) -> str:
-        return f"speed-up {self.speed_up.text('{:.2f}x')}"
+        return f"speed-up {self.speed_up.text('{:.2f}x')}" + (f" ({self.speed_up.note})" if self.speed_up.note else "")
 
     def _loss(self) -> str:
         return f"loss {self.loss.text('{:.3g}')}" + (f" ({self.loss.how})" if self.loss.how else "")
@@ -197,6 +217,32 @@ class Report(Document):
 
 def _ungated(gate: Gated) -> str:
     return f"not judged by opening and running it as its target does: {gate.reason}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed(Document):
+    """Remarks in full. `form`: one a line (`lines`), or a `table`; its JSON is one object a line, whatever the form."""
+
+    title: ClassVar[str] = "graphopt remarks"
+
+    remarks: Sequence[Remark]
+    form: str
+
+    def as_dict(self) -> list[dict[str, Any]]:
+        return [{"pass": x.pass_name} | x.as_dict() for x in self.remarks]
+
+    def json(self) -> str:
+        return "\n".join(json.dumps(plain(row)) for row in self.as_dict())
+
+    def elements(self) -> Sequence[Element]:
+        if self.form == "lines":
+            return [Text("\n".join(map(str, self.remarks)))]
+        return [remark_table(self.remarks)]
+
+
+def remark_table(remarks: Sequence[Remark], **options: Any) -> Table:
+    rows = [(x.kind, x.pass_name, x.node, x.message) for x in remarks]
+    return Table(("kind", "pass", "node", "message"), rows, **options)
 
 
 def _rise(rise: Mapping[str, Any]) -> str:

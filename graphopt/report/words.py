@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
+import sys
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from graphopt.core.machine import processor
@@ -24,10 +27,17 @@ def called(source: Any) -> str:
 
 
 def head(**facts: object) -> Table:
-    """The head of a page: `facts` that are not empty, and what every number in it depends on: versions, the processor, the day."""
-    told = {key.replace("_", " "): text for key, value in facts.items() if (text := str(value))}
+    """The head of a page: `facts` that are not empty, and what every number in it depends on: the command, versions, the processor, the day."""
+    told = {key.replace("_", " "): text for key, value in (facts | {"command": _command()}).items() if (text := str(value))}
     told |= {"versions": ", ".join(versions()), "processor": processor(), "date": time.strftime("%Y-%m-%d %H:%M %z")}
     return Table(("", ""), list(told.items()), detail=True)
+
+
+def _command() -> str:
+    """What was typed, where this process is the command line."""
+    started = Path(sys.argv[0])
+    name = started.parent.name if started.name == "__main__.py" else started.stem
+    return shlex.join(["graphopt", *sys.argv[1:]]) if name == "graphopt" else ""
 
 
 def versions() -> Iterator[str]:

@@ -51,6 +51,11 @@ def arrays_in(value: Any, name: str = "") -> Iterator[tuple[str, Array]]:
         yield name, np.asarray(value)
 
 
+def flat(outputs: Mapping[str, Any]) -> dict[str, Array]:
+    """Every array of the outputs, by the names of `arrays_in`."""
+    return dict(found for name, value in outputs.items() for found in arrays_in(value, name))
+
+
 def relative_l2(base: Iterable[Mapping[str, Any]], other: Iterable[Mapping[str, Any]]) -> float:
     """||d|| / ||baseline|| over all batches, of the output where it is largest; inf where outputs cannot be compared."""
     squares = Squares()
@@ -65,7 +70,7 @@ def compare_outputs(base: Mapping[str, Any], other: Mapping[str, Any], tolerance
     Floats may differ by `tolerance` * (1 + max |baseline|), by default TOLERANCE of the dtype. The maximum leaves out fills (elements
     a thousand times larger than the others), each of which is measured against itself: a mask of -3e38 excuses nothing.
     """
-    ours, theirs = (dict(found for name, value in outputs.items() for found in arrays_in(value, name)) for outputs in (base, other))
+    ours, theirs = flat(base), flat(other)
     for name, expected in ours.items():
         if name not in theirs:
             return Difference(name, reason="is missing")
@@ -87,14 +92,15 @@ class Excess:
         return self.text
 
 
-def excess(base: Mapping[str, Array], other: Mapping[str, Array], grain: str = "") -> Excess:
+def excess(base: Mapping[str, Any], other: Mapping[str, Any], grain: str = "") -> Excess:
     """How far `other` is off, in units of rounding: of TOLERANCE for floats, of _SHARE of the elements for what is no float.
 
     Args:
         grain: the coarsest that the graph rounds to on its way, where that is coarser than its outputs: a float type, or `codes`. Rounding
             flips some codes, so the floats of such a graph are measured as a whole, by relative L2 distance, in units of _FLIPS.
     """
-    found = [_excess(name, np.asarray(base[name]), None if name not in other else np.asarray(other[name]), grain) for name in base]
+    base, other = flat(base), flat(other)
+    found = [_excess(name, array, other.get(name), grain) for name, array in base.items()]
     found += [Excess(math.inf, f"output `{name}` is new; the baseline has no such output") for name in other if name not in base]
     return max(found, key=lambda e: e.times, default=Excess(0.0))
 

@@ -75,6 +75,16 @@ def opened(target: Target, model: ir.Model, feed: Feeds | None = None) -> Sessio
     return target.session(model)
 
 
+def session(model: ir.Model | str | os.PathLike[str], *, threads: int = 1) -> ort.OrtSession:
+    """`run.ort.session` of a model of the user, which may end the process that loads it: another one loads it first.
+
+    Raises:
+        TargetError: the runtime refuses the model, or dies of it; one line.
+    """
+    probe(model, None, ort.settings(threads))
+    return ort.session(model, threads=threads)
+
+
 def end() -> None:
     """End the worker, if there is one; the next probe starts another."""
     global _current

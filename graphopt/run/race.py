@@ -10,9 +10,9 @@ from typing import Any
 import onnx_ir as ir
 
 from graphopt.core.contract import Array, Session, Target
-from graphopt.core.errors import GraphoptError, SampleError
+from graphopt.core.errors import GraphoptError, SampleError, TargetError
 from graphopt.graph.dims import limits, symbols
-from graphopt.run import Feeds, Port
+from graphopt.run import Feeds, Port, guarded
 from graphopt.run.clock import Clock, Done, Timings, latency, steady_clock
 from graphopt.run.distance import arrays_in
 from graphopt.run.samples import random_samples
@@ -71,6 +71,42 @@ def patient_race(sessions: Mapping[str, Session], feeds: Mapping[str, Feeds], *,
 def refusals(sessions: Mapping[str, Session], feeds: Iterable[Feeds]) -> dict[str, str]:
     """The sessions that do not run all of these feeds, and why."""
     return {name: why for name, session in sessions.items() if (why := next(filter(None, (_refusal(session, f) for f in feeds)), None))}
+
+
+def opened(target: Target, model: ir.Model, feeds: Mapping[str, Feeds]) -> Session:
+    """A session in this process of a finished model that was probed first, at the first of the sizes at which it runs.
+
+    Raises:
+        SampleError: there is none.
+        TargetError: the target cannot run here.
+    """
+    reasons: list[str] = []
+    for feed in feeds.values():
+        try:
+            return guarded.opened(target, model, feed)
+        except TargetError as error:
+            if not target.runs_here():
+                raise
+            reasons.append(str(error))
+    raise _no_size(feeds, reasons)
+
+
+def runnable(session: Session, feeds: Mapping[str, Feeds]) -> dict[str, Feeds]:
+    """The sizes at which a model runs.
+
+    Raises:
+        SampleError: there is none.
+    """
+    reasons = {label: _refusal(session, feed) for label, feed in feeds.items()}
+    found = {label: feed for label, feed in feeds.items() if reasons[label] is None}
+    if not found:
+        raise _no_size(feeds, [str(why) for why in reasons.values()])
+    return found
+
+
+def _no_size(feeds: Mapping[str, Feeds], reasons: Sequence[str]) -> SampleError:
+    sizes, why = ", ".join(feeds), "".join(reasons[:1])
+    return SampleError(f"the input runs at none of the sizes {sizes} ({why}); add --samples DATA, or --shapes with sizes that it takes")
 
 
 def clock_of(target: Target) -> Clock:
@@ -149,8 +185,16 @@ def shapes_of(target: Target) -> Sequence[tuple[int, ...]]:
 
 
 def sizes_for(model: ir.Model, shapes: Sequence[tuple[int, ...]] = SHAPES) -> dict[str, dict[str, int]]:
-    """Label -> a size for every symbol of the inputs: the first axis is the batch, every other one the length, within the position table."""
+    """Label -> a size for every symbol of the inputs: the first axis is the batch, every other one the length, within the position table.
+
+    Raises:
+        GraphoptError: a shape is a batch alone, and the model has a length, too.
+    """
     bound, axes = limits(model), symbols(model)
+    inner = [name for name, axis in axes.items() if axis]
+    for shape in shapes if inner else ():
+        if len(shape) < 2:
+            raise GraphoptError(f"the shape `{shape[0]}` is a batch without a length, which the model has in `{inner[0]}`; write 1x{shape[0]}")
     rows = [{n: shape[0] if axis == 0 else min(shape[-1], bound.get(n, shape[-1])) for n, axis in axes.items()} for shape in shapes]
     return {label(model, row): row for row in rows}
 

@@ -36,6 +36,7 @@ _ABOUT = frozenset({"Shape", "Size", "NonZero", "ArgMax", "ArgMin", "TopK", "Uni
 _BIG = 1e3  # (1 - mask) * big: what makes a mask additive
 _FILL = -1e4  # "minus infinity" that float16 can hold
 _STEPS = 10_000
+_MOST = 1 << 28  # elements of an input that is made up; a file may declare any size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ def random_feed(model: ir.Model, bindings: Bindings, *, seed: int = 0, turn: int
         turn: which batch this is; it varies the values, and which rows of a mask are whole.
 
     Raises:
-        ValueError: a dimension is not bound, or an input has no shape; the text names it.
+        ValueError: a dimension is not bound, or an input has no shape, or is too large; the text names it.
     """
     rng = np.random.default_rng([seed, turn])
     feed: dict[str, Any] = {}
@@ -63,6 +64,8 @@ def random_feed(model: ir.Model, bindings: Bindings, *, seed: int = 0, turn: int
         shape = shape_at(value, bindings)
         if shape is None or value.dtype is None:
             raise ValueError(f"input `{value.name}` has {'an unknown shape' if value.shape is None else f'the unbound shape {value.shape}'}")
+        if math.prod(shape) > _MOST:
+            raise ValueError(f"input `{value.name}` has the shape {list(shape)}, too many numbers to make up")
         array = _fill(role(value, bindings), shape, value.dtype, rng, turn)
         feed[str(value.name)] = [array, array.copy()] if isinstance(value.type, ir.SequenceType) else array
     return feed

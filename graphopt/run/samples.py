@@ -19,7 +19,7 @@ from graphopt.graph.dims import Bindings, dim_at, fed_inputs, fits, limits, size
 from graphopt.graph.questions import is_tensor
 from graphopt.run import each
 from graphopt.run.roles import random_feed
-from graphopt.run.sources import TEXT_INPUTS, encode, open_path
+from graphopt.run.sources import TEXT_INPUTS, encode, open_path, with_empty_past
 
 Prepare = Callable[[Any, int], Batch]  # an item of a source and its number -> a batch
 
@@ -50,7 +50,7 @@ class Samples:
         Args:
             data: Samples; a .npz file (one batch) or a folder of them; one dict of arrays; an iterable (list, generator, DataLoader) of
                 dicts, of tuples in the order of the inputs, or of text lines; or a text file, one sample a line.
-            tokenizer: for text, a `tokenizers.Tokenizer` or its tokenizer.json.
+            tokenizer: for text, a `tokenizers.Tokenizer` or its tokenizer.json. A cache of keys and values is fed empty.
             batch: lines of text in one batch.
             max_length: tokens of a text, at most; by default what the tokenizer and the position table of the model allow, 128 at most.
             limit: batches, at most.
@@ -73,7 +73,8 @@ class Samples:
         if isinstance(first, str):
             texts = [first, *map(str, items)]
             bound = min(limits(model).values(), default=128)
-            return cls(encode(texts, tokenizer, batch, max_length or min(128, bound)), optional=TEXT_INPUTS).fit(model)
+            tokens = encode(texts, tokenizer, batch, max_length or min(128, bound))
+            return cls(with_empty_past(tokens, model), optional=TEXT_INPUTS).fit(model)
         if first is None:
             return cls(())
         head = [first]

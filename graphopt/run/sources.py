@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
+import onnx_ir as ir
 
-from graphopt.core.errors import SampleError
+from graphopt.core.errors import SampleError, require
 from graphopt.core.replay import Batch
+from graphopt.graph.dims import fed_inputs
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # what a tokenizer can give; a model takes those that it has
 
@@ -55,10 +57,9 @@ def encode(texts: Sequence[str], tokenizer: Any, batch: int, max_length: int) ->
     if tokenizer is None:
         raise SampleError("text samples need a tokenizer; add --tokenizer tokenizer.json (or tokenizer=... in Python)")
     if isinstance(tokenizer, (str, os.PathLike)):
-        from tokenizers import Tokenizer
-
+        kind = require("text samples", "text", "tokenizers", error=SampleError).Tokenizer
         try:
-            tokenizer = Tokenizer.from_file(os.fspath(tokenizer))
+            tokenizer = kind.from_file(os.fspath(tokenizer))
         except Exception as error:
             raise SampleError(f"{os.fspath(tokenizer)} is no tokenizer.json: {error}") from error
     tokenizer = type(tokenizer).from_str(tokenizer.to_str())  # the caller's stays as it is
@@ -71,6 +72,19 @@ def encode(texts: Sequence[str], tokenizer: Any, batch: int, max_length: int) ->
         mask = np.array([row.attention_mask for row in rows], np.int64)
         types = np.array([row.type_ids for row in rows], np.int64)
         yield dict(zip(TEXT_INPUTS, (ids, mask, types, np.maximum(mask.cumsum(1) - 1, 0)), strict=True))
+
+
+def with_empty_past(batches: Iterator[Batch], model: ir.Model) -> Iterator[Batch]:
+    """Batches of text for a decoder with a cache of keys and values [batch, heads, past, size], before which nothing was said: past is 0."""
+    caches = {str(v.name): v for v in fed_inputs(model) if "past" in str(v.name) and v.dtype is not None and v.dtype.is_floating_point()}
+    for batch in batches:
+        rows = len(batch["input_ids"])
+        empty = {
+            name: np.zeros([rows if axis == 0 else size if isinstance(size, int) else 0 for axis, size in enumerate(v.shape)], v.dtype.numpy())
+            for name, v in caches.items()
+            if v.shape is not None and v.dtype is not None
+        }
+        yield batch | empty
 
 
 def _read_npz(path: Path) -> Batch:

@@ -115,6 +115,17 @@ def test_k2_2_signed_codes_in_front_of_layout(makes: str, layout: str, zero: int
     assert bool(told) == (zero >= 0)
 
 
+def test_k2_2_signed_codes_without_a_zero_point_at_an_old_opset() -> None:
+    """ONNX Runtime computes the input wrongly at its default level: it takes the codes that it moves for unsigned ones. What is written is right."""
+    text = """<ir_version: 8, opset_import: ["": 17]> g (int64[B,S] ids) => (float[B,Q,16] y)
+<int64[3] narrow = {0,-1,16}, float s = {0.02}, int8[50,32] table> { c = Gather(table, ids)  d = DequantizeLinear(c, s)  l = Reshape(d, narrow)  y = Neg(l) }"""
+    source, feeds = parse(text, table=rng().integers(-128, 128, (50, WIDTH)).astype(np.int8)), codes_feeds("table")
+    off, default = both(source, feeds[0])
+    assert np.abs(off["y"] - default["y"]).max() > 1
+    result = optimized(source, None, *feeds)
+    assert "DequantizeLinear" not in ops(result.model)
+
+
 @pytest.mark.parametrize("zero", [-1, 3])
 def test_k2_2_codes_that_only_move_stay_codes(zero: int) -> None:
     """Between QuantizeLinear nodes the runtime moves codes, and nothing is decoded."""

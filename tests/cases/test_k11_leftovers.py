@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +13,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 from models import Array, assert_same, parse, run  # type: ignore[import-not-found]
+from test_api import BLOCK, RELU, model
 
 import graphopt
-from graphopt.core.errors import LoadError
+from graphopt.core.errors import LoadError, PassError, PipelineError
 from graphopt.driver import loss as losses
 from graphopt.driver.loss import Loss
 from graphopt.io.load import load
@@ -311,3 +313,41 @@ def test_samples_with_a_cache_of_heads(pipeline: str) -> None:
     assert any("refitted: error" in r.message for record in result.report.passes for r in record.remarks)
     with pytest.raises(graphopt.GraphoptError, match=r"feed `past_k` as .* give samples with an empty `past_k`, or refit=false"):
         graphopt.optimize(source, text, samples=batches(3), promise=False)
+
+
+# ---- messages -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "without"),
+    [
+        ("prune-ffn{ratio=0.5}", "importance=magnitude refit=false"),
+        ("factorize", "method=svd"),
+        ("quantize{mode=static}", "mode=dynamic"),
+        ("drop-layers", "layers=0+1"),
+    ],
+)
+def test_an_error_about_samples_names_what_does_without(pipeline: str, without: str) -> None:
+    with pytest.raises(PassError, match=f"add --samples DATA.*; or do without: {re.escape(without)}") as error:
+        graphopt.optimize(model(BLOCK), pipeline, target="cpu{tune=off}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_lossy_pass_that_did_nothing_says_so_at_the_end(tmp_path: Path) -> None:
+    report = graphopt.optimize(model(RELU), "quantize, canonicalize", target="cpu{tune=off}").report
+    told = [str(x) for x in report.remarks("warning")]
+    assert told == [
+        "warning quantize: `quantize` was asked for and changed nothing: nothing to quantize: no MatMul, Gemm or Gather reads a stored weight that fits"
+    ]
+    assert str(report).splitlines()[-1] == told[0]
+    assert not graphopt.optimize(model(BLOCK), "quantize, fuse-rotary", target="cpu{tune=off}").report.remarks("warning")
+
+
+def test_an_unknown_option_points_to_the_command_that_explains() -> None:
+    for pipeline, target, command in (
+        ("factorize{enrgy=0.5}", "cpu", "graphopt passes factorize"),
+        ("canonicalize", "cpu{treads=2}", "graphopt targets cpu"),
+    ):
+        with pytest.raises(PipelineError) as error:
+            graphopt.optimize(onnx.ModelProto(), pipeline, target=target)
+        assert str(error.value).splitlines()[-1] == f"  `{command}` explains them"

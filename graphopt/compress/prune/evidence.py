@@ -20,11 +20,14 @@ from graphopt.compress.prune.criterion import LossFunction, Question
 from graphopt.compress.prune.removable import Candidate
 from graphopt.core.contract import Array, Context
 from graphopt.core.errors import GraphoptError
-from graphopt.graph.questions import static_dim
+from graphopt.graph.questions import all_nodes, bodies, consumers, static_dim
+from graphopt.rewrite.dead import remove_dead
 from graphopt.run import Feeds, each
 
 if TYPE_CHECKING:
     import torch
+
+    from graphopt.run.torch.model import TorchModel
 
 F = TypeVar("F")
 BYTES = 2**30  # of moments that are held at a time; more means another run over the samples
@@ -72,13 +75,13 @@ class _Collector(ABC, Generic[F]):
         except ImportError:
             why = f"importance={asked.criterion} needs gradients, and torch is not installed"
             raise GraphoptError(f"{why}; install it, or use reconstruction") from None
-        from graphopt.run.torch.model import TorchModel
-
-        self.candidates = candidates
-        self.loss, self.own_loss, self.rows = loss_of(model, asked.loss), callable(asked.loss), 0
+        self.own_loss, self.rows = callable(asked.loss), 0
         self.follows = False  # from any of the projections, on any batch
         self.torch, self.random = torch, torch.Generator().manual_seed(asked.seed)
-        self.model = TorchModel(model, trainable=())
+        self.model, model = _differentiable(model, ctx, whole=self.own_loss)
+        self.loss = loss_of(model, asked.loss)
+        have = {v.name for node in model.graph for v in node.outputs}
+        self.candidates = candidates = [c for c in candidates if all(u.output is None or u.output.node.outputs[0].name in have for u in c.units)]
         self.linears = [u.output for c in candidates for u in c.units if u.output is not None]
         shown = [*(str(v.name) for x in self.linears for v in (x.x, x.node.outputs[0])), *(str(v.name) for v in model.graph.outputs)]
         self.padding = ctx.get(Paddings()).about(shown)
@@ -139,6 +142,45 @@ class _Collector(ABC, Generic[F]):
             x = outputs[name].detach()
             self.seen[k] += len(kept.rows(name, x))
             self._sum(k, x, torch.zeros_like(probes[result]) if gradient is None else gradient, kept)
+
+
+def _differentiable(model: ir.Model, ctx: Context, *, whole: bool) -> tuple[TorchModel, ir.Model]:
+    """What torch computes of a graph, as a module and as a graph: where it lacks an operator, what that reads is an output instead.
+
+    Raises:
+        MissingOp: an operator is missing and the `whole` graph is wanted, or nothing is left in front of it.
+    """
+    from graphopt.run.torch.model import TorchModel
+    from graphopt.run.torch.table import MissingOp
+
+    while True:
+        try:
+            return TorchModel(model, trainable=()), model
+        except MissingOp as missing:
+            part = None if whole else _in_front_of(model, missing.node)
+            if part is None:
+                raise
+            told = f"torch has no {missing.op_type}: importance is judged by what it reads, and nothing behind it is judged"
+            ctx.remarks.missed(missing.node, told)
+            model = part
+
+
+def _in_front_of(model: ir.Model, name: str) -> ir.Model | None:
+    """A copy without a node and all that follows from it; the floats that these read are outputs. None where there are none."""
+    copy = model.clone()
+    owner = {inner: node for node in copy.graph for body in bodies(node) for inner in ir.traversal.RecursiveGraphIterator(body)}
+    gone = {owner.get(node, node) for node in all_nodes(copy) if node.name == name}
+    todo = list(gone)
+    while todo:
+        for reader in {owner.get(r, r) for v in todo.pop().outputs for r in consumers(v)} - gone:
+            gone.add(reader)
+            todo.append(reader)
+    read = [v for node in all_nodes(copy) if owner.get(node, node) in gone for v in node.inputs if v is not None]
+    outputs = [v for v in (*copy.graph.outputs, *read) if (made := v.producer()) is not None and made.graph is copy.graph and made not in gone]
+    floats = [v for v in dict.fromkeys(outputs) if v.dtype is not None and v.dtype.is_floating_point()]
+    copy.graph.outputs[:] = floats
+    remove_dead(copy)
+    return copy if floats and gone else None
 
 
 class _MaskGradients(_Collector[Array]):

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.heads import Heads, Unit
+from graphopt.analysis.structure import unread
 from graphopt.compress.budget import Menu, solve
 from graphopt.compress.prune.criterion import Ranking, check_importance
 from graphopt.compress.prune.importance import Importance
@@ -46,6 +47,8 @@ class Pruning(Pass):
     rows: int = option(32768, least=1)
     seed: int = 0
     exact: ClassVar[bool] = False
+    samples = "needs"
+    data_free = "importance=magnitude refit=false"
     kinds: ClassVar[tuple[str, ...]]
     ways = exclusive("ratio", "flops", "latency", says="how much is to go")
     dials: ClassVar[Dials] = (Dial("ratio"), Dial("flops"), Dial("latency"))
@@ -73,6 +76,8 @@ def prune(model: ir.Model, ctx: Context, s: Pruning, way: str) -> int:
             hidden = "" if c.shown(model) else ", which stand inside a subgraph, where samples do not show them"
             ctx.remarks.missed(c.name, f"not pruned: importance={s.importance} says nothing about its {c.kind}{hidden}")
     if not rankings:
+        for node, reason in unread(model, ctx) if "neurons" in s.kinds and not candidates else ():
+            ctx.remarks.missed(node.name or "", f"not pruned: {reason}")
         ctx.remarks.missed("", f"found no {' or '.join(s.kinds)} that can be removed")
         return 0
     savings = measured(model, ctx, rankings, s.resizable) if way == "latency" else {c: _savings(c, ranking, way) for c, ranking in rankings.items()}
@@ -83,6 +88,9 @@ def prune(model: ir.Model, ctx: Context, s: Pruning, way: str) -> int:
     if choice is None:
         most = sum(max(v) for v in savings.values()) / whole
         ctx.remarks.missed("", f"at most {most:.1%} can go, and {budget / whole:.1%} was asked for; nothing was removed")
+        for c in (c for c in rankings if not max(savings[c])):
+            keeps = f"its {c.units[0].count} {c.kind} stay in multiples of {getattr(s, 'multiple', 1)}" if c.kind == "neurons" else "it has one group"
+            ctx.remarks.missed(c.name, f"not pruned: {keeps}")
         return 0
     steps = dict(zip(reversed(list(rankings)), reversed(choice.settings), strict=True))  # from the last block to the first
     gone = {c: c.members(rankings[c].first(k).tolist()) for c, k in steps.items() if k}

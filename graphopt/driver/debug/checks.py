@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import shlex
 import signal
 import subprocess
@@ -134,6 +135,7 @@ class Function:
 def _serve(pipe: Any, text: str) -> None:
     """In the process of a function: paths come in; what goes out is a verdict (None: it gave no bool), and what was said."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    os.dup2(2, 1)  # what the function prints is no result of the command
     while True:
         try:
             path = Path(pipe.recv())

@@ -83,20 +83,40 @@ def misfit(form: NodeForm, version: int) -> str | None:
     found = schema(form.op_type, version)
     if found is None:
         return None
-    return _structure(form.op_type, found.since_version, tuple(form.attributes), _kinds(form.inputs), _kinds(form.outputs))
+    return _structure(form.op_type, found.since_version, _attributes(form), _kinds(form.inputs), _kinds(form.outputs))
+
+
+def malformed(form: NodeForm, version: int) -> str | None:
+    """Likewise but for types, which a file may state wrongly: what no runtime loads, whatever flows through the graph."""
+    found = schema(form.op_type, version)
+    if found is None:
+        return None
+    inputs, outputs = (tuple("?" if kind is not None else None for kind in _kinds(values)) for values in (form.inputs, form.outputs))
+    return _structure(form.op_type, found.since_version, _attributes(form), inputs, outputs)
+
+
+def _attributes(form: NodeForm) -> tuple[tuple[str, str], ...]:
+    """(name, type) of each."""
+    return tuple((name, attribute.type.name) for name, attribute in form.attributes.items())
 
 
 @functools.lru_cache(maxsize=65536)
-def _structure(op_type: str, since: int, attributes: tuple[str, ...], inputs: tuple[str | None, ...], outputs: tuple[str | None, ...]) -> str | None:
+def _structure(
+    op_type: str, since: int, attributes: tuple[tuple[str, str], ...], inputs: tuple[str | None, ...], outputs: tuple[str | None, ...]
+) -> str | None:
     """None if the schema of that version takes these attributes, and inputs and outputs of these types (None absent, "?" unknown)."""
     found = schema(op_type, since)
     assert found is not None
     text = f"`{op_type}` of opset {since}"
-    for name in attributes:
+    for name, given_as in attributes:
         if name not in found.attributes:
             return f"{text} has no attribute `{name}`"
+        wanted = str(found.attributes[name].type).rpartition(".")[2]
+        if given_as != wanted:
+            return f"{text} wants the attribute `{name}` as {wanted}, found {given_as}"
+    given = {name for name, _ in attributes}
     for name, attribute in found.attributes.items():
-        if attribute.required and name not in attributes:
+        if attribute.required and name not in given:
             return f"{text} needs the attribute `{name}`"
     if not found.min_input <= len(inputs) <= found.max_input:
         return f"{text} does not take {len(inputs)} inputs"

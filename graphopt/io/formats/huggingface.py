@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from graphopt.core.errors import LoadError, about
+from graphopt.core.errors import LoadError, about, require
 from graphopt.core.options import near
 from graphopt.core.remarks import Remarks
 from graphopt.io.formats.format import Format, Loaded, is_path
-from graphopt.io.formats.torch_module import export_module, first_line, quiet, require, require_torch
+from graphopt.io.formats.torch_module import export_module, first_line, quiet, require_torch
 
 _TASKS = {
     "feature-extraction": "AutoModel",
@@ -66,10 +66,13 @@ def export_folder(folder: Path, task: str | None, with_past: bool, remarks: Rema
     torch, transformers = require_torch(), require("Hugging Face folders", "hf", "transformers")
     with about(str(folder)), quiet(), _no_progress(transformers):
         model = _load(transformers, torch, folder, config, task, remarks)
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("batched_mm")  # the default, grouped_mm, has no form in ONNX; the numbers are the same
         for config_of in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
             config_of.use_cache = False  # encoder and decoder may have configs of their own
         inputs, lengths = _example(torch, model, folder)
-        names = {name: {0: "batch"} | ({1: lengths[name]} if name in lengths else {}) for name in inputs}
+        batches = {"pixel_values": "images"} if "input_ids" in inputs else {}  # so many texts, and another number of images
+        names = {name: {0: batches.get(name, "batch")} | ({1: lengths[name]} if name in lengths else {}) for name in inputs}
         if with_past:
             return _export_with_past(torch, transformers, model, inputs, remarks)
         axes = {name: dict.fromkeys(named, torch.export.Dim.AUTO) for name, named in names.items()}
@@ -131,8 +134,8 @@ def _example(torch: Any, model: Any, folder: Path) -> tuple[dict[str, Any], dict
     config, accepted = model.config, set(inspect.signature(model.forward).parameters)
     main = model.main_input_name
     wanted = {main}
-    if {"text_config", "vision_config"} <= set(config.to_dict()) and main != "input_ids":
-        wanted.add("input_ids")
+    if {"text_config", "vision_config"} <= set(config.to_dict()) and (main != "input_ids" or hasattr(model, "logit_scale")):
+        wanted |= {"input_ids", "pixel_values"}  # the scale of a similarity: texts and images are compared, and neither can be left out
     if "input_ids" in wanted:
         wanted.add("attention_mask")
         if "token_type_ids" in _tokenizer_inputs(folder):
@@ -207,8 +210,11 @@ def _export_with_past(torch: Any, transformers: Any, model: Any, inputs: Mapping
 def _probe_cache(torch: Any, model: Any, inputs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
     """Keys and values of the right shapes for an example of `_PAST` earlier tokens."""
     first = {name: tensor[:, :_PAST] for name, tensor in inputs.items()}
-    with torch.no_grad():
-        layers = getattr(model(**first, use_cache=True).past_key_values, "layers", [])
+    try:
+        with torch.no_grad():
+            layers = getattr(getattr(model(**first, use_cache=True), "past_key_values", None), "layers", [])
+    except Exception as error:
+        raise LoadError(f"{type(model).__name__} does not run with a key/value cache: {first_line(error)}; leave out with_past") from error
     pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
     if not pairs or any(k is None or v is None or k.dim() != 4 or k.shape[2] != _PAST for k, v in pairs):
         raise LoadError(f"{type(model).__name__} keeps no key/value cache of [batch, heads, sequence, head_dim]; leave out with_past")

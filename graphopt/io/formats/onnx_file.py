@@ -13,10 +13,12 @@ import onnx_ir as ir
 from graphopt.core.errors import LoadError, about
 from graphopt.core.remarks import Remarks
 from graphopt.graph.serialize import graph_of, read
+from graphopt.io.formats import sound
 from graphopt.io.formats.format import Format, Loaded, is_path
 from graphopt.io.formats.sparse import densified
 from graphopt.io.order import check_sources, put_in_order
 
+_LONG = 400  # letters of another library's message
 _MAGIC = {
     b"PK\x03\x04": "a zip archive; unpack it, or, if it is a PyTorch checkpoint, load the module in Python and pass it with example_inputs",
     b"\x1f\x8b": "a gzip archive; unpack it first",
@@ -68,7 +70,12 @@ def from_file(path: Path) -> Loaded:
         with path.open("rb") as file:
             head = file.read(512)
     except OSError as error:
-        raise LoadError(f"{path}: {error.strerror or error}; give an .onnx file or a Hugging Face model folder") from None
+        todo = (
+            "give an .onnx file or a Hugging Face model folder"
+            if isinstance(error, (FileNotFoundError, NotADirectoryError))
+            else "it is there, and cannot be read"
+        )
+        raise LoadError(f"{path}: {error.strerror or error}; {todo}") from None
     if not head:
         raise LoadError(f"{path}: the file is empty; export or download it again")
     for magic, kind in _MAGIC.items():
@@ -124,6 +131,7 @@ def _deserialize(proto: onnx.ModelProto, name: str) -> ir.Model:
     if standard is not None and standard > onnx.defs.onnx_opset_version():
         raise LoadError(f"{name}: opset {standard} is newer than the installed onnx knows ({onnx.defs.onnx_opset_version()}); update onnx")
     with about(name):
+        sound.check(proto)
         proto = densified(proto)
     try:
         model = graph_of(proto)
@@ -137,7 +145,8 @@ def _deserialize(proto: onnx.ModelProto, name: str) -> ir.Model:
 def _root_line(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).partition("\n")[0]
+    line = str(error).partition("\n")[0]
+    return line if len(line) <= _LONG else f"{line[:_LONG]}..."
 
 
 # ---- tensors --------------------------------------------------------------------------------------------------------------------------

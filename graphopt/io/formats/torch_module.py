@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
 import logging
 import re
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_ir as ir
 
-from graphopt.core.errors import LoadError
+from graphopt.core.errors import LoadError, require
 from graphopt.core.remarks import Remarks
+from graphopt.graph.questions import module_of
 from graphopt.io.formats.format import Format, Loaded, described
 
 if TYPE_CHECKING:
@@ -95,18 +95,6 @@ def export_program(program: torch.export.ExportedProgram, remarks: Remarks) -> i
     torch = require_torch()
     with quiet(), torch.no_grad():
         return _to_graph(program, remarks, None, wanted=False)
-
-
-def require(what: str, extra: str, *modules: str) -> Any:
-    """The last of some modules.
-
-    Raises:
-        LoadError: one of them is not installed; `what` needs them, and `extra` of this package brings them.
-    """
-    try:
-        return [importlib.import_module(name) for name in modules][-1]
-    except ImportError as error:
-        raise LoadError(f"{what} need an extra that is not installed ({error.name}): pip install 'graphopt[{extra}]'") from None
 
 
 def require_torch() -> Any:
@@ -210,11 +198,19 @@ def _to_graph(program: Any, remarks: Remarks, dim_names: DimNames | None, *, wan
         raise LoadError(f"torch.onnx cannot express the module: {first_line(error.__cause__ or error)}") from error
     assert exported is not None
     model: ir.Model = exported.model
+    _name_nodes(model)
     _name_outputs(model, program)
     _name_sizes(model, dim_names)
     if wanted:
         _warn_fixed(model, remarks)
     return model
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """`node_linear_28` of the module `lm_head` is `lm_head/linear_28`: what people can name in `exclude` and recognize in a remark."""
+    for node in model.graph:
+        if (module := module_of(node)) and (node.name or "").startswith("node_"):
+            node.name = f"{module}/{str(node.name).removeprefix('node_')}"
 
 
 def _name_outputs(model: ir.Model, program: Any) -> None:
