@@ -62,7 +62,9 @@ def random_feed(model: ir.Model, bindings: Bindings, *, seed: int = 0, turn: int
     feed: dict[str, Any] = {}
     for value in fed_inputs(model):
         shape = shape_at(value, bindings)
-        if shape is None or value.dtype is None:
+        if value.dtype is None or value.dtype == ir.DataType.UNDEFINED:
+            raise ValueError(f"input `{value.name}` has no type")
+        if shape is None:
             raise ValueError(f"input `{value.name}` has {'an unknown shape' if value.shape is None else f'the unbound shape {value.shape}'}")
         if math.prod(shape) > _MOST:
             raise ValueError(f"input `{value.name}` has the shape {list(shape)}, too many numbers to make up")
