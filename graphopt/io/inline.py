@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
@@ -14,6 +16,7 @@ from graphopt.graph.shapes import contents
 from graphopt.rewrite.dead import detach
 
 _SMALL = 64  # elements of a value that is worth evaluating
+_MOST = 250_000  # nodes that functions may unfold to; the largest models have a tenth
 _DEEP = 100  # nodes on the way to a condition
 
 
@@ -33,16 +36,38 @@ def functions(model: ir.Model) -> None:
             node.version = function.opset_imports.get("", model.opset_imports.get(""))
         for domain, version in function.opset_imports.items():
             model.opset_imports.setdefault(domain, version)
-    calls = [(n, 0) for n in all_nodes(model) if n.op_identifier() in model.functions]
+    _check_size(model)
+    calls = [n for n in all_nodes(model) if n.op_identifier() in model.functions]
     while calls:
-        call, depth = calls.pop()
-        if depth > len(model.functions):
-            raise LoadError(f"invalid model: the function `{call.op_type}` calls itself")
+        call = calls.pop()
         inner = _instantiate(call, model.functions[call.op_identifier()])
-        calls += [(n, depth + 1) for n in inner if n.op_identifier() in model.functions]
+        calls += [n for n in inner if n.op_identifier() in model.functions]
     kept = _called_inside(model)
     for identifier in [key for key in model.functions if key not in kept]:
         del model.functions[identifier]
+
+
+def _check_size(model: ir.Model) -> None:
+    """Refuse functions that call themselves, and those that unfold to far more nodes than any model has."""
+    sizes: dict[Any, int] = {}
+    todo = list(model.functions)
+    inside = set[Any]()
+    while todo:
+        key = todo[-1]
+        nodes = list(open_nodes(model.functions[key]))
+        called = {n.op_identifier() for n in nodes} & set(model.functions)
+        missing = called - set(sizes)
+        inside.add(key)
+        if missing & inside:
+            raise LoadError(f"invalid model: the function `{key[1]}` calls itself")
+        todo += missing
+        if not missing:
+            todo.pop()
+            inside.discard(key)
+            sizes[key] = sum(sizes.get(n.op_identifier(), 1) for n in nodes)
+    total = sum(sizes.get(n.op_identifier(), 1) for n in all_nodes(model))
+    if sizes and total > _MOST:
+        raise LoadError(f"the functions of the model unfold to {total:,} nodes, more than {_MOST:,}; export it without functions")
 
 
 def _called_inside(model: ir.Model) -> set[tuple[str, str, str]]:

@@ -17,7 +17,7 @@ from graphopt.core.places import beside, check_places, data_file
 from graphopt.graph.opset import versions
 from graphopt.graph.opset.versions import Rise
 from graphopt.graph.questions import all_nodes, graphs
-from graphopt.graph.serialize import fits, inside, read, to_bytes
+from graphopt.graph.serialize import fits, inside, read, structure, to_bytes
 from graphopt.graph.shapes import declared_shape
 from graphopt.io import closed
 from graphopt.io.advisories import input_symbols
@@ -94,11 +94,13 @@ def _write(model: ir.Model, path: Path, sources: set[str], external: bool, same:
     out = path.absolute()
     data = data_file(out)
     check_places((out, data), sources)
+    for file in (data,) if external else () if out.suffix == ".onnx" else (out,):
+        _check_owner(file, out)
     try:
         with beside(out) as folder:
             if external:
                 _write_data(model, folder / data.name)
-                (folder / out.name).write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+                (folder / out.name).write_bytes(structure(model).SerializeToString(deterministic=True))
             elif same is None:
                 (folder / out.name).write_bytes(to_bytes(model))
             else:
@@ -141,8 +143,15 @@ def _move(folder: Path, files: list[Path], stale: list[Path]) -> None:
         raise
 
 
+def _check_owner(file: Path, out: Path) -> None:
+    """Refuse a file that holds the weights of another model in its folder."""
+    for other in sorted(file.parent.glob("*.onnx")) if file.is_file() and not _refers(out, file) else ():
+        if other != out and _refers(other, file):
+            raise SaveError(f"cannot write {file}: it holds the weights of {other}; choose another name")
+
+
 def _refers(model_file: Path, data: Path) -> bool:
-    """True if the model that is being replaced is the one that `data` belongs to."""
+    """True if weights of a model lie in the file `data`."""
     if not (model_file.is_file() and data.is_file()):
         return False
     try:

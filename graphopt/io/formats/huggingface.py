@@ -87,7 +87,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise LoadError(f"{folder}: expected a Hugging Face model folder, found a folder without config.json; {hint}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LoadError(f"{path}: expected JSON, found something else ({error}); download the model again") from None
     if not isinstance(config, dict):
         raise LoadError(f"{path}: expected a JSON object, found {type(config).__name__}; download the model again")

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from graphopt.core.errors import LoadError, about
 from graphopt.core.remarks import Remarks
-from graphopt.graph.serialize import read
+from graphopt.graph.serialize import graph_of, read
 from graphopt.io.formats import sound
 from graphopt.io.formats.format import Format, Loaded, is_path
 from graphopt.io.formats.sparse import densified
@@ -134,7 +134,7 @@ def _deserialize(proto: onnx.ModelProto, name: str) -> ir.Model:
         sound.check(proto)
         proto = densified(proto)
     try:
-        model = ir.from_proto(proto)
+        model = graph_of(proto)
     except Exception as error:  # noqa: BLE001 -- the deserializer wraps every kind of error; the innermost one says what is wrong
         raise LoadError(f"{name}: invalid ONNX model: {_root_line(error)}; check it with onnx.checker.check_model, and export it again") from None
     with about(name):
@@ -174,6 +174,7 @@ class _Weights:
 
     def __init__(self, name: str, folder: Path | None, *, shared: bool) -> None:
         self.name, self.folder, self.shared = name, folder, shared
+        self.homes = () if folder is None else (folder.resolve(), (folder / Path(name).name).resolve().parent)
         self.files: set[str] = set()
 
     def __call__(self, tensor: Any) -> Any:
@@ -214,10 +215,13 @@ class _Weights:
         return ir.ExternalTensor(path, tensor.offset, tensor.length, tensor.dtype, shape=shape, name=tensor.name or "", base_dir="")
 
     def _place(self, tensor: ir.ExternalTensor) -> Path:
-        """Where the data lie: in the model's folder, by the text of the location. Links are followed: model caches are made of them."""
+        """Where the data lie: in the model's folder. A link may lead to where the model itself lies (caches are made of such), and nowhere else."""
         if self.folder is None:
             return Path(os.path.abspath(tensor.path))
         location = os.fspath(tensor.location)
-        if os.path.isabs(location) or ".." in Path(location).parts:
-            raise LoadError(f"{self.name}: the data of `{tensor.name}` are said to be at {location}, outside the model's folder; move the file there")
-        return self.folder / location
+        place = self.folder / location
+        apart = os.path.isabs(location) or ".." in Path(location).parts
+        if apart or not any(place.resolve().is_relative_to(home) for home in self.homes):
+            said = f"{location}," if apart else f"{location}, a link to {place.resolve()},"
+            raise LoadError(f"{self.name}: the data of `{tensor.name}` are said to be at {said} outside the model's folder; move the file there")
+        return place

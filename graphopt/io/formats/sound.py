@@ -53,8 +53,6 @@ def _check_text(message: Any, field: Any, value: Any, free: bool) -> None:
 def _check_tensor(tensor: onnx.TensorProto) -> None:
     if isinstance(tensor.name, bytes):
         raise LoadError(f"invalid ONNX model: the name {tensor.name[:80]!r} of a tensor is not UTF-8; export the model again")
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        return
     try:
         dtype = ir.DataType(tensor.data_type)
     except ValueError:
@@ -62,9 +60,11 @@ def _check_tensor(tensor: onnx.TensorProto) -> None:
     if min(tensor.dims, default=0) < 0 or dtype == ir.DataType.UNDEFINED:
         what = f"the shape {list(tensor.dims)}" if dtype != ir.DataType.UNDEFINED else "no type"
         raise LoadError(f"invalid ONNX model: the tensor `{tensor.name}` has {what}; export the model again")
-    if dtype.name.startswith("FLOAT6"):
-        return  # packed or not: writers differ
     size = math.prod(tensor.dims)
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return _check_external(tensor, -(-size * dtype.bitwidth // 8))
+    if dtype.name.startswith("FLOAT6"):
+        return None  # packed or not: writers differ
     if tensor.HasField("raw_data"):
         wanted = -(-size * dtype.bitwidth // 8) if dtype != ir.DataType.STRING else 0
         whole = tensor.ByteSize()
@@ -82,3 +82,21 @@ def _check_tensor(tensor: onnx.TensorProto) -> None:
     if held != wanted:
         where = f"the tensor `{tensor.name}`, {dtype.name.lower()}{list(tensor.dims)},"
         raise LoadError(f"invalid ONNX model: {where} holds {held} {unit} instead of {wanted}; it is truncated: export or download it again")
+    return None
+
+
+def _check_external(tensor: onnx.TensorProto, wanted: int) -> None:
+    """Where the data of a tensor are said to be, in bytes; whether the file has them is seen where its place is known."""
+    said = {entry.key: entry.value for entry in tensor.external_data}
+    if not said.get("location"):
+        raise LoadError(f"invalid ONNX model: the tensor `{tensor.name}` has its data in a file that it does not name; export the model again")
+    for key in ("offset", "length"):
+        if key in said and not (said[key].isascii() and said[key].isdigit()):
+            raise LoadError(
+                f"invalid ONNX model: the tensor `{tensor.name}` has the {key} `{said[key]:.40}` in its data file; export the model again"
+            )
+    if "length" in said and int(said["length"]) != wanted:
+        where = f"the tensor `{tensor.name}`, {ir.DataType(tensor.data_type).name.lower()}{list(tensor.dims)},"
+        raise LoadError(
+            f"invalid ONNX model: {where} is given {said['length']} bytes of its data file instead of {wanted}; export or download it again"
+        )
