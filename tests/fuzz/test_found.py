@@ -79,6 +79,13 @@ def test_an_attribute_without_a_type_is_refused(domain: str, tmp_path: Path) -> 
     assert "the attribute 'axis' has no type" in refused(model, tmp_path)
 
 
+def test_an_input_without_a_type_is_no_defect_of_ours(tmp_path: Path) -> None:
+    """The ONNX checker raises a bare ValueError for it; what the file brought is told, and ends nothing."""
+    model = build(SUM)
+    model.graph.input[0].type.tensor_type.elem_type = 0
+    graphopt.optimize(model, "canonicalize", verify_each=True, promise=False).save(tmp_path / "out.onnx")
+
+
 def test_a_line_break_in_a_name_stays_one_line(tmp_path: Path) -> None:
     model = build(SUM)
     model.graph.output[0].name = "y\n\n"
