@@ -39,6 +39,7 @@ def refused(model: onnx.ModelProto | bytes, tmp_path: Path) -> str:
         ("y = Softmax<axes = 1>(x)", "has no attribute `axes`"),
         ("y = Softmax<axis = [1]>(x)", "wants the attribute `axis` as INT, found INTS"),
         ("y = Cast(x)", "needs the attribute `to`"),
+        ("y = Cast<to = -2>(x)", "`to` is -2, and no element type"),
     ],
 )
 def test_a_node_that_no_runtime_takes_is_refused(nodes: str, reason: str, tmp_path: Path) -> None:
