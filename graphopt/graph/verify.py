@@ -172,9 +172,10 @@ def _opsets(model: ir.Model) -> Iterator[Finding]:
 def _checker(model: ir.Model) -> Iterator[Finding]:
     import onnx
 
+    proto = light(model)
     try:
-        onnx.checker.check_model(light(model), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:  # ValueError: a value of the type 0
         text = " ".join(str(error).split())
         named = (node for node in model.graph if node.name and f"Name: {node.name} " in text + " ")
         yield f"the ONNX checker says: {text}", next(named, None)

@@ -6,7 +6,9 @@ import onnx_ir as ir
 
 from graphopt.core.errors import LoadError
 from graphopt.graph.opset.node_form import WORKING, NodeForm, malformed
-from graphopt.graph.questions import all_nodes, bodies
+from graphopt.graph.questions import all_nodes, attr, bodies
+
+_TYPES = frozenset(int(kind) for kind in ir.DataType)  # 0: as the operator has it
 
 
 def check_nodes(model: ir.Model) -> None:
@@ -18,9 +20,18 @@ def check_nodes(model: ir.Model) -> None:
     source = model.opset_imports.get("", WORKING)
     for node in all_nodes(model):
         version = node.version or source
-        reason = (malformed(NodeForm.of(node), version) or _unfit_body(node, version)) if node.domain == "" else None
+        reason = (malformed(NodeForm.of(node), version) or _unknown_type(node) or _unfit_body(node, version)) if node.domain == "" else None
         if reason is not None:
             raise LoadError(f"invalid graph: node `{node.name or ', '.join(str(v.name) for v in node.outputs)}`: {reason}; export the model again")
+
+
+def _unknown_type(node: ir.Node) -> str | None:
+    """Why an attribute that is an element type is none."""
+    for name in ("to", "dtype", "output_dtype"):
+        number = attr(node, name)
+        if isinstance(number, int) and number not in _TYPES:
+            return f"its attribute `{name}` is {number}, and no element type"
+    return None
 
 
 def _unfit_body(node: ir.Node, version: int) -> str | None:

@@ -39,6 +39,7 @@ def refused(model: onnx.ModelProto | bytes, tmp_path: Path) -> str:
         ("y = Softmax<axes = 1>(x)", "has no attribute `axes`"),
         ("y = Softmax<axis = [1]>(x)", "wants the attribute `axis` as INT, found INTS"),
         ("y = Cast(x)", "needs the attribute `to`"),
+        ("y = Cast<to = -2>(x)", "`to` is -2, and no element type"),
     ],
 )
 def test_a_node_that_no_runtime_takes_is_refused(nodes: str, reason: str, tmp_path: Path) -> None:
@@ -77,6 +78,13 @@ def test_an_attribute_without_a_type_is_refused(domain: str, tmp_path: Path) -> 
     node.domain = domain
     node.attribute.add(name="axis")
     assert "the attribute 'axis' has no type" in refused(model, tmp_path)
+
+
+def test_an_input_without_a_type_is_no_defect_of_ours(tmp_path: Path) -> None:
+    """The ONNX checker raises a bare ValueError for it; what the file brought is told, and ends nothing."""
+    model = build(SUM)
+    model.graph.input[0].type.tensor_type.elem_type = 0
+    graphopt.optimize(model, "canonicalize", verify_each=True, promise=False).save(tmp_path / "out.onnx")
 
 
 def test_a_line_break_in_a_name_stays_one_line(tmp_path: Path) -> None:
