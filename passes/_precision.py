@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.graph.opset.node_form import schema
-from graphopt.graph.questions import all_nodes, constant, consumers, producer, scalar
+from graphopt.graph.questions import all_nodes, constant, consumers, is_tensor, producer, scalar
 
 FLOAT = ir.DataType.FLOAT
 _WORKING = 23
@@ -101,6 +101,8 @@ class Precision:
     def _own_reason(self, node: ir.Node) -> str | None:
         if node.domain not in ("", "ai.onnx"):
             return f"{node.domain}::{node.op_type} is not known to take {self.to.name.lower()}"
+        if not all(is_tensor(v) for v in (*node.inputs, *node.outputs) if v is not None):
+            return "it holds a sequence or an optional, whose elements keep their type"
         if node in self._inside or any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
             return "it belongs to a subgraph"
         if node.op_type in ("LayerNormalization", "GroupNormalization") and any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 
 from graphopt.analysis.stream import StreamLayer, Streams
+from graphopt.calibration.enough import too_few
 from graphopt.calibration.observe import Reducer, observe
 from graphopt.calibration.padding import Paddings
 from graphopt.core.contract import Array, Context, Pass
@@ -114,7 +115,10 @@ class DropLayers(Pass):
             return Reducer(values, add)
 
         observe(model, ctx.require_samples(), ctx.get(Paddings()), [reducer(unit) for unit in found])
-        return {unit: total / max(rows, 1) for unit, (total, rows) in sums.items()}
+        few = {unit: reason for unit, (_, rows) in sums.items() if (reason := too_few(int(rows), 1)) is not None}
+        for unit, reason in few.items():
+            ctx.remarks.missed("", f"{self.what} {unit.number} stays: {reason}")
+        return {unit: total / rows for unit, (total, rows) in sums.items() if unit not in few}
 
 
 def _read(unit: StreamUnit) -> tuple[ir.Value, ...]:

@@ -95,9 +95,10 @@ class Factorize(Pass):
             ctx.require_samples()
         single, whole = items(model, ctx, self.include, self.exclude)
         single, hidden = self._seen(model, single)
-        moments = self._moments(model, ctx, single)
-        plans, kept = self._plans(model, ctx, single, moments)
-        whole |= hidden | kept
+        moments, few = self._moments(model, ctx, single)
+        unknown = {item: reason for item in single if (reason := next((few[x.x] for x in item.linears if x.x in few), None)) is not None}
+        plans, kept = self._plans(model, ctx, [item for item in single if item not in unknown], moments)
+        whole |= hidden | kept | {x.node: f"{reason}; method=svd needs none" for item, reason in unknown.items() for x in item.linears}
         tables = self._tables(ctx, whole)
         if self.sequential and plans:
             changes = refit(model, ctx, plans)
@@ -118,11 +119,15 @@ class Factorize(Pass):
                 hidden |= {x.node: f"{reason}; method=svd needs no samples" for x in item.linears}
         return seen, hidden
 
-    def _moments(self, model: ir.Model, ctx: Context, found: Sequence[Item]) -> Mapping[ir.Value, Array]:
+    def _moments(self, model: ir.Model, ctx: Context, found: Sequence[Item]) -> tuple[Mapping[ir.Value, Array], Mapping[ir.Value, str]]:
+        """Of the inputs, where enough rows show them; and why not (the plain SVD weighs nothing by them, and does without)."""
         if self.method == "svd" and ctx.samples is None:
-            return {}
+            return {}, {}
         values = dict.fromkeys(x.x for item in found for x in item.linears if _hidden(model, x) is None)
-        return dict(input_moments(ctx, list(values))) if values else {}
+        ranks = self.rank is None and self.ratio is None and self.method != "svd"
+        seen = dict(input_moments(ctx, list(values), ranks=ranks)) if values else {}
+        few = {value: m for value, m in seen.items() if isinstance(m, str)} if self.method != "svd" else {}
+        return {value: m for value, m in seen.items() if not isinstance(m, str)}, few
 
     def _plans(self, model: ir.Model, ctx: Context, single: Sequence[Item], moments: Mapping[ir.Value, Array]) -> tuple[list[RankPlan], Whole]:
         """What is cut, and how far."""

@@ -125,6 +125,10 @@ class MergeHeads(Pass):
         samples = ctx.require_samples()
         averages.run(ctx, self.rows)
         maps = map_distances(model, Limited(samples, self.rows), {a.unit.node: a.unit.heads for a in asked}) if self.by == "maps" else {}
+        few = {a: reason for a in asked if (reason := averages.too_few(*a.handles)) is not None}
+        for a, reason in few.items():
+            ctx.remarks.missed(a.unit.node.name or "", f"not merged: {reason}")
+        asked = [a for a in asked if a not in few]
         for a in asked:
             if self.by == "maps" and a.unit.node not in maps:
                 ctx.remarks.missed(a.unit.node.name or "", "not merged: its attention weights cannot be observed")

@@ -152,7 +152,13 @@ class MixPrecision(Pass):
                     ctx.remarks.missed(_where(part), f"{label} is no choice: {_change(part, label)}")
                     continue
                 wanted[number, label] = change
-        return effects(model, feeds, wanted)
+        found = effects(model, feeds, wanted)
+        moved = {number for (number, _), effect in found.items() if effect}
+        for number in dict.fromkeys(number for number, _ in found if number not in moved):
+            ctx.remarks.missed(
+                _where(parts[number]), "stays as it is: no choice moves the outputs of the samples at all, so they do not tell what it is for"
+            )
+        return {key: effect for key, effect in found.items() if key[0] in moved}
 
     def _blocks(self, model: ir.Model, ctx: Context) -> dict[str, Heads]:
         """By name of the Attention node, those whose heads can be told apart; the others get a remark."""

@@ -72,6 +72,10 @@ class PruneHeadDim(Pass):
         teacher = model.clone() if self.refit else model
         plan, editor, outputs, changes = Slicing(model, resize=self.resize), Editor(model), dict[str, None](), 0
         for unit, part in found:
+            few = averages.too_few(*part.handles)
+            if few is not None:
+                ctx.remarks.missed(unit.node.name or "", f"{part.what} not narrowed: {few}")
+                continue
             gone, lost = part.choose(averages)
             try:
                 self._try(model, unit, part, gone)

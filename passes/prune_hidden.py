@@ -113,7 +113,9 @@ def _worth(ctx: Context, readers: Mapping[ir.Value, Sequence[Linear]], size: int
     """Of each channel of a stream, over all projections that read it."""
     total = np.zeros(size)
     for value, moments in input_moments(ctx, list(readers)):
-        power = np.diag(moments).astype(np.float64)
+        if isinstance(moments, str):
+            ctx.remarks.missed(readers[value][0].node.name or "", f"what its channels are worth is judged by its weights alone: {moments}")
+        power = np.ones(size) if isinstance(moments, str) else np.diag(moments).astype(np.float64)
         for linear in readers[value]:
             effect = power * np.square(linear.matrix().astype(np.float64)).sum(1)
             total += effect / max(float(effect.sum()), 1e-30)

@@ -59,7 +59,8 @@ class Quantize(Pass):
             that are also looked up are rounded to nearest.
         reduce_range: codes of multiplied weights in [-64, 64]: safe on CPUs that add two products in 16 bits (no VNNI), one bit less exact.
         rows: dynamic: a scale for each row of an activation, so that one large token does not coarsen the others: `false`, `true`, or `auto`,
-            where the samples show that it is needed. It costs four elementwise nodes.
+            where the samples show that it is needed. It costs four elementwise nodes. The range of the codes is fixed, so
+            that a text gives the same numbers alone, in any batch, and with any padding.
         bias_correction: what a product is off by on the average of the samples joins its bias (Nagel et al. 2019; compress/quantize/bias.py).
         embeddings: also the tables that Gather reads rows of.
         include: only the nodes whose name (here or in the input model) fits one of these patterns (`*`, `?`, `[abc]`).

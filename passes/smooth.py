@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.linear import Linears
 from graphopt.calibration.activations import LinearInputs
+from graphopt.calibration.enough import too_few
 from graphopt.compress.quantize.folding import fold
 from graphopt.compress.quantize.smoothing import ChannelGroup, groups, scales
 from graphopt.core.contract import Context, Pass
@@ -53,10 +54,12 @@ class Smooth(Pass):
             ctx.remarks.missed(group.readers[0].node.name or "", f"not smoothed: {group.reason}{hint}")
         inserter, changes = Inserter(model), 0
         for group in fitting:
-            if group.x not in seen:
+            where = group.readers[0].node.name or ""
+            few = too_few(seen[group.x].seen if group.x in seen else 0, group.readers[0].in_features)
+            if few is not None:
+                ctx.remarks.missed(where, f"not smoothed: {few}")
                 continue
             s, strength, before, after = scales(group, seen[group.x], self._strength(), self.rows)
-            where = group.readers[0].node.name or ""
             if (s == 1).all():
                 ctx.remarks.missed(where, f"not smoothed: {self._even(group, before)}")
                 continue

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from graphopt.core.contract import Array, Context, Pass
 from graphopt.core.remarks import plural
 from graphopt.graph.interface import RETYPED
-from graphopt.graph.questions import all_nodes, constant
+from graphopt.graph.questions import all_nodes, constant, is_tensor
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.dead import remove_dead
 from graphopt.rewrite.insert import Inserter
@@ -27,8 +27,9 @@ class ToHalf(Pass):
 
     Masks that float16 cannot hold stay float32 up to their Softmax; for an Attention node they are moved into the range, keeping which keys are
     hidden once and which twice, so that no finite mask becomes -inf. Epsilons of norms are attributes and stay; where a norm is written
-    out, it stays float32 from the square to the quotient. So do angles of rotary embeddings. Numbers beyond the range are set to
-    its end, with a warning that names the tensor. A row of attention that may read no key gives other finite numbers than before.
+    out, it stays float32 from the square to the quotient. So do angles of rotary embeddings, and what sequences and optionals hold, also those
+    that are inputs or outputs. Numbers beyond the range are set to its end, with a warning that names the tensor. A row of attention that may
+    read no key gives other finite numbers than before.
 
     Args:
         dtype: float16 or bfloat16.
@@ -49,7 +50,7 @@ class _Conversion:
         self.model, self.ctx, self.plan, self.to, self.keep_io = model, ctx, plan, to, keep_io
         self.inserter, self.half = Inserter(model), dict[ir.Value, None]()
         self._twins: dict[tuple[ir.Value, ir.DataType, ir.Graph | None], ir.Value] = {}
-        self._public = {v: str(v.name) for v in (*model.graph.inputs, *model.graph.outputs) if v.dtype == FLOAT}
+        self._public = {v: str(v.name) for v in (*model.graph.inputs, *model.graph.outputs) if v.dtype == FLOAT and is_tensor(v)}
 
     def apply(self) -> int:
         nodes = list(all_nodes(self.model))
@@ -66,7 +67,7 @@ class _Conversion:
                 node.attributes[name] = self._attribute(name, attribute)
             self.half.update((v, None) for i, v in enumerate(node.outputs) if v.dtype == FLOAT and self.plan.half_output(node, i))
         if not self.keep_io:
-            self.half.update((v, None) for v in self.model.graph.inputs if v.dtype == FLOAT)
+            self.half.update((v, None) for v in self.model.graph.inputs if v in self._public)
         for node in nodes:
             self._inputs(node)
         for value in self.half:

@@ -53,7 +53,7 @@ def test_minilm_means_the_same_with_padding_as_without(fused: bool) -> None:
     model = graphopt.load(minilm("sdpa_18"))
     if fused:
         prune(model, "canonicalize, fuse-norm, fuse-activation, simplify-masks, fuse-attention")
-    plain, full = batches(2, (9, 16))
+    plain, full = batches(4, (9, 16))
     for expected, found in zip(moments_of(model, plain), moments_of(model, full), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-4 * float(np.abs(expected).max()))
 

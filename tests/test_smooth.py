@@ -186,7 +186,12 @@ def _embedded(session: Any, texts: list[str]) -> Array:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "cosine"),
-    [("smooth{multiply=true}, quantize", 0.9970), ("smooth{multiply=true}, quantize{mode=static bias-correction=true}", 0.9982)],
+    [
+        ("smooth{multiply=true}, quantize", 0.9970),
+        ("smooth{multiply=true}, quantize{mode=static bias-correction=true}", 0.9982),
+        ("smooth{rows=true multiply=true}, quantize{rows=true}", 0.9985),
+        ("quantize{rows=true}", 0.9975),
+    ],
 )
 def test_sentences_stay_as_close_as_documented(lee: tuple[Any, list[Any], list[str], Array], text: str, cosine: float) -> None:
     """Rows of padding set a scale that is made at run time: smoothing that does not count them gives 0.9896, and 0.9939."""

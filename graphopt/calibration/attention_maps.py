@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.attention import AttentionFacts, Attentions
+from graphopt.calibration.enough import too_few
 from graphopt.calibration.observe import Reducer, observe
 from graphopt.calibration.padding import Padding
 from graphopt.core.contract import Array, Context
@@ -81,7 +82,7 @@ def mean_maps(model: ir.Model, samples: Iterable[Feeds], nodes: Mapping[ir.Node,
         return add
 
     observe_maps(model, samples, {node: (heads, reducer(node)) for node, heads in nodes.items()})
-    return {node: found / rows for node, (found, rows) in sums.items() if rows}
+    return {node: found / rows for node, (found, rows) in sums.items() if too_few(rows, 1) is None}
 
 
 def map_distances(model: ir.Model, samples: Iterable[Feeds], nodes: Mapping[ir.Node, int]) -> dict[ir.Node, Array]:

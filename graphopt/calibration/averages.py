@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.calibration.enough import too_few
 from graphopt.calibration.observe import Reducer, observe
 from graphopt.calibration.padding import Layout, Paddings
 from graphopt.core.contract import Array, Context
@@ -39,6 +40,11 @@ class Averages:
         if self._asked:
             reducers = [Reducer((value,), mean, mean.by) for (value, _), mean in self._asked.items()]
             observe(ctx.model, Limited(ctx.require_samples(), rows), ctx.get(Paddings()), reducers)
+
+    def too_few(self, *handles: Handle) -> str | None:
+        """Why nothing is fitted to these, after `run`; see `enough.too_few`."""
+        means = [self._asked[handle] for handle in handles]
+        return next((why for mean in means if (why := too_few(mean.count, (1, *mean.sum.shape)[-1])) is not None), None)
 
     def __getitem__(self, handle: Handle) -> Array:
         mean = self._asked[handle]

@@ -8,6 +8,7 @@ from typing import TypeVar
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.calibration.enough import too_few
 from graphopt.calibration.observe import Reducer, observe
 from graphopt.calibration.padding import Paddings
 from graphopt.core.contract import Array, Context
@@ -18,22 +19,27 @@ T = TypeVar("T")
 BYTES = 512 * 2**20  # of sums that are held at a time; more means another run over the samples
 
 
-def input_moments(ctx: Context, values: Sequence[ir.Value], *, rows: int | None = None, limit: int = BYTES) -> Iterator[tuple[ir.Value, Array]]:
-    """For each value [..., K] the mean of x x^T over its rows, float32 [K, K]; as many values in one run over the samples as fit `limit`.
+def input_moments(
+    ctx: Context, values: Sequence[ir.Value], *, rows: int | None = None, limit: int = BYTES, ranks: bool = False
+) -> Iterator[tuple[ir.Value, Array | str]]:
+    """For each value [..., K] the mean of x x^T over its rows, float32 [K, K], or why they are too few (`too_few`).
+
+    As many values are observed in one run over the samples as fit `limit`.
 
     Rows of padding are left out. Nothing is cached, as the sums are as large as the weights.
 
     Args:
-        values: of the main graph (`observable`), float, with a known last axis; a value that had no row gives zeros.
+        values: of the main graph (`observable`), float, with a known last axis.
         rows: stop after the batch in which so many rows (tokens) were seen.
         limit: bytes of sums that are held at a time; one value at least.
+        ranks: ranks or errors will be read off them.
 
     Raises:
         SampleError: there was no sample.
     """
     ctx.get(Paddings()).about(str(v.name) for v in values)  # of all groups, in one trial
     for group in within(values, lambda value: 4 * _width(value) ** 2, limit):
-        yield from _observed(ctx, group, rows)
+        yield from _observed(ctx, group, rows, ranks)
 
 
 def within(things: Sequence[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
@@ -60,12 +66,12 @@ class _Moment:
         self.count += len(rows)
 
 
-def _observed(ctx: Context, group: Sequence[ir.Value], rows: int | None) -> Iterator[tuple[ir.Value, Array]]:
+def _observed(ctx: Context, group: Sequence[ir.Value], rows: int | None, ranks: bool) -> Iterator[tuple[ir.Value, Array | str]]:
     sums, samples = {value: _Moment(_width(value)) for value in group}, ctx.require_samples()
     taken = samples if rows is None else Limited(samples, rows)
     observe(ctx.model, taken, ctx.get(Paddings()), [Reducer((value,), moment) for value, moment in sums.items()])
     for value, moment in sums.items():
-        yield value, moment.total / np.float32(max(moment.count, 1))
+        yield value, too_few(moment.count, _width(value), ranks=ranks) or moment.total / np.float32(moment.count)
 
 
 def _width(value: ir.Value) -> int:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from graphopt.core.contract import Analysis, Array, Context
 from graphopt.core.errors import GraphoptError
 from graphopt.graph.dims import fed_inputs
-from graphopt.graph.questions import rank, same_dim
+from graphopt.graph.questions import is_tensor, rank, same_dim
 from graphopt.run import Feeds
 from graphopt.run.distance import compare_outputs
 from graphopt.run.observe import exposed
@@ -68,11 +68,13 @@ class Kept:
         return flat if counts is None else flat[counts]
 
     def counted(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Arrays by name, those with padding as [rows, K] without it; one number for each position counts as K = 1."""
+        """Arrays by name, those with padding as [rows, K] without it; one number for each position counts as K = 1. So in a sequence, each."""
         return {name: self._counted(name, array) for name, array in outputs.items()}
 
     def _counted(self, name: str, array: Any) -> Any:
-        wide = _wide(array) if getattr(array, "ndim", 0) > 1 else _NOTHING  # a sequence of arrays has none
+        if isinstance(array, list):
+            return [self._counted(name, element) for element in array]
+        wide = _wide(array) if getattr(array, "ndim", 0) > 1 else _NOTHING  # a map has none
         return array if wide.ndim < 2 or self.lead(name, wide.shape) is None else self.rows(name, wide)
 
 
@@ -105,7 +107,8 @@ class Padding:
         self._model = model
         self._outputs = [str(v.name) for v in model.graph.outputs]
         self._asked = dict.fromkeys(self._outputs, False)  # name -> whether sizes are enough
-        self._masks = [str(v.name) for v in fed_inputs(model) if rank(v) == 2 and v.dtype is not None and role(v, {}).kind == "mask"]
+        tensors = [v for v in fed_inputs(model) if is_tensor(v) and v.dtype is not None]
+        self._masks = [str(v.name) for v in tensors if rank(v) == 2 and role(v, {}).kind == "mask"]
         self._known: dict[str, _Verdict] = {}
         self._shapes = {str(v.name): v.shape for v in model.graph.inputs}
 
@@ -124,22 +127,22 @@ class Padding:
         found = []
         for name in self._masks:
             mask = np.asarray(feed.get(name, _NOTHING)) != 0
-            if mask.all() or not mask.any():
-                continue
             if name not in self._known:
-                verdict = self._try(name, feed)
+                if mask.all():
+                    continue
+                verdict = self._try(name, feed if mask.any() else {**feed, name: _half(feed[name])})
                 if verdict is None:
                     continue
                 self._known[name] = verdict
             verdict = self._known[name]
             self._learn(name, verdict)
-            if verdict.feeds:
+            if verdict.feeds and not (mask == verdict.value).all():
                 found.append((mask == verdict.value, {n: kind for n, kind in verdict.kinds.items() if kind is not None}))
         return Kept(tuple(found))
 
     def _try(self, name: str, feed: Feeds) -> _Verdict | None:
         """The verdict about a mask; None where this batch says nothing."""
-        whole = {key: np.asarray(array) for key, array in feed.items()}
+        whole = {key: array if isinstance(array, list) else np.asarray(array) for key, array in feed.items()}
         for probe in (_two_rows(name, whole), whole):
             try:
                 return self._verdict(name, probe)
@@ -149,7 +152,7 @@ class Padding:
 
     def _verdict(self, name: str, probe: Feeds) -> _Verdict | None:
         mask = probe[name] != 0
-        contents = {key: array for key, array in probe.items() if key not in self._masks and self._alike(name, key)}
+        contents = {k: x for k, x in probe.items() if k not in self._masks and isinstance(x, np.ndarray) and self._alike(name, k)}
         for value in (True, False):
             kept = mask == value
             hidden, own = ({**probe, **{key: _replaced(array, where, kept) for key, array in contents.items()}} for where in (~kept, kept))
@@ -187,7 +190,13 @@ class Padding:
         given, names = {str(v.name) for v in self._model.graph.inputs}, list(names)
         shown = [n for n in names if n not in given]
         session = ort.session(exposed(self._model, shown)) if shown else None
-        return [{**{n: np.asarray(feed[n]) for n in names if n in feed}, **(session.run(feed) if session else {})} for feed in feeds]
+        return [{**{n: feed[n] for n in names if n in feed}, **(session.run(feed) if session else {})} for feed in feeds]
+
+
+def _half(mask: Array) -> Array:
+    """Ones for the first half of the positions, in place of a mask that keeps none."""
+    kept = np.arange(mask.shape[1]) < (mask.shape[1] + 1) // 2
+    return np.broadcast_to(kept, mask.shape).astype(mask.dtype)
 
 
 def _two_rows(name: str, feed: Feeds) -> dict[str, Array]:
@@ -195,7 +204,8 @@ def _two_rows(name: str, feed: Feeds) -> dict[str, Array]:
     mask = feed[name] != 0
     first = next(k for k, row in enumerate(mask) if (not row.all() and row.any()) or k == len(mask) - 1)
     second = next((k for k, row in enumerate(mask) if not np.array_equal(row, mask[first])), first)
-    probe = {key: array[[first, second]] if array.ndim and len(array) == len(mask) else array for key, array in feed.items()}
+    rows = {key for key, array in feed.items() if isinstance(array, np.ndarray) and array.ndim and len(array) == len(mask)}
+    probe = {key: array[[first, second]] if key in rows else array for key, array in feed.items()}
     if second == first:  # the second row is then kept or hidden throughout
         probe[name] = np.concatenate([probe[name][:1], np.broadcast_to(probe[name][:1].max(), probe[name][:1].shape)])
     return probe
@@ -217,8 +227,10 @@ def _replaced(array: Array, where: Array, kept: Array) -> Array:
     return made if changed else array
 
 
-def _unmoved(before: Array, after: Array, kept: Array) -> bool:
+def _unmoved(before: Any, after: Any, kept: Array) -> bool:
     """An output is the same, or has these positions and is the same at those that are kept."""
+    if isinstance(before, list) and isinstance(after, list):
+        return len(before) == len(after) and all(_unmoved(x, y, kept) for x, y in zip(before, after, strict=True))
     if not isinstance(before, np.ndarray):
         return False
     if _same(before, after):
@@ -228,8 +240,11 @@ def _unmoved(before: Array, after: Array, kept: Array) -> bool:
     return where is not None and _same(*(x[np.broadcast_to(where, x.shape)] for x in (wide, then)))
 
 
-def _kind(before: Array, after: Array, kept: Array, by_size: bool) -> str | None:
+def _kind(before: Any, after: Any, kept: Array, by_size: bool) -> str | None:
     """How the rows of a value are positions: those that are kept stay, and others change."""
+    if isinstance(before, list) and isinstance(after, list):
+        kinds = {_kind(x, y, kept, by_size) for x, y in zip(before, after, strict=False)}
+        return kinds.pop() if len(kinds) == 1 else None
     before, after = (_wide(x) if isinstance(x, np.ndarray) else _NOTHING for x in (before, after))
     if before.ndim < 2 or before.shape != after.shape or before.dtype.kind != "f":
         return None

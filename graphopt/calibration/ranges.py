@@ -22,12 +22,14 @@ _STEPS = np.geomspace(1 / 8, 1, 48)  # the parts of a side that the searches try
 
 @dataclasses.dataclass(frozen=True)
 class ActivationRange:
-    """What a uint8 activation should cover: [low, high], zero included. `seen`: the smallest and the largest value; `finite`: all were finite."""
+    """What a uint8 activation should cover: [low, high], zero included. `seen`: the smallest and the largest value; `finite`: all were finite;
+    `rows`: those that there were."""
 
     low: float
     high: float
     seen: tuple[float, float]
     finite: bool = True
+    rows: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +73,14 @@ class ValueHistogram:
     """
 
     def __init__(self) -> None:
-        self.count, self.low, self.high, self.finite = 0, math.inf, -math.inf, True
+        self.count, self.rows, self.low, self.high, self.finite = 0, 0, math.inf, -math.inf, True
         self.width = 0.0
         self.counts = np.zeros(2 * _HALF, np.int64)
 
     def add(self, array: Array) -> None:
         if not array.size:
             return
+        self.rows += len(array)
         low, high = float(array.min()), float(array.max())
         if not (math.isfinite(low) and math.isfinite(high)):
             self.finite = False
@@ -100,7 +103,7 @@ class ValueHistogram:
             centers, counts = self._filled()
             cost = _squared_error if method == "mse" else _divergence
             sides = _search(sides, lambda low, high: cost(centers, counts, low, high))
-        return ActivationRange(*sides, (self.low, self.high), self.finite)
+        return ActivationRange(*sides, (self.low, self.high), self.finite, self.rows)
 
     def _widen(self, largest: float) -> None:
         wanted = 2.0 ** math.ceil(math.log2(largest / _HALF)) if largest > 0 else 0.0

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -21,10 +22,10 @@ from graphopt.graph.questions import all_nodes, grain
 from graphopt.graph.text import diff, graph_text
 from graphopt.graph.verify import complaints, verify
 from graphopt.report.writers import changes as changes_writer
-from graphopt.run.distance import TOLERANCE, Difference, compare_outputs, excess
+from graphopt.run.distance import TOLERANCE, Difference, arrays_in, compare_outputs, excess, flat
 from graphopt.run.samples import Samples, runnable_samples
 
-Outputs = list[dict[str, Array]]  # for each sample, name -> array
+Outputs = list[dict[str, Any]]  # for each sample, name -> array, or what a sequence, an optional or a map holds
 FEEDS = 4  # samples that check-numerics runs, at most
 
 
@@ -120,7 +121,7 @@ class CheckNumerics(Instrument):
     def _run(self, session: Session) -> Outputs:
         return [session.run(feed) for feed in self._feeds]
 
-    def _steady(self, outputs: dict[str, Array]) -> dict[str, Array]:
+    def _steady(self, outputs: dict[str, Any]) -> dict[str, Any]:
         return {name: array for name, array in outputs.items() if name not in self._unsteady}
 
     def _first_inside(self, model: ir.Model, number: int) -> str:
@@ -211,10 +212,11 @@ def _reference(model: ir.Model) -> Session:
     return reference.session(model) if standard else _plain(model)
 
 
-def _rounded(coarsest: str, expected: dict[str, Array], found: dict[str, Array]) -> Difference | None:
+def _rounded(coarsest: str, expected: dict[str, Any], found: dict[str, Any]) -> Difference | None:
     """What is beyond the rounding of the graph: an output of float32 that is computed in float16 is as exact as that, and rounding flips codes."""
-    for name, array in expected.items():
-        other = {key: value for key, value in found.items() if key == name}
+    there = flat(found)
+    for name, array in flat(expected).items():
+        other = {key: value for key, value in there.items() if key == name}
         difference = compare_outputs({name: array}, other)
         exact = array.dtype.name not in TOLERANCE and coarsest != "codes"
         if difference is not None and (exact or difference.reason or excess({name: array}, other, coarsest).times > 1):
@@ -227,7 +229,7 @@ def free_outputs(model: ir.Model) -> set[str]:
     return {*model.graph.meta.get(RESIZED, ()), *model.graph.meta.get(RETYPED, ())}
 
 
-def broken(expected: dict[str, Array], found: dict[str, Array], free: Collection[str]) -> Difference | None:
+def broken(expected: dict[str, Any], found: dict[str, Any], free: Collection[str]) -> Difference | None:
     """What even a lossy pass must not do: another shape or dtype (but for outputs that are `free`, as the user asked for it), a NaN that was none."""
     for name, array in expected.items():
         difference = compare_outputs({name: array}, {k: v for k, v in found.items() if k == name})
@@ -235,8 +237,9 @@ def broken(expected: dict[str, Array], found: dict[str, Array], free: Collection
             if name in free and name in found:
                 continue
             return difference
-        if array.dtype.kind == "f" and bool((np.isnan(found[name]) & ~np.isnan(array)).any()):
-            return Difference(name, reason="has become NaN")
+        for (at, before), (_, after) in zip(arrays_in(array, name), arrays_in(found[name], name), strict=True):
+            if before.dtype.kind == "f" and bool((np.isnan(after) & ~np.isnan(before)).any()):
+                return Difference(at, reason="has become NaN")
     return None
 
 

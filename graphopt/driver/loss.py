@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import onnx_ir as ir
 
 from graphopt.calibration.padding import Padding
-from graphopt.core.contract import Array, Metric, Session, Target
+from graphopt.core.contract import Metric, Session, Target
 from graphopt.core.errors import GraphoptError, SampleError
 from graphopt.core.pipeline import lower
 from graphopt.report.report import Measured
 from graphopt.run import guarded
-from graphopt.run.distance import relative_l2
+from graphopt.run.distance import arrays_in, relative_l2
 from graphopt.run.samples import Samples
 
+Outputs = dict[str, Any]  # of one batch, without padding
+_HELD = 64 * 2**20  # bytes of the original's outputs that are remembered
 NO_SAMPLES = "no samples; add --samples DATA, or --metric M (samples=... or metric=... in Python)"
 
 
@@ -30,7 +32,7 @@ class Loss:
     def __init__(self, target: Target, original: ir.Model, samples: Samples | None, metric: Metric | None) -> None:
         self.target, self.original, self.samples = target, original, samples
         self.metric = None if metric is None else _Judge(metric)
-        self._outputs: list[dict[str, Array]] | None = None
+        self._outputs: list[Outputs] | None = None
         self._padding = Padding(original)
         self._score: float | None = None
 
@@ -58,9 +60,7 @@ class Loss:
             return self._fall(self.metric, session)
         if self.samples is None:
             raise SampleError(NO_SAMPLES)
-        if self._outputs is None:
-            self._outputs = self._run(self._opened(self.original), self.samples)
-        return relative_l2(self._outputs, self._run(session, self.samples))
+        return relative_l2(self._originals(self.samples), self._run(session, self.samples))
 
     def of_graph(self, model: ir.Model) -> float:
         """The loss of a graph before lowering, as the target runs it by its table: to judge a pass, nothing is timed."""
@@ -82,12 +82,27 @@ class Loss:
             raise GraphoptError(f"the metric of the original is {self._score:g}; a relative fall needs a positive number, larger for better models")
         return (self._score - float(metric(session))) / self._score
 
+    def _originals(self, samples: Samples) -> Iterator[Outputs]:
+        """What the original gives, batch after batch: remembered if it is small, else made anew each time, so that no batch waits for another."""
+        if self._outputs is not None:
+            yield from self._outputs
+            return
+        held, size = list[Outputs](), 0
+        for outputs in self._run(self._opened(self.original), samples):
+            size += sum(array.nbytes for _, array in arrays_in(list(outputs.values())))
+            if size <= _HELD:
+                held.append(outputs)
+            else:
+                held.clear()
+            yield outputs
+        self._outputs = held if size <= _HELD else None
+
     def _opened(self, model: ir.Model) -> Session:
         """What the runtime dies of must not end this process."""
         return guarded.opened(self.target, model, None if self.samples is None else next(iter(self.samples)))
 
-    def _run(self, session: Session, samples: Samples) -> list[dict[str, Array]]:
-        return [self._padding.kept(feed).counted(session.run(feed)) for feed in samples]
+    def _run(self, session: Session, samples: Samples) -> Iterator[Outputs]:
+        return (self._padding.kept(feed).counted(session.run(feed)) for feed in samples)
 
 
 class _Judge:

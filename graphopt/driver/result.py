@@ -25,6 +25,7 @@ from graphopt.report.report import Measured, Report, Timing
 from graphopt.report.words import megabytes
 from graphopt.run import guarded, race
 from graphopt.run.clock import Done, Timings
+from graphopt.run.observe import extent
 from graphopt.run.samples import Samples
 
 if TYPE_CHECKING:
@@ -152,7 +153,8 @@ def report_of(job: Job, lowered: ir.Model, records: list[PassRecord]) -> Report:
     judged = job.loss.report(lambda: target.session(shipped))
     _say_inexact(job, records, judged)
     told = [rise.as_dict() for rise in rises]
-    return Report(render(job.passes), described, before, after, records, judged, rises=told, model=job.name, threads=target.threads)
+    read = None if job.samples is None else extent(job.samples)
+    return Report(render(job.passes), described, before, after, records, judged, rises=told, model=job.name, threads=target.threads, samples=read)
 
 
 def _say_inexact(job: Job, records: list[PassRecord], judged: Measured) -> None:

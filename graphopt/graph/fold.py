@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.core.contract import Array
-from graphopt.graph.questions import constant, is_constant, is_graph, scalar, used_once
+from graphopt.graph.questions import constant, is_constant, is_graph, is_tensor, scalar, used_once
 from graphopt.graph.shapes import contents
 
 _RANDOM = frozenset({"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"})
@@ -59,7 +59,7 @@ class Folder:
         inputs = [v for v in node.inputs if v is not None]
         if not is_pure(node) or not all(map(is_constant, inputs)) or _decodes(node):
             return None
-        if node.op_type in ("Identity", "Constant") or any(v.dtype in (None, ir.DataType.STRING) for v in (*inputs, *node.outputs)):
+        if node.op_type in ("Identity", "Constant") or not all(map(_foldable, (*inputs, *node.outputs))):
             return None
         allowed = self._allowance(inputs)
         expected = [_bytes(v) for v in node.outputs]
@@ -80,6 +80,11 @@ class Folder:
 
     def _allowance(self, inputs: Sequence[ir.Value]) -> int:
         return self.grow + sum(self._freed.get(v, _stored(v)) for v in dict.fromkeys(inputs) if used_once(v))
+
+
+def _foldable(value: ir.Value) -> bool:
+    """A tensor of numbers. Only a tensor can be stored: a sequence or an optional has the dtype of its elements, and is none."""
+    return is_tensor(value) and value.dtype not in (None, ir.DataType.STRING)
 
 
 def _decodes(node: ir.Node) -> bool:
@@ -138,6 +143,8 @@ def outputs_at(node: ir.Node, opset: int, inputs: Sequence[Array | None]) -> lis
         with np.errstate(all="ignore"):
             results = ReferenceEvaluator(proto, opsets={"": opset}).run(None, feeds)
     except Exception:  # noqa: BLE001 -- the reference lacks ops and types, and raises anything; the node then stays as it is
+        return None
+    if any(r is None or isinstance(r, (list, dict)) for r in results):  # a sequence, an optional or a map
         return None
     return [np.asarray(r) for r in results]
 

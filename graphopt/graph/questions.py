@@ -17,6 +17,11 @@ def is_constant(value: ir.Value | None) -> bool:
     return value is not None and value.const_value is not None and not value.is_graph_input()
 
 
+def is_tensor(value: ir.Value) -> bool:
+    """False for a sequence, an optional or a map; their `dtype` and `shape` are those of what they hold."""
+    return value.type is None or isinstance(value.type, ir.TensorType)
+
+
 def constant(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
     """The contents of a constant, or None. Reads the data: ask `is_constant` where only the fact matters."""
     if value is None or not is_constant(value):

@@ -20,6 +20,7 @@ _HEAVY = 1024  # bytes; weights above are counted, not copied
 _STRANGE = "graphopt.strange"  # a domain that ONNX has no operator of, and so no opinion
 DECLARED = "graphopt.declared"  # value.meta: the shape that the model's author wrote at an input or output
 _GRAPH, _INITIALIZER = 7, 5  # the field of ModelProto, and that of GraphProto
+_TYPE = "graphopt.type"  # meta of a value of the interface: the TypeProto of a map, which onnx_ir has no type for
 _FIXED = {1: 8, 5: 4}  # wire type -> bytes
 
 
@@ -50,7 +51,7 @@ def model_bytes(model: ir.Model) -> int:
                 value.const_value = ir.LazyTensor(_nothing, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)
                 without = ir.to_proto(value.const_value).ByteSize()
                 heavy += _field(_with_data(tensor, without)) - _field(without)
-    proto = ir.to_proto(copy)
+    proto = structure(copy)
     rest = proto.graph.ByteSize()
     return int(proto.ByteSize()) - _field(rest) + _field(rest + heavy)
 
@@ -63,7 +64,7 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
     """
     if not fits(model):
         raise SaveError(f"the model has {model_bytes(model)} bytes, and one protobuf message at most {proto_limit()}; save it with external data")
-    proto: onnx.ModelProto = ir.to_proto(model)
+    proto = structure(model)
     join_islands(proto)
     tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
     outside = {(t.name, str(t.location), t.offset or 0): t for t in tensors if isinstance(t, ir.ExternalTensor)}
@@ -76,6 +77,20 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
         stored.ClearField("data_location")
         stored.raw_data = tensor.tobytes()
     return proto
+
+
+def structure(model: ir.Model) -> onnx.ModelProto:
+    """The model as it is, with references to weights that lie outside; inputs and outputs that are maps have their type again."""
+    proto: onnx.ModelProto = ir.to_proto(model)
+    _type_maps(model, proto.graph)
+    return proto
+
+
+def _type_maps(model: ir.Model, graph: onnx.GraphProto) -> None:
+    maps = {str(v.name): v.meta[_TYPE] for v in (*model.graph.inputs, *model.graph.outputs) if _TYPE in v.meta}
+    for described in (*graph.input, *graph.output) if maps else ():
+        if described.name in maps:
+            described.type.ParseFromString(maps[described.name])
 
 
 def to_bytes(model: ir.Model) -> bytes:
@@ -123,6 +138,7 @@ def light(model: ir.Model) -> onnx.ModelProto:
     _forget(graph, {str(n.name) for n in closed_nodes(model)})
     graph.output.extend(info for v in model.graph.outputs if (info := _declared(v)) is not None)
     _give_shapeless(graph)
+    _type_maps(model, graph)
     imports = [onnx.helper.make_opsetid(domain, version) for domain, version in {**model.opset_imports, _STRANGE: 1}.items()]
     proto = onnx.ModelProto(ir_version=model.ir_version, graph=graph, opset_import=imports)
     proto.functions.extend(map(ir.serde.serialize_function, model.functions.values()))
@@ -211,6 +227,33 @@ def _field(size: int) -> int:
 
 
 # ---- and back -------------------------------------------------------------------------------------------------------------------------
+
+
+def graph_of(proto: onnx.ModelProto) -> ir.Model:
+    """The graph of a ModelProto, which is not changed. A map has no type and no shape in it; `structure` gives its type back.
+
+    Raises:
+        Exception: what the deserializer raises, of any kind.
+    """
+    maps = {d.name: d.type.SerializeToString() for d in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info) if _holds_map(d.type)}
+    if not maps:
+        return ir.from_proto(proto)
+    plain = onnx.ModelProto()
+    plain.CopyFrom(proto)
+    for described in (*plain.graph.input, *plain.graph.output, *plain.graph.value_info):
+        if described.name in maps:
+            described.ClearField("type")
+    model = ir.from_proto(plain)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.name in maps:
+            value.meta[_TYPE] = maps[value.name]
+    return model
+
+
+def _holds_map(kind: onnx.TypeProto) -> bool:
+    if kind.HasField("sequence_type"):
+        return _holds_map(kind.sequence_type.elem_type)
+    return _holds_map(kind.optional_type.elem_type) if kind.HasField("optional_type") else kind.HasField("map_type")
 
 
 def read(path: Path, *, weights: bool = True) -> onnx.ModelProto:

@@ -40,6 +40,7 @@ def infer_shapes(model: ir.Model) -> str | None:
     for value in model.graph.outputs:
         value.meta.setdefault(DECLARED, value.shape)
     closed = set(closed_nodes(model))
+    held = {v: v.type for node in all_nodes(model) for v in node.outputs}
     for node in all_nodes(model):
         if node.domain in ("", "ai.onnx", ISLAND) and node not in closed:
             for value in node.outputs:
@@ -51,6 +52,9 @@ def infer_shapes(model: ir.Model) -> str | None:
     finally:
         for node in all_nodes(model):
             _tidy(node.outputs)
+            for value in node.outputs:
+                if value.type is not None and value.dtype is None:  # (a sequence) of what is not known, behind an operator of a vendor
+                    value.type = held.get(value)
     if reason is not None:
         _find_types(model)
     return reason

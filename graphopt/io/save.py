@@ -17,7 +17,7 @@ from graphopt.core.places import beside, check_places, data_file
 from graphopt.graph.opset import versions
 from graphopt.graph.opset.versions import Rise
 from graphopt.graph.questions import all_nodes, graphs
-from graphopt.graph.serialize import fits, inside, read, to_bytes
+from graphopt.graph.serialize import fits, inside, read, structure, to_bytes
 from graphopt.graph.shapes import declared_shape
 from graphopt.io import closed
 from graphopt.io.advisories import input_symbols
@@ -100,7 +100,7 @@ def _write(model: ir.Model, path: Path, sources: set[str], external: bool, same:
         with beside(out) as folder:
             if external:
                 _write_data(model, folder / data.name)
-                (folder / out.name).write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+                (folder / out.name).write_bytes(structure(model).SerializeToString(deterministic=True))
             elif same is None:
                 (folder / out.name).write_bytes(to_bytes(model))
             else:

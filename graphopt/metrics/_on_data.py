@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from graphopt.core.contract import Array, NamedMetric, Session
 from graphopt.core.errors import SampleError
 from graphopt.core.options import option_error
@@ -36,7 +38,8 @@ class OnData(NamedMetric):
         """Raises SampleError where the batch has none of this name."""
         if name not in batch:
             raise SampleError(f"{self.name}: {self.data} has no array `{name}`; it has {', '.join(batch)}")
-        return batch[name]
+        array: Array = batch[name]
+        return array
 
     def scores(self, session: Session, feeds: Batch) -> Array:
         """The output that is judged, of one batch.
@@ -48,4 +51,7 @@ class OnData(NamedMetric):
         name = next(iter(outputs)) if self.output is None else self.output
         if name not in outputs:
             raise SampleError(f"{self.name}: the model has no output `{name}`; it has {', '.join(outputs)}")
-        return outputs[name]
+        if not isinstance(outputs[name], np.ndarray):
+            raise SampleError(f"{self.name}: the output `{name}` is no tensor, and cannot be judged; name another one by `output`")
+        scores: Array = outputs[name]
+        return scores

@@ -25,7 +25,7 @@ from graphopt.report.blocks import block_ends
 from graphopt.report.document import Document
 from graphopt.report.elements import Element, Line, Plot, Table
 from graphopt.report.words import called, head, plain
-from graphopt.run.distance import Running
+from graphopt.run.distance import Running, arrays_in
 from graphopt.run.observe import exposed
 from graphopt.run.samples import Samples, runnable_samples
 
@@ -197,9 +197,12 @@ def _fit(a: Sequence[int | str | None] | None, b: Sequence[int | str | None] | N
     return len(a) == len(b) and all(x == y or not (isinstance(x, int) and isinstance(y, int)) for x, y in zip(a, b, strict=True))
 
 
-def _check_arrays(name: str, a: Array, b: Array) -> None:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        raise GraphoptError(f"the models cannot be compared: output `{name}` is {a.dtype}{list(a.shape)} of A and {b.dtype}{list(b.shape)} of B")
+def _check_arrays(name: str, a: Any, b: Any) -> None:
+    ours, theirs = (dict(arrays_in(value, name)) for value in (a, b))
+    for at in {**ours, **theirs}:
+        left, right = (f"{x[at].dtype}{list(x[at].shape)}" if at in x else "nothing" for x in (ours, theirs))
+        if left != right:
+            raise GraphoptError(f"the models cannot be compared: output `{at}` is {left} of A and {right} of B")
 
 
 def _blocks(
@@ -217,6 +220,7 @@ def _blocks(
     for feed in samples:
         base, other = left.run(feed), right.run(feed)
         if cut is None:
+            names = [name for name in names if isinstance(base[name], np.ndarray) and isinstance(other[name], np.ndarray)]
             names = [name for name in names if base[name].dtype.kind == other[name].dtype.kind == "f"]  # types that were not declared
             strangers = [name for name in names if _snr(base[name], other[name]) < floor]
             names = [name for name in names if name not in strangers]
@@ -231,7 +235,7 @@ def _blocks(
     return rows, note
 
 
-def _add(sums: Mapping[str, Running], kept: Kept, base: Mapping[str, Array], other: Mapping[str, Array]) -> None:
+def _add(sums: Mapping[str, Running], kept: Kept, base: Mapping[str, Any], other: Mapping[str, Any]) -> None:
     """One batch, without padding."""
     shown, then = (kept.counted({name: arrays[name] for name in sums}) for arrays in (base, other))
     for name, running in sums.items():

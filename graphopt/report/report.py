@@ -66,6 +66,7 @@ class Report(Document):
     Attributes:
         rises: versions that the output needs and the input did not: {what, before, after, reason}.
         model, threads: what the input is called, and the threads that it was timed with, where they are known.
+        samples: `batches` and `rows` (tokens, where ids are fed; padding included) that passes and the loss could read; None without samples.
         apart: the kind of remarks that stand in full beside it, and are not summed up again.
     """
 
@@ -82,6 +83,7 @@ class Report(Document):
     rises: Sequence[dict[str, Any]] = ()
     model: str = ""
     threads: int | None = None
+    samples: Mapping[str, int] | None = None
     apart: str = ""
     gate: Gated = Gated(None, "it was not asked for")
 
@@ -127,6 +129,7 @@ class Report(Document):
             "loss": self.loss.as_dict(),
             "gate": dataclasses.asdict(self.gate),
             "latency": [dataclasses.asdict(t) | {"speed_up": t.speed_up} for t in self.latency] or None,
+            "samples": None if self.samples is None else dict(self.samples),
             "passes": [record.as_dict() for record in self.passes],
         }
 
@@ -150,6 +153,8 @@ class Report(Document):
         told = [f"{key} {len(value) if isinstance(value, list) else value}" for key, value in self.target.items() if key != "name" and value]
         if told:
             found.append(Line(f"target {self.target['name']}: {', '.join(told)}"))
+        if self.samples is not None:
+            found.append(Line(f"samples: {plural(self.samples['batches'], 'batch', 'batches')}, {self.samples['rows']:,} tokens or rows"))
         found += [Line(_rise(rise)) for rise in self.rises]
         found += self._passes()
         for kind in ("missed", "warning"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +17,7 @@ import onnx_ir as ir
 from graphopt.core.contract import Array
 from graphopt.core.errors import TargetError
 
-Feeds = Mapping[str, Array]
+Feeds = Mapping[str, Any]  # name -> array; for an input that is no tensor: a list of arrays, a dict, or None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Runner(ABC):
     def __init__(self, inputs: Iterable[Port], outputs: Iterable[Port], defaults: Iterable[Port]) -> None:
         self.inputs, self.outputs, self._defaults = tuple(inputs), tuple(outputs), tuple(defaults)
 
-    def run(self, feeds: Feeds) -> dict[str, Array]:
-        """The outputs by name, in order.
+    def run(self, feeds: Feeds) -> dict[str, Any]:
+        """The outputs by name, in order: arrays; a list for a sequence, a dict for a map, None for an optional without anything.
 
         Raises:
             TargetError: an input is missing or unknown, or the engine failed; one line.
@@ -57,13 +57,13 @@ class Runner(ABC):
         check_feeds({k: v for k, v in feeds.items() if k not in defaults}, self.inputs)
         names = [port.name for port in self.outputs]
         try:
-            arrays = self._call(names, in_width(feeds, (*self.inputs, *self._defaults)))
+            arrays = self._call(names, in_size(in_width(feeds, (*self.inputs, *self._defaults)), self.inputs))
         except Exception as error:
             raise TargetError(f"{self.engine} failed to run the model: {one_line(error)}") from error
         return dict(zip(names, arrays, strict=True))
 
     @abstractmethod
-    def _call(self, outputs: list[str], feeds: dict[str, Array]) -> Sequence[Array]: ...
+    def _call(self, outputs: list[str], feeds: dict[str, Any]) -> Sequence[Any]: ...
 
 
 def saved(path: str | os.PathLike[str]) -> str:
@@ -96,11 +96,28 @@ def check_feeds(feeds: Feeds, inputs: tuple[Port, ...]) -> None:
         raise TargetError(f"the model has no input {', '.join(extra)}; it needs {', '.join(p.name for p in inputs) or 'none'}")
 
 
-def in_width(feeds: Feeds, inputs: Iterable[Port]) -> dict[str, Array]:
+def each(value: Any, change: Callable[[Array], Array]) -> Any:
+    """What is fed, with `change` of every array: of an array itself, or of those of a sequence; a map, and nothing, stay."""
+    if isinstance(value, list):
+        return [each(x, change) for x in value]
+    return value if value is None or isinstance(value, Mapping) else change(value)
+
+
+def in_width(feeds: Feeds, inputs: Iterable[Port]) -> dict[str, Any]:
     """The feeds with floats in the width of the inputs: a pass may have made an input narrower than the user's data (to-half{keep-io=false})."""
     fed = dict(feeds)
     for port in inputs:
         array = fed.get(port.name)
-        if array is not None and port.dtype is not None and array.dtype != port.dtype and array.dtype.kind == port.dtype.kind == "f":
+        if isinstance(array, np.ndarray) and port.dtype is not None and array.dtype != port.dtype and array.dtype.kind == port.dtype.kind == "f":
             fed[port.name] = array.astype(port.dtype)
     return fed
+
+
+def in_size(feeds: dict[str, Any], inputs: Iterable[Port]) -> dict[str, Any]:
+    """The feeds with what is empty in the sizes of the inputs: a pass may have given an empty cache fewer heads than the user's has."""
+    for port in inputs:
+        array = feeds.get(port.name)
+        if isinstance(array, np.ndarray) and not array.size and array.ndim == len(port.shape):
+            shape = tuple(d if isinstance(d, int) else n for d, n in zip(port.shape, array.shape, strict=True))
+            feeds[port.name] = array if shape == array.shape or 0 not in shape else np.zeros(shape, array.dtype)
+    return feeds

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,26 @@ class Difference:
         return f"output `{self.output}`{place} is {self.found}, expected {self.expected}: off by {self.error:.3g}, allowed {self.bound:.3g}"
 
 
-def relative_l2(base: Iterable[Mapping[str, Array]], other: Iterable[Mapping[str, Array]]) -> float:
+def arrays_in(value: Any, name: str = "") -> Iterator[tuple[str, Array]]:
+    """The arrays of an output, each with where it is: an array itself, those of a sequence as `y[0]`, the values of a map as `y{keys}`, and none of
+    an optional that is empty. Two outputs have one form if these names are the same."""
+    if isinstance(value, (list, tuple)):
+        for k, element in enumerate(value):
+            yield from arrays_in(element, f"{name}[{k}]")
+    elif isinstance(value, Mapping):
+        keys = sorted(value, key=str)
+        values = np.array([value[key] for key in keys])
+        yield f"{name}{{{','.join(map(str, keys))}}}", values.astype(np.float32) if values.dtype == np.float64 else values  # Python has one float
+    elif value is not None:
+        yield name, np.asarray(value)
+
+
+def flat(outputs: Mapping[str, Any]) -> dict[str, Array]:
+    """Every array of the outputs, by the names of `arrays_in`."""
+    return dict(found for name, value in outputs.items() for found in arrays_in(value, name))
+
+
+def relative_l2(base: Iterable[Mapping[str, Any]], other: Iterable[Mapping[str, Any]]) -> float:
     """||d|| / ||baseline|| over all batches, of the output where it is largest; inf where outputs cannot be compared."""
     squares = Squares()
     for expected, found in zip(base, other, strict=True):
@@ -44,19 +64,20 @@ def relative_l2(base: Iterable[Mapping[str, Array]], other: Iterable[Mapping[str
     return squares.relative
 
 
-def compare_outputs(base: Mapping[str, Array], other: Mapping[str, Array], tolerance: float | None = None) -> Difference | None:
-    """The first output of `other` that is not the baseline's, or None.
+def compare_outputs(base: Mapping[str, Any], other: Mapping[str, Any], tolerance: float | None = None) -> Difference | None:
+    """The first output of `other` that is not the baseline's, or None; of a sequence or a map, the first array.
 
     Floats may differ by `tolerance` * (1 + max |baseline|), by default TOLERANCE of the dtype. The maximum leaves out fills (elements
     a thousand times larger than the others), each of which is measured against itself: a mask of -3e38 excuses nothing.
     """
-    for name, expected in base.items():
-        if name not in other:
+    ours, theirs = flat(base), flat(other)
+    for name, expected in ours.items():
+        if name not in theirs:
             return Difference(name, reason="is missing")
-        found = _compare(name, np.asarray(expected), np.asarray(other[name]), tolerance)
+        found = _compare(name, expected, theirs[name], tolerance)
         if found is not None:
             return found
-    extra = [name for name in other if name not in base]
+    extra = [name for name in theirs if name not in ours]
     return Difference(extra[0], reason="is new; the baseline has no such output") if extra else None
 
 
@@ -71,14 +92,15 @@ class Excess:
         return self.text
 
 
-def excess(base: Mapping[str, Array], other: Mapping[str, Array], grain: str = "") -> Excess:
+def excess(base: Mapping[str, Any], other: Mapping[str, Any], grain: str = "") -> Excess:
     """How far `other` is off, in units of rounding: of TOLERANCE for floats, of _SHARE of the elements for what is no float.
 
     Args:
         grain: the coarsest that the graph rounds to on its way, where that is coarser than its outputs: a float type, or `codes`. Rounding
             flips some codes, so the floats of such a graph are measured as a whole, by relative L2 distance, in units of _FLIPS.
     """
-    found = [_excess(name, np.asarray(base[name]), None if name not in other else np.asarray(other[name]), grain) for name in base]
+    base, other = flat(base), flat(other)
+    found = [_excess(name, array, other.get(name), grain) for name, array in base.items()]
     found += [Excess(math.inf, f"output `{name}` is new; the baseline has no such output") for name in other if name not in base]
     return max(found, key=lambda e: e.times, default=Excess(0.0))
 
@@ -176,9 +198,12 @@ class Running:
         self.max_abs, self.cosine_min = 0.0, 1.0
         self._channels: Array | None = np.zeros((2, 0))  # squares of the noise and of the signal by channel; None: their number changes
 
-    def add(self, base: Array, other: Array) -> None:
-        """Take in one batch; both have one shape."""
-        base, other = np.asarray(base), np.asarray(other)
+    def add(self, base: Any, other: Any) -> None:
+        """Take in one batch; both have one form, and one shape."""
+        for (_, ours), (_, theirs) in zip(arrays_in(base), arrays_in(other), strict=True):
+            self._add(ours, theirs)
+
+    def _add(self, base: Array, other: Array) -> None:
         errors = _errors(base, other)
         if base.dtype.kind in "OUS":
             errors = np.minimum(errors, 1.0)
@@ -233,15 +258,17 @@ class Squares:
     def __init__(self) -> None:
         self._sums: dict[str, list[float]] = {}
 
-    def add(self, base: Mapping[str, Array], other: Mapping[str, Array]) -> None:
-        """Take in one batch."""
-        for name, array in base.items():
+    def add(self, base: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+        """Take in one batch. What a sequence or a map holds counts together."""
+        for name, value in base.items():
             total = self._sums.setdefault(name, [0.0, 0.0])
-            if name not in other or other[name].shape != array.shape:
+            ours, theirs = dict(arrays_in(value)), dict(arrays_in(other.get(name)))
+            if {at: x.shape for at, x in ours.items()} != {at: x.shape for at, x in theirs.items()}:
                 total[0] = math.inf
                 continue
-            off, size = _squares(array, other[name])
-            total[0], total[1] = total[0] + off, total[1] + size
+            for at, array in ours.items():
+                off, size = _squares(array, theirs[at])
+                total[0], total[1] = total[0] + off, total[1] + size
 
     @property
     def relative(self) -> float:

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from graphopt.core.contract import Array, Session, Target
 from graphopt.core.errors import TargetError
-from graphopt.run import Feeds, Port, in_width, one_line, ort, worker
+from graphopt.run import Feeds, Port, in_size, in_width, one_line, ort, worker
 from graphopt.run.worker import Settings
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ def probe(
     source, _keep = ort.loadable(model)
     size = os.path.getsize(source) if isinstance(source, str) else len(source)
     if feed is not None and isinstance(model, ir.Model):
-        feed = in_width(feed, map(Port.of, model.graph.inputs))
+        ports = list(map(Port.of, model.graph.inputs))
+        feed = in_size(in_width(feed, ports), ports)
     with _LOCK:
         try:
             return _worker().ask(source, settings or ort.settings(), feed, PATIENCE * (1 + size / 2**30) if limit is None else limit)

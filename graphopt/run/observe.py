@@ -10,6 +10,7 @@ import onnx_ir as ir
 from graphopt.core.contract import Array
 from graphopt.core.errors import GraphoptError, SampleError
 from graphopt.run import Feeds
+from graphopt.run.distance import arrays_in
 
 
 def observable(model: ir.Model, value: ir.Value) -> bool:
@@ -60,9 +61,20 @@ class Limited:
         seen = 0
         for feed in self.samples:
             yield feed
-            seen += max((a.size for a in feed.values() if a.dtype.kind in "iu"), default=max((len(a) for a in feed.values() if a.ndim), default=1))
+            seen += _rows(feed)
             if seen >= self.rows:
                 return
+
+
+def extent(samples: Iterable[Feeds]) -> dict[str, int]:
+    """How many batches there are, and their `rows` (see `Limited`: tokens, where ids are fed), padding included."""
+    rows = [_rows(feed) for feed in samples]
+    return {"batches": len(rows), "rows": sum(rows)}
+
+
+def _rows(feed: Feeds) -> int:
+    arrays = [a for _, a in arrays_in(list(feed.values()))]
+    return max((a.size for a in arrays if a.dtype.kind in "iu"), default=max((len(a) for a in arrays if a.ndim), default=1))
 
 
 def exposed(model: ir.Model, names: Iterable[str]) -> ir.Model:

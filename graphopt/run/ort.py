@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from graphopt.core.contract import Array
 from graphopt.core.errors import TargetError
-from graphopt.graph.serialize import fits, proto_limit, to_bytes, write
+from graphopt.graph.serialize import fits, graph_of, proto_limit, to_bytes, write
 from graphopt.run import Port, Runner, one_line, saved
 from graphopt.run.worker import Settings, inference
 
@@ -95,7 +95,7 @@ def loadable(model: Any) -> tuple[str | bytes, object]:
     if not isinstance(model, ir.Model):
         if model.ByteSize() <= proto_limit():
             return model.SerializeToString(), None
-        model = ir.from_proto(model)
+        model = graph_of(model)
     if fits(model):
         return to_bytes(model), None
     folder = tempfile.TemporaryDirectory(prefix="graphopt-")

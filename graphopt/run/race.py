@@ -14,6 +14,7 @@ from graphopt.core.errors import GraphoptError, SampleError, TargetError
 from graphopt.graph.dims import limits, symbols
 from graphopt.run import Feeds, Port, guarded
 from graphopt.run.clock import Clock, Done, Timings, latency, steady_clock
+from graphopt.run.distance import arrays_in
 from graphopt.run.samples import random_samples
 
 SHAPES = ((1, 16), (1, 128), (8, 64))  # batch, length: where nothing else is asked for
@@ -232,5 +233,6 @@ def feeds_of(target: Target, model: ir.Model, samples: Any, wanted: Sequence[tup
     """
     if samples is not None and not wanted and not target.shapes:
         first = next(iter(samples))
-        return {"x".join(map(str, next(iter(first.values())).shape)) if first else "sample": first}
+        shape = next((a.shape for _, a in arrays_in(list(first.values()))), ())
+        return {"x".join(map(str, shape)) or "sample": first}
     return feeds_for([model], wanted or shapes_of(target))

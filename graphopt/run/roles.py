@@ -22,7 +22,7 @@ from graphopt.graph.questions import constant
 _SAME = {
     "Identity": (0,), "Cast": (0,), "CastLike": (0,), "Slice": (0,), "Reshape": (0,), "Unsqueeze": (0,), "Squeeze": (0,), "Transpose": (0,),
     "Expand": (0,), "Flatten": (0,), "Split": (0,), "Tile": (0,), "Pad": (0,), "Gather": (0,), "GatherElements": (0,), "GatherND": (0,),
-    "Compress": (0,), "Clip": (0,), "Trilu": (0,), "Where": (1, 2),
+    "Compress": (0,), "Clip": (0,), "Trilu": (0,), "Where": (1, 2), "SequenceAt": (0,), "ConcatFromSequence": (0,), "OptionalGetElement": (0,),
 }
 # Op -> from this input on, elements are sizes or positions.
 _SIZES = {
@@ -48,8 +48,8 @@ class Role:
     high: int = 0
 
 
-def random_feed(model: ir.Model, bindings: Bindings, *, seed: int = 0, turn: int = 0) -> dict[str, Array]:
-    """One batch of typed random values for every fed input.
+def random_feed(model: ir.Model, bindings: Bindings, *, seed: int = 0, turn: int = 0) -> dict[str, Any]:
+    """One batch of typed random values for every fed input; a sequence has two.
 
     Args:
         bindings: a size for every symbol (see `symbols`).
@@ -59,14 +59,17 @@ def random_feed(model: ir.Model, bindings: Bindings, *, seed: int = 0, turn: int
         ValueError: a dimension is not bound, or an input has no shape, or is too large; the text names it.
     """
     rng = np.random.default_rng([seed, turn])
-    feed = {}
+    feed: dict[str, Any] = {}
     for value in fed_inputs(model):
         shape = shape_at(value, bindings)
-        if shape is None or value.dtype is None:
+        if value.dtype is None or value.dtype == ir.DataType.UNDEFINED:
+            raise ValueError(f"input `{value.name}` has no type")
+        if shape is None:
             raise ValueError(f"input `{value.name}` has {'an unknown shape' if value.shape is None else f'the unbound shape {value.shape}'}")
         if math.prod(shape) > _MOST:
             raise ValueError(f"input `{value.name}` has the shape {list(shape)}, too many numbers to make up")
-        feed[str(value.name)] = _fill(role(value, bindings), shape, value.dtype, rng, turn)
+        array = _fill(role(value, bindings), shape, value.dtype, rng, turn)
+        feed[str(value.name)] = [array, array.copy()] if isinstance(value.type, ir.SequenceType) else array
     return feed
 
 

@@ -16,6 +16,8 @@ from graphopt.core.contract import Array, Session
 from graphopt.core.errors import GraphoptError, SampleError
 from graphopt.core.replay import Batch, Spool
 from graphopt.graph.dims import Bindings, dim_at, fed_inputs, fits, limits, size_of, symbols
+from graphopt.graph.questions import is_tensor
+from graphopt.run import each
 from graphopt.run.roles import random_feed
 from graphopt.run.sources import TEXT_INPUTS, encode, open_path, with_empty_past
 
@@ -93,14 +95,14 @@ class Samples:
     def _checked(cls, source: Iterable[Any], model: ir.Model, named: Prepare | None = None, optional: frozenset[str] = frozenset()) -> Samples:
         """Fitted samples of batches that `named` makes of the items of `source`."""
         names = [str(v.name) for v in fed_inputs(model)]
-        dtypes = {str(v.name): _dtype(v) for v in model.graph.inputs}
+        forms = {str(v.name): (_dtype(v), _is_sequence(v)) for v in model.graph.inputs}
 
         def name(item: Any, number: int) -> Batch:
             return _named(_by_name(item, names, number), f"batch {number}") if named is None else named(item, number)
 
         def again(item: Any, number: int) -> Batch:  # checked before; and the model may be another by then
             batch = name(item, number)
-            return {key: batch[key] if dtype is None else batch[key].astype(dtype, copy=False) for key, dtype in dtypes.items() if key in batch}
+            return {key: _formed(batch[key], *form) for key, form in forms.items() if key in batch}
 
         made = cls.__new__(cls)
         made._read(source, lambda item, number: _fit(name(item, number), model, optional, f"batch {number}"), optional, again)
@@ -140,7 +142,7 @@ def random_samples(model: ir.Model, sizes: Sequence[Bindings] | None = None, *, 
     """
     sizes = sizes if sizes is not None else next(_proposals(model))
     try:
-        return Samples([random_feed(model, bindings, seed=seed, turn=turn) for turn, bindings in enumerate(sizes)])
+        return Samples([random_feed(model, bindings, seed=seed, turn=turn) for turn, bindings in enumerate(sizes)]).fit(model)
     except ValueError as error:
         raise SampleError(f"cannot make up samples: {error}; add --samples DATA (or samples=... in Python)") from error
 
@@ -207,12 +209,17 @@ def _named(batch: Mapping[str, Any], where: str) -> Batch:
     return {str(name): _array(value, f"{where}: input `{name}`") for name, value in batch.items()}
 
 
-def _array(value: Any, where: str) -> Array:
+def _array(value: Any, where: str) -> Any:
+    """An array; as it is what only an input that is no tensor takes: nothing, a map, or arrays that do not stack."""
+    if value is None or isinstance(value, Mapping):
+        return value
     if hasattr(value, "detach"):  # a torch tensor
         value = value.detach().cpu().numpy()
     try:
         array = np.asarray(value)
     except ValueError as error:
+        if all(hasattr(x, "dtype") for x in value):
+            return [_array(x, where) for x in value]
         raise SampleError(f"samples, {where} is ragged; pad its rows to one length") from error
     if array.dtype.kind in "US":
         return array.astype(object)
@@ -234,9 +241,33 @@ def _fit(batch: Batch, model: ir.Model, optional: frozenset[str], where: str) ->
     out = {}
     for name, value in inputs.items():
         if name in batch:
-            out[name] = _cast(batch[name], value, f"{where}: input `{name}`")
-            _check_shape(out[name], value, bindings, f"{where}: input `{name}`")
+            out[name] = _checked_form(_formed(batch[name], None, _is_sequence(value)), value, bindings, f"{where}: input `{name}`")
     return out
+
+
+def _is_sequence(value: ir.Value) -> bool:
+    kind = value.type.elem_type if isinstance(value.type, ir.OptionalType) else value.type
+    return isinstance(kind, ir.SequenceType)
+
+
+def _formed(given: Any, dtype: np.dtype[Any] | None, sequence: bool) -> Any:
+    """In the dtype of an input, and, for a sequence, as the list that the runtime takes."""
+    given = list(given) if sequence and isinstance(given, np.ndarray) else given
+    return given if dtype is None else each(given, lambda array: array.astype(dtype, copy=False))
+
+
+def _checked_form(given: Any, value: ir.Value, bindings: dict[str, int], where: str) -> Any:
+    """What an input is fed, in its dtype. Each array of a sequence has sizes of its own."""
+    tensor = is_tensor(value) and value.type is not None
+    if tensor and isinstance(given, list):
+        raise SampleError(f"samples, {where} is ragged; pad its rows to one length")
+    if tensor and not isinstance(given, np.ndarray):
+        raise SampleError(f"samples, {where} is not an array of numbers or strings, found {type(given).__name__}")
+    if _is_sequence(value) and given is not None and not isinstance(given, list):
+        raise SampleError(f"samples, {where} is a sequence, and takes a list of arrays, found {type(given).__name__}")
+    cast = each(given, lambda array: _cast(array, value, where))
+    each(cast, lambda array: _check_shape(array, value, {} if isinstance(cast, list) else bindings, where))
+    return cast
 
 
 def _dtype(value: ir.Value) -> np.dtype[Any] | None:
@@ -263,10 +294,10 @@ def _cast(array: Array, value: ir.Value, where: str) -> Array:
     return cast
 
 
-def _check_shape(array: Array, value: ir.Value, bindings: dict[str, int], where: str) -> None:
-    """Rank and static sizes; one symbol has one size in the whole batch."""
+def _check_shape(array: Array, value: ir.Value, bindings: dict[str, int], where: str) -> Array:
+    """The array, of the declared rank and static sizes; one symbol has one size in the whole batch."""
     if value.shape is None:
-        return
+        return array
     found, declared = list(array.shape), str(value.shape)
     if array.ndim != len(value.shape):
         raise SampleError(f"samples, {where} must have {len(value.shape)} axes {declared}, found {array.ndim}: {found}")
@@ -278,3 +309,4 @@ def _check_shape(array: Array, value: ir.Value, bindings: dict[str, int], where:
         elif expected != size:
             bound = "" if dim == expected else f" with {dim} = {expected}"
             raise SampleError(f"samples, {where} must be {declared}{bound}, found {found}")
+    return array

@@ -6,18 +6,20 @@ import bisect
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
-from graphopt.core.contract import Array
 from graphopt.core.errors import GraphoptError
 from graphopt.core.replay import Spool
-from graphopt.graph.questions import is_constant, subgraphs
+from graphopt.graph.questions import is_constant, is_tensor, subgraphs
 from graphopt.graph.serialize import join_islands
 from graphopt.run import Feeds, ort
+from graphopt.run.distance import arrays_in
 
-State = dict[str, Array]  # the values that cross a cut, by name
+State = dict[str, Any]  # the values that cross a cut, by name: arrays, or what a sequence or an optional holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Segments:
                 self._sessions[piece, key if inside else None] = runner
         return _stepped(runner, state, lambda name: self._last.get(name, -1) > piece)
 
-    def finish(self, piece: int, state: State, change: Change | None = None, key: object = None) -> dict[str, Array]:
+    def finish(self, piece: int, state: State, change: Change | None = None, key: object = None) -> dict[str, Any]:
         """The outputs of the model, from the state before a piece on."""
         for k in range(piece, len(self)):
             state = self.step(k, state, change, key)
@@ -156,7 +158,7 @@ def _kept(states: Iterator[State], held: int) -> Sequence[State]:
     first, size = list[State](), 0
     for state in states:
         first.append(state)
-        size += sum(array.nbytes for array in state.values())
+        size += sum(array.nbytes for _, array in arrays_in(list(state.values())))
         if size > held:
             return Spool(itertools.chain(first, states))
     return first
@@ -175,7 +177,7 @@ def _session(model: ir.Model, nodes: Sequence[ir.Node], state: State, wanted: Ca
     return ort.session(writer.model([name for name in writer.made if wanted(name)]), optimize=not change)
 
 
-def alone(model: ir.Model, change: Change, state: Mapping[str, Array]) -> onnx.ModelProto:
+def alone(model: ir.Model, change: Change, state: Mapping[str, Any]) -> onnx.ModelProto:
     """The recipes of a change as a model of their own; its inputs have the shapes that they have in `state`."""
     writer = _Writer(model, state)
     for name, recipe in change.items():
@@ -186,7 +188,7 @@ def alone(model: ir.Model, change: Change, state: Mapping[str, Array]) -> onnx.M
 class _Writer:
     """A small ModelProto out of nodes of several models."""
 
-    def __init__(self, model: ir.Model, state: Mapping[str, Array]) -> None:
+    def __init__(self, model: ir.Model, state: Mapping[str, Any]) -> None:
         self._ir, self._state = model, state
         self._nodes: list[onnx.NodeProto] = []
         self._stored: dict[str, onnx.TensorProto] = {}
@@ -247,8 +249,18 @@ class _Writer:
         self._stored[name] = proto
 
 
-def _typed(name: str, array: Array, value: ir.Value | None) -> onnx.ValueInfoProto:
-    """An input with the shape that the graph declares for `value` (runtimes infer wrongly from a Reshape of nothing), or that of the array."""
+def _typed(name: str, array: Any, value: ir.Value | None) -> onnx.ValueInfoProto:
+    """An input with the shape that the graph declares for `value` (runtimes infer wrongly from a Reshape of nothing), or that of the array.
+
+    Raises:
+        GraphoptError: it is neither an array nor of a declared type.
+    """
+    if value is not None and not is_tensor(value):
+        described: onnx.ValueInfoProto = ir.to_proto(value)
+        described.name = name
+        return described
+    if not isinstance(array, np.ndarray):
+        raise GraphoptError(f"`{name}` is no tensor, and its type is not known; the graph cannot be cut there")
     kind = onnx.TensorProto.STRING if array.dtype.kind in "OUS" else onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
     declared = None if value is None or value.shape is None else [d if isinstance(d, int) else d.value for d in value.shape]
     return onnx.helper.make_tensor_value_info(name, kind, array.shape if value is None else declared or [None] * array.ndim)

@@ -174,7 +174,7 @@ class _Maker:
     def _attribute(self, name: str, attribute: Any, rank: int) -> Any:
         types = onnx.defs.OpSchema.AttrType
         if name == "perm":
-            return self.rng.sample(range(rank), rank)
+            return self.rng.sample(range(rank), rank) if rank else None
         if name == "to":
             return self.rng.choice(
                 (TensorProto.FLOAT, TensorProto.INT64, TensorProto.FLOAT16, TensorProto.BOOL, TensorProto.INT32, TensorProto.DOUBLE)

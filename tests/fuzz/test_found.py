@@ -69,6 +69,16 @@ def test_a_description_that_is_no_text_is_read(tmp_path: Path) -> None:
     graphopt.optimize(path).save(tmp_path / "out.onnx")
 
 
+@pytest.mark.parametrize("domain", ["", "ai.onnx.ml"])
+def test_an_attribute_without_a_type_is_refused(domain: str, tmp_path: Path) -> None:
+    """It could be read, and not be written again: SerdeError."""
+    model = build(SUM)
+    node = model.graph.node[0]
+    node.domain = domain
+    node.attribute.add(name="axis")
+    assert "the attribute 'axis' has no type" in refused(model, tmp_path)
+
+
 def test_a_line_break_in_a_name_stays_one_line(tmp_path: Path) -> None:
     model = build(SUM)
     model.graph.output[0].name = "y\n\n"

@@ -80,10 +80,9 @@ def bindings(model: ir.Model, ctx: Context) -> Bindings:
     found: dict[str, int] = {}
     for value in fed_inputs(model):
         array = feed.get(str(value.name))
-        for axis in range(len(value.shape or ())) if array is not None else ():
+        for axis in range(len(value.shape or ())) if isinstance(array, np.ndarray) else ():
             dim = dim_at(value, axis)
             if isinstance(dim, str):
-                assert array is not None
                 found.setdefault(dim, int(array.shape[axis]))
     return found
 

@@ -13,7 +13,7 @@ from graphopt.compress.lowrank.cut import RankPlan
 from graphopt.compress.lowrank.factorable import Item
 from graphopt.core.contract import Array, Batches, Context
 from graphopt.run import ort
-from graphopt.run.distance import relative_l2
+from graphopt.run.distance import arrays_in, relative_l2
 
 _ROWS = 2048  # elements of the first input that are run, at most: tokens, where it holds ids
 _OPERATIONS = 2e12  # of all runs together, about; one batch at least
@@ -55,7 +55,7 @@ def _few(samples: Batches, enough: float) -> list[Mapping[str, Array]]:
     seen = 0
     for feed in itertools.islice(samples, 64):
         feeds.append(feed)
-        seen += next((array.size for array in feed.values()), 0)
+        seen += next((array.size for _, array in arrays_in(list(feed.values()))), 0)
         if seen >= min(enough, _ROWS):
             break
     return feeds

@@ -63,6 +63,11 @@ class Question:
         """
         return Limited(self.ctx.require_samples(), self.rows)
 
+    def unjudged(self, c: Candidate, reason: str) -> None:
+        """Say that a candidate stays, as nothing is known of it."""
+        hint = "importance=magnitude refit=false needs no samples"
+        self.ctx.remarks.missed(c.name, f"stays as it is, as {self.criterion} cannot judge it: {reason}; {hint}")
+
     def steps(self, c: Candidate) -> list[int]:
         """How many groups are gone after each step; what stays is a multiple of `multiple` neurons, and never nothing."""
         if c.kind == "heads":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -12,6 +13,7 @@ import onnx_ir as ir
 from graphopt.analysis.heads import Heads
 from graphopt.analysis.linear import Embeddings
 from graphopt.calibration.attention_maps import mean_maps
+from graphopt.calibration.enough import too_few
 from graphopt.calibration.moments import within
 from graphopt.calibration.padding import Kept, Paddings
 from graphopt.compress.prune.criterion import LossFunction, Question
@@ -20,7 +22,7 @@ from graphopt.core.contract import Array, Context
 from graphopt.core.errors import GraphoptError
 from graphopt.graph.questions import all_nodes, bodies, consumers, static_dim
 from graphopt.rewrite.dead import remove_dead
-from graphopt.run import Feeds
+from graphopt.run import Feeds, each
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +57,7 @@ def _walked(candidates: Sequence[Candidate], asked: Question, collector: Callabl
         for feed in samples:
             collected.add(feed)
         if collected.rows:
-            yield from collected.found()
+            yield from collected.judged(asked)
 
 
 def _bytes(c: Candidate) -> int:
@@ -74,6 +76,7 @@ class _Collector(ABC, Generic[F]):
             why = f"importance={asked.criterion} needs gradients, and torch is not installed"
             raise GraphoptError(f"{why}; install it, or use reconstruction") from None
         self.own_loss, self.rows = callable(asked.loss), 0
+        self.follows = False  # from any of the projections, on any batch
         self.torch, self.random = torch, torch.Generator().manual_seed(asked.seed)
         self.model, model = _differentiable(model, ctx, whole=self.own_loss)
         self.loss = loss_of(model, asked.loss)
@@ -82,6 +85,7 @@ class _Collector(ABC, Generic[F]):
         self.linears = [u.output for c in candidates for u in c.units if u.output is not None]
         shown = [*(str(v.name) for x in self.linears for v in (x.x, x.node.outputs[0])), *(str(v.name) for v in model.graph.outputs)]
         self.padding = ctx.get(Paddings()).about(shown)
+        self.seen = [0] * len(self.linears)  # rows of each
 
     @abstractmethod
     def _sum(self, k: int, x: torch.Tensor, g: torch.Tensor, kept: Kept) -> None:
@@ -91,10 +95,22 @@ class _Collector(ABC, Generic[F]):
     def _of(self, ks: range) -> F:
         """What was found for the projections of one candidate."""
 
-    def found(self) -> Iterator[tuple[Candidate, F]]:
+    def judged(self, asked: Question) -> Iterator[tuple[Candidate, F]]:
+        """What was found for each candidate that enough rows have reached; a remark for the others.
+
+        Raises:
+            GraphoptError: the loss follows from none of them.
+        """
+        if not self.follows:
+            raise GraphoptError("the loss does not depend on any head or neuron: no float output of the model follows from them")
         place = 0
         for c in self.candidates:
-            yield c, self._of(range(place, place + len(c.units)))
+            own = range(place, place + len(c.units))
+            few = too_few(sum(self.seen[k] for k in own), self.linears[place].in_features)
+            if few is None:
+                yield c, self._of(own)
+            else:
+                asked.unjudged(c, few)
             place += len(c.units)
 
     def add(self, feed: Feeds) -> None:
@@ -111,18 +127,21 @@ class _Collector(ABC, Generic[F]):
 
         results = [str(x.node.outputs[0].name) for x in self.linears]
         reads = [str(x.x.name) for x in self.linears]
-        feeds = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feed.items()}
+        feeds = {name: each(array, lambda x: torch.from_numpy(np.ascontiguousarray(x))) for name, array in feed.items()}
         outputs = self.model(feeds, observe=reads, edit={name: probed(name) for name in results})
         kept = self.padding.kept(feed)
+        self.rows += len(kept.rows(results[0], probes[results[0]]))
         named = {p.name: outputs[p.name] for p in self.model.outputs}
         wanted = named if self.own_loss else kept.counted(named)
         loss = self.loss(wanted, feeds, self.random)
         if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
-            raise GraphoptError("the loss does not depend on any head or neuron: no float output of the model follows from them")
+            return  # a batch on which a branch reads no block
+        self.follows = True
         gradients = torch.autograd.grad(loss, [probes[name] for name in results], allow_unused=True)
         for k, (name, result, gradient) in enumerate(zip(reads, results, gradients, strict=True)):
-            self._sum(k, outputs[name].detach(), torch.zeros_like(probes[result]) if gradient is None else gradient, kept)
-        self.rows += len(kept.rows(results[0], probes[results[0]]))
+            x = outputs[name].detach()
+            self.seen[k] += len(kept.rows(name, x))
+            self._sum(k, x, torch.zeros_like(probes[result]) if gradient is None else gradient, kept)
 
 
 def _differentiable(model: ir.Model, ctx: Context, *, whole: bool) -> tuple[TorchModel, ir.Model]:
@@ -174,8 +193,9 @@ class _MaskGradients(_Collector[Array]):
 
     def _sum(self, k: int, x: torch.Tensor, g: torch.Tensor, kept: Kept) -> None:
         effect = x * (g @ self.weights[k])  # dL/dm for a mask m on each input feature of the projection, row by row
-        per_sequence = effect.reshape(len(effect), -1, effect.shape[-1]).sum(1)
-        on_groups = per_sequence.reshape(len(effect), self.counts[k], -1).sum(-1).double()
+        sequences, count = len(effect), self.counts[k]
+        per_sequence = effect.reshape(sequences, math.prod(effect.shape[1:-1]), effect.shape[-1]).sum(1)
+        on_groups = per_sequence.reshape(sequences, count, effect.shape[-1] // count).sum(-1).double()
         self.masks[k] = self.masks[k] + self.of(on_groups).sum(0).numpy()
 
     def _of(self, ks: range) -> Array:
@@ -187,13 +207,11 @@ class _SecondMoments(_Collector[tuple[Array, Array]]):
         super().__init__(candidates, asked)
         self.inputs: list[Any] = [0.0] * len(self.linears)
         self.gradients: list[Any] = [0.0] * len(self.linears)
-        self.seen = [0] * len(self.linears)  # rows of each
 
     def _sum(self, k: int, x: torch.Tensor, g: torch.Tensor, kept: Kept) -> None:
         linear = self.linears[k]
         flat, grad = kept.rows(str(linear.x.name), x), kept.rows(str(linear.node.outputs[0].name), g)
         self.inputs[k] = self.inputs[k] + (flat.T @ flat).double().numpy()
-        self.seen[k] += len(flat)
         self.gradients[k] = self.gradients[k] + (grad.T @ grad).double().numpy()
 
     def _of(self, ks: range) -> tuple[Array, Array]:
@@ -250,5 +268,7 @@ def map_scores(candidates: Sequence[Candidate], asked: Question, of: Callable[[A
     heads = {u.node: u.heads for c in candidates for u in c.units if isinstance(u, Heads)}
     found = mean_maps(asked.ctx.model, asked.samples(), heads, lambda weights: of(weights).sum(0, dtype=np.float64))
     for c in candidates:
-        if all(u.node in found for u in c.units):
+        if not all(u.node in found for u in c.units):
+            asked.unjudged(c, "the samples do not show its attention weights")
+        else:
             yield c, np.sum([found[u.node] for u in c.units], axis=0).reshape(c.count, -1).mean(1)

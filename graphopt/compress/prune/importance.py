@@ -50,7 +50,8 @@ class Importance(Analysis[Mapping[Candidate, Ranking]]):
         if not fitting:
             return {}
         asked = Question(ctx, self.criterion, self.loss, self.rows, self.multiple, self.seed)
+        told = len(ctx.remarks)
         found = dict(judge.rankings(fitting, asked))
-        if not found:
+        if not found and len(ctx.remarks) == told:
             raise SampleError("importance needs samples, and there were 0: the source is empty, or a generator that was used before")
         return found

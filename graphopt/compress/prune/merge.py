@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from graphopt.analysis.heads import Heads
-from graphopt.calibration.averages import Averages, centered, moments
+from graphopt.calibration.averages import Averages, Handle, centered, moments
 from graphopt.compress.prune.align import linked, planes_of, scores, values
 from graphopt.compress.weights import Editor, known, unfit
 from graphopt.core.contract import Array
@@ -88,6 +88,11 @@ class Asked:
         if self.turns:
             self.query = averages.ask(known(q.linear).output, f"moments {q.columns[0, 0]}", moments(q.columns.reshape(1, -1)))
             self.key = averages.ask(known(k.linear).output, f"moments {k.columns[0, 0]}", moments(k.columns.reshape(1, -1), means=k.rotary is None))
+
+    @property
+    def handles(self) -> tuple[Handle, ...]:
+        """What was asked for."""
+        return (self.result, self.query, self.key) if self.turns else (self.result,)
 
     def found(self, averages: Averages, maps: Array | None) -> Merging:
         """`maps`: [heads, heads] distance of attention maps; None: that of the scores is used."""

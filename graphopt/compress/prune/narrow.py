@@ -9,7 +9,7 @@ import numpy as np
 
 from graphopt.analysis.heads import Heads
 from graphopt.analysis.projections import HeadOperand, Operands
-from graphopt.calibration.averages import Averages, centered, leading, moments, root, squares
+from graphopt.calibration.averages import Averages, Handle, centered, leading, moments, root, squares
 from graphopt.compress.weights import Editor, known, unfit
 from graphopt.core.contract import Array
 
@@ -23,6 +23,7 @@ class HeadPart:
         stays: features of each head that stay (a pair more, where pairs go).
         groups: features that can only go together.
         worth: [dim], of each feature where whole features go; None where they are turned first.
+        handles: what is averaged over the samples.
         turning: computes the columns and rows of the turned projections; returns the fraction lost.
     """
 
@@ -30,6 +31,7 @@ class HeadPart:
     operand: HeadOperand
     stays: int
     groups: Sequence[Array]
+    handles: Sequence[Handle]
     worth: Callable[[Averages], Array] | None
     turning: Callable[[Averages, Editor | None], float] | None
 
@@ -52,7 +54,7 @@ def keys_of(operands: Operands, stays: int, groups: Sequence[Array], turns: bool
     free = turns and all(len(g) == 1 for g in groups) and all(o.rotary is None and unfit(o.linear) is None for o in (q, k))
     if not free:
         handles = [averages.ask(o.value, "squares", squares, o.by_head) for o in (q, k)]
-        return HeadPart("query and key", q, stays, groups, lambda a: _scores(a[handles[0]], a[handles[1]]), None)
+        return HeadPart("query and key", q, stays, groups, handles, lambda a: _scores(a[handles[0]], a[handles[1]]), None)
     query, key = (averages.ask(known(o.linear).output, f"moments {o.columns[0, 0]}", moments(o.columns, means=o is k)) for o in (q, k))
 
     def turning(a: Averages, editor: Editor | None) -> float:
@@ -69,7 +71,7 @@ def keys_of(operands: Operands, stays: int, groups: Sequence[Array], turns: bool
             editor.columns(known(k.linear), k.columns[head], inverse @ basis, k.columns[head, :stays])
         return float(np.mean(lost))
 
-    return HeadPart("query and key", q, stays, groups, None, turning)
+    return HeadPart("query and key", q, stays, groups, (query, key), None, turning)
 
 
 def _scores(query: Array, key: Array) -> Array:
@@ -85,13 +87,13 @@ def values_of(unit: Heads, v: HeadOperand, stays: int, turns: bool, averages: Av
     out = unit.output
     if out is None:
         handle = averages.ask(v.value, "squares", squares, v.by_head)
-        return HeadPart("value", v, stays, groups, lambda a: a[handle].sum(0), None)
+        return HeadPart("value", v, stays, groups, (handle,), lambda a: a[handle].sum(0), None)
     places = np.arange(unit.heads * v.dim).reshape(unit.heads, v.dim)
     moment = averages.ask(out.x, "moments", moments(places))
     weight = out.matrix().astype(np.float64).reshape(unit.heads, v.dim, -1)
     if not turns or unfit(v.linear) is not None or unfit(out) is not None:
         norms = np.square(weight).sum(2)
-        return HeadPart("value", v, stays, groups, lambda a: (np.diagonal(a[moment], axis1=1, axis2=2) * norms).sum(0), None)
+        return HeadPart("value", v, stays, groups, (moment,), lambda a: (np.diagonal(a[moment], axis1=1, axis2=2) * norms).sum(0), None)
 
     def turning(a: Averages, editor: Editor | None) -> float:
         """C^1/2 W = U S V^T with C = E[c c^T]: U holds what the head adds; each head that shares the value is fitted to it."""
@@ -109,4 +111,4 @@ def values_of(unit: Heads, v: HeadOperand, stays: int, turns: bool, averages: Av
                 editor.rows(out, places[h, :stays], np.linalg.lstsq(inner @ turn, inner @ weight[h], rcond=None)[0])
         return float(np.mean(lost))
 
-    return HeadPart("value", v, stays, groups, None, turning)
+    return HeadPart("value", v, stays, groups, (moment,), None, turning)

@@ -23,20 +23,27 @@ from graphopt.run.observe import observable
 
 def pool(model: ir.Model, ctx: Context, kv_heads: int, *, rows: int, refits: bool, resize: Sequence[str]) -> int:
     """Leave `kv_heads` key and value heads in every attention whose number of them is a multiple; see MergeHeads."""
-    averages, todo, plan = Averages(), list[_Pooling](), Slicing(model, resize=resize)
+    averages, plan = Averages(), Slicing(model, resize=resize)
+    wanted, todo = list[_Pooling](), list[_Pooling]()
     for unit in ctx.get(Units()).attention:
         reason = _unfit(model, unit, kv_heads)
+        if reason is None:
+            wanted.append(_Pooling(unit, kv_heads, averages))
+        else:
+            ctx.remarks.missed(unit.node.name or "", f"key heads not pooled: {reason}")
+    averages.run(ctx, rows)
+    for p in wanted:
+        reason = averages.too_few(*p.asked)
         try:
             if reason is None:
-                _remove(plan, ctx, unit, kv_heads)
-                todo.append(_Pooling(unit, kv_heads, averages))
+                _remove(plan, ctx, p.unit, kv_heads)
+                todo.append(p)
         except Refusal as refusal:
             reason = f"{refusal}; name it in resize" if refusal.remedy is Remedy.PORT else str(refusal)
         if reason is not None:
-            ctx.remarks.missed(unit.node.name or "", f"key heads not pooled: {reason}")
+            ctx.remarks.missed(p.unit.node.name or "", f"key heads not pooled: {reason}")
     if not todo:
         return 0
-    averages.run(ctx, rows)
     teacher, editor = model.clone() if refits else model, Editor(model)
     for p in todo:
         groups = p.groups(averages)

@@ -12,10 +12,14 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.linear import Linear, Linears, bias_of
+from graphopt.calibration.enough import too_few
 from graphopt.calibration.pair import LeastSquares, Meeting, Pair
 from graphopt.compress.weights import store, unfit
 from graphopt.core.contract import Array, Context
+from graphopt.core.errors import SampleError
+from graphopt.graph.interface import RESIZED
 from graphopt.graph.questions import Names
+from graphopt.run import Feeds
 
 _RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0)  # of the mean second moment, towards the old weights; chosen on what is held out
 _HELD_OUT = 4  # one batch of so many; one row, where there are fewer batches
@@ -31,6 +35,8 @@ def fit_behind(model: ir.Model, teacher: ir.Model, names: Sequence[str], ctx: Co
     """
     ctx.invalidate()
     samples = ctx.require_samples()
+    for feed in samples:
+        _check_caches(model, feed)
     old = {x.node.name: x for x in Linears().compute(teacher, Context(teacher))}
     new = {x.node.name: x for x in Linears().compute(model, Context(model))}
     order = [str(n.name) for n in model.graph if n.name in set(names)]
@@ -39,22 +45,42 @@ def fit_behind(model: ir.Model, teacher: ir.Model, names: Sequence[str], ctx: Co
     if order:
         pair, fresh = Pair(model, teacher, samples, [old[name] for name in order], rows), Names(model)
         for name in order:
-            before, after = _fit(model, fresh, new[name], old[name], pair.at(new[name], old[name]))
+            fitted = _fit(model, fresh, new[name], old[name], pair.at(new[name], old[name]))
+            if isinstance(fitted, str):
+                refused[name] = fitted
+                continue
+            before, after = fitted
             ctx.remarks.applied(name, f"refitted: error {before:.4f} -> {after:.4f}", before=before, after=after)
     for name, reason in refused.items():
         ctx.remarks.missed(name, f"not refitted: {reason}")
 
 
-def _fit(model: ir.Model, names: Names, new: Linear, old: Linear, met: Meeting) -> tuple[float, float]:
-    """The relative error of what the projection gives on the samples, before and after."""
+def _check_caches(model: ir.Model, feed: Feeds) -> None:
+    """Raises SampleError where samples fill a cache whose heads are others by now; an empty one fits in any size."""
+    for name in model.graph.meta.get(RESIZED, ()):
+        array = feed.get(name)
+        value = next((v for v in model.graph.inputs if v.name == name), None)
+        sizes = () if value is None or value.shape is None else tuple(value.shape)
+        if isinstance(array, np.ndarray) and array.size and any(isinstance(d, int) and d != n for d, n in zip(sizes, array.shape, strict=True)):
+            text = f"the samples feed `{name}` as {list(array.shape)}, and it has become {list(map(str, sizes))}"
+            raise SampleError(f"{text}, to which nothing can be refitted; give samples with an empty `{name}`, or refit=false")
+
+
+def _fit(model: ir.Model, names: Names, new: Linear, old: Linear, met: Meeting) -> tuple[float, float] | str:
+    """The relative error of what the projection gives on the samples, before and after; or why it stays."""
     weight, bias = new.matrix().astype(np.float32), bias_of(new)
     start = (weight if bias is None else np.concatenate([weight, bias[None]])).astype(np.float64)
     fit, held = (LeastSquares(np.zeros((len(start), len(start))), np.zeros(start.shape)) for _ in range(2))
+    seen = 0
     for number, (x, y) in enumerate(_rows(old, met, biased=bias is not None)):
         out = np.arange(number, number + len(x)) if len(met) < _HELD_OUT else np.full(len(x), number)
         out = out % _HELD_OUT == _HELD_OUT - 1
         fit.add(x[~out], y[~out])
         held.add(x[out], y[out])
+        seen += len(x)
+    few = too_few(seen, new.in_features)
+    if few is not None:
+        return few
     ridge = min(_RIDGES, key=lambda r: held.error(fit.solve(start, r)))
     whole = fit + held
     found = whole.solve(start, ridge)

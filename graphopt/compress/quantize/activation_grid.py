@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.calibration.activations import LinearInputs
+from graphopt.calibration.enough import too_few
 from graphopt.calibration.ranges import Ranges, grid
 from graphopt.core.contract import Context
 from graphopt.graph.questions import attr
@@ -43,23 +44,28 @@ def calibrated(x: ir.Value, ranges: Ranges, ctx: Context) -> ActivationGrid | st
         return f"its input `{x.name}` was empty on every sample"
     if not found.finite:
         return f"its input `{x.name}` holds numbers on the samples that are not finite"
+    few = too_few(found.rows, 1)
+    if few is not None:
+        return f"{few}; mode=dynamic needs none"
     scale, zero = grid(found.low, found.high)
     return ActivationGrid(scale, zero, found.seen)
 
 
 def on_grid(op: Builder, x: ir.Value, g: ActivationGrid) -> ir.Value:
     """x, float32 of any shape, rounded to the grid."""
-    scale, zero = op.const(np.array(g.scale, np.float32), f"{x.name}_scale"), op.const(np.array(g.zero_point, np.uint8), f"{x.name}_zero_point")
+    name = x.name or "even"  # rows that were just divided have none yet
+    scale, zero = op.const(np.array(g.scale, np.float32), f"{name}_scale"), op.const(np.array(g.zero_point, np.uint8), f"{name}_zero_point")
     value: ir.Value = op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
     return value
 
 
+EVEN = ActivationGrid(1 / 127, 128, (-1.0, 1.0))  # of rows whose largest magnitude is 1: fixed, so that no row depends on the rest of its batch
 _TINY = float(np.finfo(np.float32).tiny)  # a row of zeros is divided by it and stays zero
 _UNEVEN = 1.5  # rows=auto: rounding error of one scale for all, in that of one scale for each row
 
 
 def wants_rows(node: ir.Node, rows: str, ctx: Context) -> bool:
-    """Whether each row of the activation of a MatMul or Gemm gets a scale of its own; `auto` asks the samples.
+    """Whether each row of the activation of a MatMul or Gemm gets a scale of its own; `auto` asks the samples, and gives it where they are silent.
 
     Raises:
         SampleError: `auto` without samples.
@@ -70,7 +76,7 @@ def wants_rows(node: ir.Node, rows: str, ctx: Context) -> bool:
     if rows == "true":
         return True
     seen = ctx.get(LinearInputs()).get(x)
-    return seen is not None and seen.unevenness > _UNEVEN
+    return seen is None or too_few(seen.seen, 1) is not None or seen.unevenness > _UNEVEN
 
 
 def row_scale(op: Builder, x: ir.Value, graph: object) -> ir.Value:

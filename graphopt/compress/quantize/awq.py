@@ -56,7 +56,12 @@ def scale_inputs(model: ir.Model, ctx: Context, fits: Callable[[Linear], bool], 
         elif fit:
             reason = f"all that read `{group.x.name}` would have to be quantized"
             ctx.remarks.missed(fit[0].node.name or "", f"its input channels are not scaled: {reason}, and its size known")
-    planned = [(places[x], _search(places[x], m, rounded)) for x, m in input_moments(ctx, list(places))] if places else []
+    planned: list[tuple[ChannelGroup, Scaling]] = []
+    for x, moments in input_moments(ctx, list(places)) if places else ():
+        if isinstance(moments, str):
+            ctx.remarks.missed(places[x].readers[0].node.name or "", f"its input channels are not scaled: {moments}")
+        else:
+            planned.append((places[x], _search(places[x], moments, rounded)))
     inserter, changes = Inserter(model), 0
     for group, scaling in planned:
         where = group.readers[0].node.name or ""

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.linear import Linear, Linears, StoredOperands
 from graphopt.calibration.activations import ActivationStats, LinearInputs
+from graphopt.calibration.enough import too_few
 from graphopt.calibration.ranges import grid
 from graphopt.core.contract import Array, Context
 from graphopt.graph.questions import constant, is_constant, producer, scalar, used_once
@@ -73,9 +74,9 @@ class CorrectBias(RewritePass[CorrectionMatch]):
         """
         found = [x for x in ctx.get(Linears(casts=True)) if not x.quantized and x.x.dtype == ir.DataType.FLOAT]
         seen = ctx.get(LinearInputs()) if found else {}
-        reasons = {x.node.outputs[0].name or "": "a batch of matrices" if x.batch else "" if x.x in seen else "no row of it was seen" for x in found}
-        known = {x.node.outputs[0].name or "": Before(x, seen[x.x], x.x.name or "") for x in found if x.x in seen and not x.batch}
-        return cls(known, {name: reason for name, reason in reasons.items() if reason})
+        reasons = {x.node.outputs[0].name or "": _unknown(x, seen.get(x.x)) for x in found}
+        known = {name: Before(x, seen[x.x], x.x.name or "") for x in found if reasons[name := x.node.outputs[0].name or ""] is None}
+        return cls(known, {name: reason for name, reason in reasons.items() if reason is not None})
 
     def match(self, node: ir.Node, ctx: Context) -> CorrectionMatch | Miss | None:
         linear = ctx.get(StoredOperands()).get(node)
@@ -149,6 +150,13 @@ def _correction(before: Array, after: Array, seen: ActivationStats, rounded: Arr
     return off, 1 - float(left / whole) if whole > 0 else 0.0
 
 
+def _unknown(linear: Linear, seen: ActivationStats | None) -> str | None:
+    """Why the samples do not tell what a product is off by on the average."""
+    if linear.batch:
+        return "a batch of matrices"
+    return "no row of it was seen" if seen is None else too_few(seen.seen, linear.in_features)
+
+
 def _rounding(linear: Linear, seen: ActivationStats, *, rows: bool) -> tuple[ir.Value, Array | None]:
     """What a multiply reads before it is rounded, and the sampled rows [n, in] as they are rounded; None where they stay float.
 
@@ -162,7 +170,7 @@ def _rounding(linear: Linear, seen: ActivationStats, *, rows: bool) -> tuple[ir.
     size = np.maximum(np.abs(seen.rows).max(1, keepdims=True), np.finfo(np.float32).tiny) if rows else np.float32(1)
     scale, zero = (scalar(v) for v in code.inputs[1:3]) if code.op_type == "QuantizeLinear" else (None, None)
     if scale is None or zero is None:
-        scale, zero = grid(-1.0, 1.0) if rows else grid(float(seen.bottom.min()), float(seen.top.max()))
+        scale, zero = grid(float(seen.bottom.min()), float(seen.top.max()))
     step = np.float32(scale)
     rounded: Array = ((np.clip(np.rint(seen.rows / size / step) + zero, 0, 255) - zero) * step * size).astype(np.float32)
     return code.inputs[0], rounded

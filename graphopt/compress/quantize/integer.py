@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.linear import Embedding, Linear, StoredOperands
 from graphopt.calibration.ranges import Ranges
-from graphopt.compress.quantize.activation_grid import calibrated, even_rows, on_grid, row_scale, wants_rows
+from graphopt.compress.quantize.activation_grid import EVEN, calibrated, even_rows, on_grid, row_scale, wants_rows
 from graphopt.compress.quantize.forms import Blocked
 from graphopt.compress.quantize.stored import LONGEST_SUM, QuantizeMatch, QuantizeStored, product
 from graphopt.compress.select import passed_over
@@ -77,8 +77,9 @@ class Integers(QuantizeStored):
         return encode(numbers(source), axis, per_channel=self.per_channel, symmetric=symmetric, reduced=self.reduce_range)
 
     def multiply(self, op: Builder, m: QuantizeMatch, weight: ir.Value) -> ir.Value:
-        node, x, graph, grid = m.nodes[0], m.nodes[0].inputs[0], m.nodes[0].graph, m.activation
+        node, x, graph = m.nodes[0], m.nodes[0].inputs[0], m.nodes[0].graph
         assert x is not None
+        grid = EVEN if m.rows else m.activation
         back = row_scale(op, x, graph) if m.rows else None
         source = even_rows(op, x, graph) if m.rows else x
         rounded = op.shared(("activation", source, graph), lambda: _measured(op, source) if grid is None else on_grid(op, source, grid))

@@ -81,6 +81,10 @@ class WeightOnly(QuantizeStored):
                 continue
             groups.setdefault(operand.x, {}).setdefault(operand.weight, operand)
         for x, moments in input_moments(ctx, list(groups)):
+            if isinstance(moments, str):  # `code` rounds them by themselves
+                for linear in groups[x].values():
+                    ctx.remarks.missed(linear.node.name or "", f"rounded by its weights alone: {moments}")
+                continue
             inputs = Inputs.of(moments) if "gptq" in self.method else None
             for linear in groups[x].values():
                 key = linear.weight, _input_axis(linear)

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from graphopt.core.errors import LoadError, about
 from graphopt.core.remarks import Remarks
-from graphopt.graph.serialize import read
+from graphopt.graph.serialize import graph_of, read
 from graphopt.io.formats import sound
 from graphopt.io.formats.format import Format, Loaded, is_path
 from graphopt.io.formats.sparse import densified
@@ -134,7 +134,7 @@ def _deserialize(proto: onnx.ModelProto, name: str) -> ir.Model:
         sound.check(proto)
         proto = densified(proto)
     try:
-        model = ir.from_proto(proto)
+        model = graph_of(proto)
     except Exception as error:  # noqa: BLE001 -- the deserializer wraps every kind of error; the innermost one says what is wrong
         raise LoadError(f"{name}: invalid ONNX model: {_root_line(error)}; check it with onnx.checker.check_model, and export it again") from None
     with about(name):

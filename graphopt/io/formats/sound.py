@@ -22,10 +22,12 @@ def check(message: Any, free: bool = False) -> None:
     """Text for people that is not UTF-8 is escaped, in place. `free`: such text is all that is in here.
 
     Raises:
-        LoadError: a name is not UTF-8, or a tensor holds too few or too many numbers; one line.
+        LoadError: a name is not UTF-8, an attribute has no type, or a tensor holds too few or too many numbers; one line.
     """
     if isinstance(message, onnx.TensorProto):
         return _check_tensor(message)
+    if isinstance(message, onnx.AttributeProto) and not message.type and not message.ref_attr_name:
+        raise LoadError(f"invalid ONNX model: the attribute {message.name!r} has no type; export the model again")
     for field, value in message.ListFields():
         if field.type == field.TYPE_STRING:
             _check_text(message, field, value, free or field.name in _FREE)

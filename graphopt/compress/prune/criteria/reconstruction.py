@@ -17,9 +17,14 @@ class Reconstruction(Scores):
 
     def scores(self, candidates: Sequence[Candidate], asked: Question) -> Iterable[tuple[Candidate, Array]]:
         values = dict.fromkeys(u.output.x for c in candidates for u in c.units if u.output is not None)
-        moments = {v: m.astype(np.float64) for v, m in input_moments(asked.ctx, list(values), rows=asked.rows)}
+        moments = dict(input_moments(asked.ctx, list(values), rows=asked.rows))
         for c in candidates:
-            yield c, _alone(c, np.sum([moments[u.output.x] for u in c.units if u.output is not None], axis=0))
+            seen = [moments[u.output.x] for u in c.units if u.output is not None]
+            few = next((m for m in seen if isinstance(m, str)), None)
+            if few is not None:
+                asked.unjudged(c, few)
+            else:
+                yield c, _alone(c, np.sum(np.asarray(seen, np.float64), axis=0))
 
 
 def _alone(c: Candidate, inputs: Array) -> Array:
