@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from test_cli import fails, run
 
 from graphopt.core.errors import GraphoptError, TargetError
 from graphopt.driver.bisect import Check, bisect, kind
+from graphopt.driver.debug.checks import _serve
 from graphopt.driver.job import Job
 from graphopt.graph.questions import all_nodes
 from graphopt.run import ort
@@ -269,3 +271,17 @@ def test_an_interrupted_search_goes_on(chain: Path, plugin: Path, monkeypatch: p
     asked.clear()
     run("bisect", chain, "--plugin", plugin, *WRONG)
     assert len(asked) == total, "the four that were known were not asked again, and nothing is known after the end"
+
+
+def test_the_process_of_a_check_ends_quietly_with_who_asks(tmp_path: Path) -> None:
+    """As where the command was killed while the function ran."""
+    (tmp_path / "late.py").write_text("import time\n\n\ndef good(path):\n    time.sleep(0.2)\n    return True\n")
+    spawn = get_context("spawn")
+    mine, its = spawn.Pipe()
+    process = spawn.Process(target=_serve, args=(its, f"{tmp_path / 'late.py'}:good"), daemon=True)
+    process.start()
+    its.close()
+    mine.send("model.onnx")
+    mine.close()
+    process.join(30)
+    assert process.exitcode == 0

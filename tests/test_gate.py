@@ -23,7 +23,7 @@ import graphopt
 from graphopt import Match, RewritePass
 from graphopt.analysis.pieces import Activation
 from graphopt.core.contract import Alternative, Context
-from graphopt.core.errors import TargetError
+from graphopt.core.errors import GraphoptError, TargetError
 from graphopt.driver.lowering.ort_target import OrtTarget
 from graphopt.graph.questions import all_nodes
 
@@ -67,6 +67,28 @@ class LossyPlant(Plant):
     """The same, asked for as a lossy pass."""
 
     exact: ClassVar[bool] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LossyNan(Once):
+    """Abs -> 0 / 0, as where 16 bits overflow."""
+
+    exact: ClassVar[bool] = False
+    anchors: ClassVar[frozenset[str]] = frozenset({"Abs"})
+
+    def build(self, op, m):
+        nothing = op.Sub(m.nodes[0].inputs[0], m.nodes[0].inputs[0])
+        return [op.Div(nothing, nothing)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Raises(Once):
+    """It says two lines."""
+
+    anchors: ClassVar[frozenset[str]] = frozenset({"Abs"})
+
+    def build(self, op, m):
+        raise ValueError("one\\ntwo")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +165,19 @@ def test_what_was_asked_for_is_refused_in_one_line(plugin: str, tmp_path: Path) 
         ) as caught:
             optimized(f"canonicalize, {pipeline}", plugin, **options)
         assert "\n" not in str(caught.value)
+
+
+def test_a_nan_is_no_loss_but_a_failure(plugin: str) -> None:
+    with pytest.raises(TargetError, match=r"step 2 of \d+, `lossy-nan`, change 1 of 2, breaks it at .*output `y` has become NaN"):
+        optimized("canonicalize, lossy-nan", plugin)
+    text = TEXT.replace("Relu (x)", "Log (x)")  # of the same feeds, some of which are negative: NaN in the input
+    result = graphopt.optimize(parse(text), "lossy-nan", target="cpu{tune=off}", plugins=[plugin], samples=[{"x": -np.ones((1, 4), np.float32)}])
+    assert result.report.gate.passed is True
+
+
+def test_what_a_pass_raises_is_one_line(plugin: str) -> None:
+    with pytest.raises(GraphoptError, match=r"^pass 1 `raises` failed: ValueError: one two \(.*planted.py:\d+\)$"):
+        optimized("raises", plugin)
 
 
 def test_the_command_line_ends_with_one_line_and_no_file(plugin: str, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def view(
     host: Annotated[str, typer.Option(metavar="NAME", help="The address to serve at; 0.0.0.0 = also for other machines.")] = "localhost",
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page, or only serve it.")] = True,
 ) -> None:
-    """Show the graph of a file in the browser, drawn by netron (pip install 'graphopt[view]'); Ctrl-C ends it."""
+    """Show the graph of a file in the browser, drawn by netron, which the extra `view` brings; Ctrl-C ends it."""
     from graphopt.core.errors import GraphoptError, LoadError, require
 
     if model.is_dir():

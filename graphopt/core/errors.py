@@ -71,7 +71,7 @@ class PassError(GraphoptError):
 
     def __init__(self, pass_text: str, position: int, cause: BaseException) -> None:
         self.pass_text, self.position, self.cause = pass_text, position, cause
-        what = str(cause) if isinstance(cause, GraphoptError) else f"{type(cause).__name__}: {cause}{_place(cause)}"
+        what = str(cause) if isinstance(cause, GraphoptError) else f"{type(cause).__name__}: {' '.join(str(cause).split())}{_place(cause)}"
         super().__init__(f"pass {position} `{pass_text}` failed: {what}")
 
 

@@ -24,7 +24,7 @@ class Fuel:
     @property
     def why(self) -> str:
         """Why `burn` said no, for a remark."""
-        return "the fuel is used up" if self.empty else "this change is left out, as it was asked for"
+        return "the fuel is used up" if self.empty else "this change is left out"
 
     def burn(self, what: Hashable = None) -> bool:
         """True if one more change may happen; if not, others still may, unless it is `empty`.

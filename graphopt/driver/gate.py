@@ -23,13 +23,13 @@ from graphopt.core.errors import GraphoptError, TargetError
 from graphopt.core.remarks import Remark
 from graphopt.driver.bisect import bisect
 from graphopt.driver.history import Ran, without
-from graphopt.driver.instruments import FEEDS, CheckNumerics
+from graphopt.driver.instruments import FEEDS, CheckNumerics, broken
 from graphopt.driver.promise import Outcome, input_itself
 from graphopt.graph.interface import RESIZED
 from graphopt.graph.questions import grain
 from graphopt.report.report import Gated
 from graphopt.run import Feeds, guarded, ort, race
-from graphopt.run.distance import compare_outputs, excess
+from graphopt.run.distance import Difference, compare_outputs, excess
 
 if TYPE_CHECKING:
     from graphopt.driver.job import Job
@@ -115,6 +115,8 @@ class Gate:
             return self._failed(finished, str(error))
         if self.feed is None:
             return Gated(True, f"loaded, and not run: {self.unfed}")
+        if not exact and (worse := self._became_nan(found)) is not None:
+            return Gated(False, str(worse))
         if exact and isinstance(self.input, dict) and excess(self.input, found, self._grain).times <= _ROUNDING:
             return Gated(True, "loaded and run; its numbers are those of the input")
         return self._compared(self.job.original if exact else finished, feed, found, self._grain if exact else grain(model))
@@ -145,6 +147,12 @@ class Gate:
             if off.times > _ROUNDING * max(1.0, self._own_error):
                 return Gated(False, f"its numbers as the target runs it are not {whose}: {off}")
         return Gated(True, f"loaded and run; its numbers are {whose}")
+
+    def _became_nan(self, found: Mapping[str, Array]) -> Difference | None:
+        """A NaN is no loss but a broken model; the input is asked only where there is one."""
+        if any(array.dtype.kind == "f" and np.isnan(array).any() for array in found.values()):
+            return broken(self.input, dict(found), free=found) if isinstance(self.input, dict) else None
+        return None
 
     @functools.cached_property
     def input(self) -> dict[str, Array] | str:

@@ -89,6 +89,12 @@ def test_view_without_netron_and_without_a_file(tmp_path: Path, monkeypatch: pyt
     assert "-O0 -o model.onnx` writes one" in error("view", tmp_path / "folder")
 
 
+def test_no_help_loses_what_stands_in_brackets() -> None:
+    assert "the extra `view`" in " ".join(start(Path.cwd(), "--help").communicate(timeout=60)[0].split())
+    texts = (place.read_text(encoding="utf-8") for place in Path(graphopt.__file__).parent.joinpath("cli").glob("*.py"))
+    assert not [found for text in texts for found in re.findall(r"\"\"\".*\[[a-z]+\].*\"\"\"|help=\".*\[[a-z]+\]", text)]
+
+
 # ---- options --------------------------------------------------------------------------------------------------------------------------
 
 

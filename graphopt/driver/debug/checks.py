@@ -5,6 +5,7 @@ A check says what is wrong, in one line, or None. Where the runtime or the user'
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -136,17 +137,17 @@ def _serve(pipe: Any, text: str) -> None:
     """In the process of a function: paths come in; what goes out is a verdict (None: it gave no bool), and what was said."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     os.dup2(2, 1)  # what the function prints is no result of the command
-    while True:
-        try:
-            path = Path(pipe.recv())
-        except EOFError:
-            return
-        try:
-            said = registry.load_function(text, "check")(path)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 -- whatever a user's function raises is its verdict
-            pipe.send((False, f"{type(error).__name__}: {one_line(error)}"))
-        else:
-            pipe.send((bool(said), f"the check {text} gave False") if isinstance(said, (bool, np.bool_)) else (None, repr(said)))
+    with contextlib.suppress(EOFError, BrokenPipeError):  # who asks is gone, also while an answer was on its way
+        while True:
+            pipe.send(_verdict(text, Path(pipe.recv())))
+
+
+def _verdict(text: str, path: Path) -> tuple[bool | None, str]:
+    try:
+        said = registry.load_function(text, "check")(path)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 -- whatever a user's function raises is its verdict
+        return False, f"{type(error).__name__}: {one_line(error)}"
+    return (bool(said), f"the check {text} gave False") if isinstance(said, (bool, np.bool_)) else (None, repr(said))
 
 
 class Command:
