@@ -24,7 +24,9 @@ from graphopt.core.options import option, option_error
 from graphopt.core.pipeline import PassManager, parse
 from graphopt.core.remarks import Remarks
 from graphopt.core.strength import Dial
+from graphopt.graph.questions import is_constant
 from graphopt.run import Feeds
+from graphopt.run.observe import shown
 from graphopt.run.samples import Samples
 
 KNOWN = {
@@ -153,12 +155,11 @@ class MixPrecision(Pass):
                     continue
                 wanted[number, label] = change
         found = effects(model, feeds, wanted)
-        moved = {number for (number, _), effect in found.items() if effect}
-        for number in dict.fromkeys(number for number, _ in found if number not in moved):
-            ctx.remarks.missed(
-                _where(parts[number]), "stays as it is: no choice moves the outputs of the samples at all, so they do not tell what it is for"
-            )
-        return {key: effect for key, effect in found.items() if key[0] in moved}
+        still = {number for number, _ in found} - {number for (number, _), effect in found.items() if effect}
+        unseen = _unseen(model, feeds, {number: parts[number] for number in sorted(still)})
+        for number in unseen:
+            ctx.remarks.missed(_where(parts[number]), "stays as it is: no sample reaches it, and so they do not tell what it is for")
+        return {key: effect for key, effect in found.items() if key[0] not in unseen}
 
     def _blocks(self, model: ir.Model, ctx: Context) -> dict[str, Heads]:
         """By name of the Attention node, those whose heads can be told apart; the others get a remark."""
@@ -202,6 +203,14 @@ class MixPrecision(Pass):
             else:
                 told = ", ".join(f"{other} {effect:.4g}" for other, effect in measured.items())
                 ctx.remarks.missed(where, f"{what}stays as it is; effects: {told}", **facts)
+
+
+def _unseen(model: ir.Model, feeds: Sequence[Feeds], parts: Mapping[int, PrecisionPart]) -> list[int]:
+    """Those of the parts that no sample reaches, such as an expert that no token is sent to."""
+    read = {number: {v for v in part.nodes[0].inputs if v is not None and not is_constant(v)} for number, part in parts.items()}
+    values = list(dict.fromkeys(v for found in read.values() for v in found))
+    reached = {v for _, arrays in shown(model, values, feeds) for v, array in arrays.items() if array.size} if values else set()
+    return [number for number, found in read.items() if found and not found & reached]
 
 
 def _where(part: PrecisionPart) -> str:

@@ -489,7 +489,7 @@ def test_a_target_that_cannot_run_here_leaves_the_reason(block: onnx.ModelProto,
     monkeypatch.setattr(type(result.target), "session", absent)
     report = result.measure("1x4", quick=True)
     assert report.speed_up.value is None
-    assert report.speed_up.reason == "the runtime is not on this machine"
+    assert "the runtime is not on this machine" in str(report.speed_up.reason)
 
 
 def test_report_as_html_needs_nothing_else(block: onnx.ModelProto, tmp_path: Path) -> None:

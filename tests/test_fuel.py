@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from harness import build  # type: ignore[import-not-found]
 from models import parse  # type: ignore[import-not-found]
 from tiny import tiny  # type: ignore[import-not-found]
 
@@ -31,6 +32,7 @@ CASES = {
     "canonicalize": ("bert", "", "canonicalize"),
     "drop-layers": ("bert", FUSE, "drop-layers{count=1}"),
     "factorize": ("bert", FUSE, "factorize{ratio=0.6}"),
+    "fold-affine": ("scaled", "", "fold-affine"),
     "fuse-activation": ("bert", "canonicalize", "fuse-activation"),
     "fuse-attention": ("bert", "canonicalize", "fuse-attention"),
     "fuse-norm": ("llama", "canonicalize", "fuse-norm"),
@@ -54,6 +56,16 @@ CASES = {
     "to-half": ("bert", FUSE, "to-half"),
 }
 
+SCALED = """(float[B,8] x) => (float[B,8] y) <float[8,8] w, float[8,8] u, float[8] a, float[8] b> {
+  h = MatMul(x, w)
+  i = Mul(h, a)
+  j = Add(i, b)
+  k = Relu(j)
+  l = MatMul(k, u)
+  m = Mul(l, b)
+  y = Add(m, a)
+}"""
+
 RESIZES = {"prune-hidden"}  # has `resize` in its options above
 
 
@@ -65,7 +77,7 @@ def feeds() -> list[dict[str, Any]]:
 @functools.cache
 def prepared(kind: str, before: str) -> tuple[ir.Model, frozenset[str]]:
     """The model that a pass gets, and the names of the nodes of the input."""
-    model = graphopt.load(tiny(kind, "eager", "ts17"))
+    model = graphopt.load(build(SCALED) if kind == "scaled" else tiny(kind, "eager", "ts17"))
     names = frozenset(str(node.name) for node in all_nodes(model))
     for node in all_nodes(model):
         node.metadata_props["test"] = "here"

@@ -40,6 +40,8 @@ def nonnegative(dim: int | ir.SymbolicDim) -> bool:
 @functools.lru_cache(maxsize=4096)
 def multiply(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
     """The product of two dimensions."""
+    if a == 0 or b == 0:
+        return 0
     if a == 1:
         return b
     return a if b == 1 else a * b

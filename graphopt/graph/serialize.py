@@ -157,6 +157,8 @@ def _forget(graph: onnx.GraphProto, closed: Collection[str]) -> None:
             node.domain = _STRANGE
         if node.domain not in ("", "ai.onnx", ISLAND):
             strange.update(node.output)
+        if node.op_type == "Attention":  # its rule reads 0 from a size that it does not know
+            strange.update(node.input)
         for attribute in node.attribute:
             for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
                 _forget(body, closed)

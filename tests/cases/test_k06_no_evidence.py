@@ -216,7 +216,7 @@ def test_an_effect_of_nothing_chooses_nothing() -> None:
     """mix-precision: an expert that no sample reaches moves no output, and would get the fewest bits."""
     _, moved, told = changed("mix-precision{loss=0.5 choices=int4}", experts(), [tokens((100, 0, 0))])
     assert moved == {0}
-    assert "no choice moves the outputs of the samples at all" in told
+    assert "no sample reaches it" in told
 
 
 GATED = """<ir_version: 10, opset_import: ["": 21]> g (float[b,s,32] x, bool pick) => (float[b,s,32] y) {

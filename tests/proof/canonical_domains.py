@@ -135,6 +135,20 @@ def expand(g: Graph) -> None:
     g.output(g.add("Expand", x, g.add("Concat", *lead, target(g, x, wanted), axis=0)))
 
 
+def unexpanded(g: Graph) -> None:
+    """An operand expanded to the shape of another one, of the result, or to something larger, in front of an elementwise operator."""
+    shape = dims(g, 1)
+    x = g.input(*shape)
+    narrow = g.add("Neg", g.input(*(1 if g.chance(0.4) else d for d in shape[int(g.rng.integers(len(shape))) :])))
+    part = {} if g.chance(0.8) else {"start": 0, "end": len(shape)}
+    other = g.add("Abs", x) if g.chance() else x
+    wanted = g.add("Shape", g.pick(x, x, narrow), **part)
+    if g.chance(0.2):
+        wanted = g.add("Concat", g.ints(2), wanted, axis=0)
+    both = [other, g.add("Expand", narrow, wanted)]
+    g.output(g.add("Tanh", g.add(g.pick("Add", "Mul", "Sub", "Max"), *(both if g.chance() else both[::-1]))))
+
+
 def slice_ends(g: Graph) -> None:
     shape = dims(g, 1)
     x, kind = g.input(*shape), g.pick(np.int64, np.int64, np.int32)
@@ -294,7 +308,7 @@ def bias_before_split(g: Graph) -> None:
 
 
 DOMAINS = (
-    neutral_element, constant_on_the_right, subtraction, division, power, chained_scales, logic, identity, expand, slice_ends, concat, transpose,
+    neutral_element, constant_on_the_right, subtraction, division, power, chained_scales, logic, identity, expand, slice_ends, concat, unexpanded, transpose,
     reshape, batched_transpose, same_elements, fold, seen_before, equal_weights_merged, einsum,
     bias_before_split,
 )  # fmt: skip

@@ -80,7 +80,8 @@ class Graph:
         types = {v.name: v.type for v in onnx.shape_inference.infer_shapes(model).graph.output}
         for value in model.graph.output:
             value.type.tensor_type.elem_type = types[value.name].tensor_type.elem_type
-            value.type.tensor_type.shape.SetInParent()
+            if types[value.name].tensor_type.HasField("shape"):
+                value.type.tensor_type.shape.SetInParent()
             for _ in types[value.name].tensor_type.shape.dim:
                 value.type.tensor_type.shape.dim.add()
         return model
