@@ -14,7 +14,7 @@ from graphopt.core import registry
 from graphopt.core.contract import Context
 from graphopt.core.errors import PassError
 from graphopt.core.pipeline import PassManager, parse
-from graphopt.report.declared import declared
+from graphopt.report.listing import declared
 
 KNOWN = registry.passes()
 ASKED = {  # what a pass must be told

@@ -50,8 +50,8 @@ g (float[B,2,8] x, float[8] s) => (float[B,2,8] y) { h = RMSNormalization (x, s)
     assert_same(run(source, feeds), run(result.model, feeds))
     with pytest.raises(TargetError, match=r"nnapi.* cannot run here: .* no NnapiExecutionProvider; pip install the Android package"):
         result.session()
-    own = parse(text.replace("Mish (h)", "com.microsoft.FastGelu (h)"))
-    with pytest.raises(TargetError, match="FastGelu, and came with the input; leave out vendor=false"):
+    own = parse(text.replace("Mish (h)", "com.microsoft.Trilu (h)"))
+    with pytest.raises(TargetError, match="Trilu, and came with the input; leave out vendor=false"):
         graphopt.optimize(own, target="nnapi{vendor=false}", plugins=[str(plugin)]).save(tmp_path / "own.onnx")
 
 
