@@ -63,7 +63,7 @@ class Folder:
             return None
         allowed = self._allowance(inputs)
         expected = [_bytes(v) for v in node.outputs]
-        if None in expected and sum(_stored(v) for v in inputs) > _SMALL:
+        if None in expected and sum(stored_bytes(v) for v in inputs) > _SMALL:
             return None
         if sum(e or 0 for e in expected) > allowed:
             return None
@@ -79,7 +79,7 @@ class Folder:
             self._freed[value] = freed // len(outputs)
 
     def _allowance(self, inputs: Sequence[ir.Value]) -> int:
-        return self.grow + sum(self._freed.get(v, _stored(v)) for v in dict.fromkeys(inputs) if used_once(v))
+        return self.grow + sum(self._freed.get(v, stored_bytes(v)) for v in dict.fromkeys(inputs) if used_once(v))
 
 
 def _foldable(value: ir.Value) -> bool:
@@ -112,7 +112,8 @@ def _undefined(node: ir.Node) -> bool:
         )
 
 
-def _stored(value: ir.Value) -> int:
+def stored_bytes(value: ir.Value) -> int:
+    """The size of a weight in bytes; 0 for what is none."""
     return 0 if value.const_value is None else value.const_value.nbytes
 
 

@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from graphopt.core.remarks import Remarks
 from graphopt.graph.attention_node import LOWEST, AttentionNode, may_be_too_low
+from graphopt.graph.fold import stored_bytes
 from graphopt.graph.questions import all_nodes, attr, constant, consumers, rank, same_dim
 from graphopt.rewrite.builder import Builder
 from graphopt.rewrite.insert import Inserter
@@ -80,7 +81,7 @@ def _for_every_row(op: Builder, mask: ir.Value, query: ir.Value) -> ir.Value:
 
 def _share_tables(model: ir.Model, remarks: Remarks) -> int:
     """Read the head's weight [width, rows] off the embedding table [rows, width], if every element is the same."""
-    large = [v for v in model.graph.initializers.values() if rank(v) == 2 and not v.is_graph_input() and _bytes(v) >= _LARGE]
+    large = [v for v in model.graph.initializers.values() if rank(v) == 2 and not v.is_graph_input() and stored_bytes(v) >= _LARGE]
     tables = [v for v in large if any(n.op_type == "Gather" and n.inputs[0] is v for n in consumers(v))]
     mended = 0
     for table in tables:
@@ -92,7 +93,7 @@ def _share_tables(model: ir.Model, remarks: Remarks) -> int:
                 continue
             _read_off(model, table, weight)
             mended += 1
-            text = f"it is stored again as `{weight.name}`, transposed; one copy is kept ({_bytes(weight) / 1e6:.1f} MB less)"
+            text = f"it is stored again as `{weight.name}`, transposed; one copy is kept ({stored_bytes(weight) / 1e6:.1f} MB less)"
             remarks.warning(table.name or "", text, repaired=True)
     return mended
 
@@ -112,10 +113,6 @@ def _transposes(table: ir.Value, weight: ir.Value) -> bool:
     if a is None or b is None:
         return False
     return all(np.array_equal(a[k : k + _ROWS], b[:, k : k + _ROWS].T) for k in range(0, a.shape[0], _ROWS))
-
-
-def _bytes(value: ir.Value) -> int:
-    return 0 if value.const_value is None else value.const_value.nbytes
 
 
 def _expand_caches(model: ir.Model, remarks: Remarks) -> int:
